@@ -1,0 +1,1 @@
+"""fanmark: measures how agent fan-out multiplies inference. This package only gives the rooms one import name."""
