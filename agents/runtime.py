@@ -1,0 +1,117 @@
+"""What a topology is handed, and what stands beside it. Standard library only.
+
+A topology is an async function `run(rt, params)`. It composes prompts out of messages, asks `rt` to infer and to call tools, and waits
+for what it needs. It knows nothing of servers, clocks, tokenizers, metrics or files. A message remembers which call produced it,
+which gives every call's dependencies without asking the topology.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar
+
+T = TypeVar("T")
+
+Key = tuple[str | int, ...]
+"""Names a message within its query: first its kind, whose length is in [workload], then what tells it from its siblings."""
+
+Author = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a prompt. `tokens` is its length as drawn (0: there is no such message); `text` is the instruction that the
+    length is filled up from, or a reply's own text; `source` is the number of the call or tool call that produced it."""
+
+    key: Key
+    author: Author
+    text: str
+    tokens: int
+    source: int | None = None
+
+
+class Runtime(Protocol):
+    """The world of one query, as its topology sees it."""
+
+    @property
+    def system(self) -> Message:
+        """The system message that all agents of all queries share."""
+
+    @property
+    def question(self) -> Message:
+        """The user's question."""
+
+    def message(self, key: Key, text: str, author: Author = "user") -> Message:
+        """A message of kind `key[0]`, as long as the workload says: `text`, cut or filled up with words."""
+
+    def quote(self, reply: Message) -> Message:
+        """Another agent's reply as a user message; its key is ("quoted", *reply.key)."""
+
+    async def infer(
+        self,
+        prompt: Iterable[Message],
+        *,
+        writes: Key,
+        role: str,
+        round: int = 1,
+        tools: bool = False,
+        times: int = 1,
+        reasoning: bool = False,
+        after: Iterable[Message] = (),
+    ) -> Message:
+        """One call. The reply is `times` the length of kind `writes[0]`; with `reasoning`, all but the last share of it are reasoning
+        tokens. `tools`: the tools' schemas stand in the prompt. `after`: messages it waited for but does not read."""
+
+    async def call_tool(self, *, writes: Key, request: Message, role: str, round: int = 1) -> Message:
+        """One tool call that the agent asked for in `request`; the tool's own result comes back as a user message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What one query must cost, by formula.
+
+    `writes`: how often each kind's length is written by a call (output tokens = sum of count x length). `reads`: in how many prompts
+    each message stands (input tokens = sum of count x size); the tools' schemas are the message ("tools",). `depth` counts calls on
+    the longest chain of dependencies, `width` is the largest number of calls at one depth.
+    """
+
+    calls: int
+    depth: int
+    width: int
+    writes: Mapping[str, int]
+    reads: Mapping[Key, int]
+    tool_calls: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """A row of the table of topologies. `params` is a frozen dataclass whose mistakes are ValueErrors; an int in it may be a
+    distribution in the scenario, which is drawn once a query."""
+
+    name: str
+    summary: str
+    params: type[Any]
+    run: Callable[[Runtime, Any], Coroutine[Any, Any, None]]
+    expected: Callable[[Any], Expected] | None = None
+
+
+async def together(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Runs all at once and gives their results in order. The first failure cancels the rest and is raised as it is."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(coroutine) for coroutine in coroutines]
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+def place(role: Message, prompt: list[Message], position: Literal["head", "tail"]) -> list[Message]:
+    """An agent's own text before everything (nothing is shared with the others) or after it (all before it is shared)."""
+    return [role, *prompt] if position == "head" else [*prompt, role]
+
+
+def at_least(minimum: int, **values: int) -> None:
+    """Raises ValueError naming the first value below `minimum`."""
+    for name, value in values.items():
+        if value < minimum:
+            raise ValueError(f"{name} = {value}: must be at least {minimum}")
