@@ -1,0 +1,25 @@
+"""What a user can cause or must be told, split by whose fault it is. Each is one line: what was given, what is allowed, what to do."""
+
+
+class FanmarkError(Exception):
+    """Base: the command line prints it as one line and ends with `exit_code`. Nothing was sent."""
+
+    exit_code = 2
+
+
+class ScenarioError(FanmarkError):
+    """The scenario or a flag is wrong."""
+
+
+class UnreachableError(FanmarkError):
+    """The target is silent or has no such model, or a tool server does not start."""
+
+    exit_code = 3
+
+
+class CallError(Exception):
+    """A call or tool call failed; `kind` is its class in summary.json ("connect", "http_4xx", "tool_transport", ...)."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind

@@ -1,0 +1,163 @@
+"""A scenario as typed structures; scenario_check reads one from TOML and holds it against what is possible."""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from fanmark.loadgen.lengths import Dist
+
+Tokens = Annotated[int, msgspec.Meta(ge=0)] | Dist
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A TOML table that refuses unknown keys."""
+
+
+class Prices(Table, frozen=True):
+    """Dollars per million tokens."""
+
+    input: float
+    output: float
+    cached_input: float | None = None
+
+
+class Target(Table, frozen=True):
+    """An inference endpoint. `model` None: the first that /v1/models lists. `params` pass through unchanged."""
+
+    url: str
+    model: str | None = None
+    api_key_env: str | None = None
+    api: Literal["chat", "completions"] = "chat"
+    lane: Literal["auto", "aiohttp"] = "auto"
+    params: dict[str, Any] = {}
+    headers: dict[str, str] = {}
+    ca_file: str | None = None
+    insecure: bool = False
+    proxy: str | None = None
+    ready_timeout_s: Positive = 10.0
+    call_timeout_s: Positive = 600.0
+    prices: Prices | None = None
+
+
+class Stub(Table, frozen=True):
+    """The embedded stub server, when there is no target."""
+
+    profile: str = "qwen3-30b-a3b@h100"
+    api: Literal["chat", "completions"] = "chat"
+    time_scale: Annotated[float, msgspec.Meta(ge=1)] = 1.0
+
+
+class Workload(Table, frozen=True):
+    """Token lengths by kind of message; 0: no such message."""
+
+    system: Tokens = 300
+    question: Tokens = 200
+    role: Tokens = 20
+    instruction: Tokens = 40
+    answer: Tokens = 200
+    judge_instruction: Tokens = 40
+    judge_answer: Tokens = 300
+    action: Tokens = 60
+    tool_result: Tokens = 300
+    critique: Tokens = 120
+    plan: Tokens = 150
+    vote: Tokens = 10
+    chunk: Tokens = 1000
+    turn: Tokens = 100
+    compaction_instruction: Tokens = 60
+    compaction: Tokens = 1000
+    lengths: Literal["forced", "natural"] = "forced"
+    cache: Literal["arm", "run", "query", "call", "warm"] = "arm"
+
+
+KINDS = tuple(f.name for f in msgspec.structs.fields(Workload) if f.name not in ("lengths", "cache"))
+ANSWER_KINDS = ("answer", "judge_answer", "action", "critique", "plan", "vote", "turn", "compaction")
+RUN_KINDS = ("system", "role")  # drawn once a run, so that all queries share them
+
+
+class ToolServer(Table, frozen=True):
+    """A tool server of the user's: by URL (streamable HTTP) or by command (stdio)."""
+
+    url: str | None = None
+    command: list[str] | None = None
+
+
+class Tools(Table, frozen=True):
+    """Where tool calls go. `latency_s` is of the embedded tools; `expose` tools' schemas stand in the prompt (None: all)."""
+
+    latency_s: Annotated[float, msgspec.Meta(ge=0)] | Dist = 0.2
+    expose: Count | None = None
+    decide: Literal["script"] = "script"
+    call: list[str] = []
+    server: list[ToolServer] = []
+    call_timeout_s: Positive = 120.0
+
+
+class Load(Table, frozen=True):
+    """When queries start. Each of rate, concurrency, queries and warmup is per arm."""
+
+    mode: Literal["open", "closed"] = "open"
+    rate: Positive = 0.5
+    process: Literal["constant", "poisson"] = "poisson"
+    concurrency: Annotated[int, msgspec.Meta(ge=1)] = 1
+    queries: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    duration: Positive | None = None
+    warmup: Count = 2
+    arms: Literal["interleaved", "apart"] = "interleaved"
+    repeats: Literal[1] = 1
+
+
+class Objective(Table, frozen=True):
+    """A deadline on the final answer, and the share of started queries that must meet it."""
+
+    query_seconds: Positive
+    attainment: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.95
+
+
+class Arm(Table, frozen=True):
+    """One topology with its parameters, as one competitor. `params` holds the topology's own keys as written."""
+
+    name: str
+    topology: str
+    baseline: bool = False
+    target: str | None = None
+    targets: dict[str, str] = {}
+    workload: dict[str, Any] = {}
+    rate: Positive | None = None
+    concurrency: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    queries: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    warmup: Count | None = None
+    params: dict[str, Any] = {}
+
+
+class Scenario(Table, frozen=True):
+    """A checked scenario. `targets` is empty when the embedded stub stands in."""
+
+    name: str
+    seed: int
+    targets: dict[str, Target]
+    stub: Stub
+    workload: Workload
+    arms: list[Arm]
+    tools: Tools
+    load: Load
+    objective: Objective | None
+    source: str
+
+    def workload_of(self, arm: Arm) -> Workload:
+        """The workload with the arm's own lengths."""
+        return msgspec.convert(msgspec.to_builtins(self.workload) | arm.workload, Workload)
+
+    def load_of(self, arm: Arm) -> Load:
+        """The load with the arm's own rate, concurrency, queries and warmup; giving `queries` clears `duration`."""
+        own = {k: v for k in ("rate", "concurrency", "queries", "warmup") if (v := getattr(arm, k)) is not None}
+        if "queries" in own:
+            own["duration"] = None
+        return msgspec.structs.replace(self.load, **own)
+
+    @property
+    def baseline(self) -> Arm:
+        """The arm that all others are set against."""
+        return next(arm for arm in self.arms if arm.baseline)
