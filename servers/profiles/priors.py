@@ -63,13 +63,23 @@ def fewest_chips(model: Model, chip: Chip, utilization: float = 0.92) -> int:
     return chips
 
 
-def kv_blocks(model: Model, chip: Chip, chips: int, utilization: float = 0.92, block_size: int = 16) -> int:
-    """KV blocks of one engine on `chips` chips, the null block included.
+def kv_shards(model: Model, chip: Chip, chips: int) -> int:
+    """Chips that the KV cache of a token is split over: no more than the model has KV heads, as further chips hold copies.
+
+    Chips of SRAM are stages of a pipeline: each holds the cache of its own layers only.
+    """
+    return chips if chip.kind == "lpu" else min(chips, model.kv_shards)
+
+
+def kv_blocks(
+    model: Model, chip: Chip, chips: int, utilization: float = 0.92, block_size: int = 16, state_seqs: int = 0
+) -> int:
+    """KV blocks of one engine on `chips` chips, the null block included; `state_seqs` sequences' linear state is set aside.
 
     floor((memory * utilization - overhead - weights / g) / (bytes a token / g_kv * block size)), g_kv = min(g, KV heads).
     """
-    left = _usable_bytes(chip, utilization) - model.total_weight_bytes / chips
-    per_token = (model.kv_bytes_per_token + model.window_kv_bytes_per_token) / min(chips, model.kv_shards)
+    left = _left_bytes(model, chip, chips, utilization) - state_seqs * model.state_bytes_per_seq / chips
+    per_token = (model.kv_bytes_per_token + model.window_kv_bytes_per_token) / kv_shards(model, chip, chips)
     blocks = floor(left / (per_token * block_size)) if left > 0 else 0
     if blocks < 2:
         raise ProfileError(
@@ -79,23 +89,43 @@ def kv_blocks(model: Model, chip: Chip, chips: int, utilization: float = 0.92, b
     return blocks
 
 
-def prior_settings(model: Model, chip: Chip, chips: int | None = None) -> Settings:
-    """vLLM's defaults for a model on a chip, on as few chips as hold it unless told."""
-    g = chips or fewest_chips(model, chip)
+def _left_bytes(model: Model, chip: Chip, chips: int, utilization: float) -> float:
+    return _usable_bytes(chip, utilization) - model.total_weight_bytes / chips
+
+
+def prior_settings(model: Model, chip: Chip, chips: int | None = None, utilization: float = 0.92) -> Settings:
+    """vLLM's defaults for a model on a chip, on as few chips as hold it unless told.
+
+    A model with linear attention gets no more sequences than half of the memory beside the weights has room for state.
+    """
+    g = chips or fewest_chips(model, chip, utilization)
     tokens, seqs = default_budget(chip)
+    state_seqs = 0
+    if model.state_bytes_per_seq:
+        room = max(0.0, _left_bytes(model, chip, g, utilization)) * g
+        state_seqs = seqs = max(1, min(seqs, int(0.5 * room / model.state_bytes_per_seq)))
     return Settings(
         max_num_seqs=seqs,
         max_num_batched_tokens=tokens,
-        num_blocks=kv_blocks(model, chip, g),
+        num_blocks=kv_blocks(model, chip, g, utilization, state_seqs=state_seqs),
         tensor_parallel=g,
         max_model_len=model.max_model_len,
+        gpu_memory_utilization=utilization,
     )
 
 
-def _flops(model: Model, chip: Chip) -> float:
-    """The arithmetic rate that the model's weights run at: 4-bit and 8-bit weights on the chip's 8-bit units where it has them."""
+def arithmetic_field(model: Model, chip: Chip) -> str:
+    """Which figure of the chip the model's products run at: 4-bit and 8-bit weights on its 8-bit units where it has them."""
     narrow = (model.expert_weight_bytes or model.weight_bytes) <= 1.0
-    rate = (chip.flops_fp8 if narrow else chip.flops_bf16) or chip.flops_bf16 or chip.flops_fp8
+    if narrow and chip.flops_fp8:
+        return "flops_fp8"
+    return "flops_bf16"
+
+
+def _flops(model: Model, chip: Chip) -> float:
+    rate = chip.flops_fp8 if arithmetic_field(model, chip) == "flops_fp8" else chip.flops_bf16
+    if not rate and chip.flops_fp8:
+        rate = chip.flops_fp8 / 2  # unknown: 16-bit products usually run at half the 8-bit rate
     if not rate or not chip.bandwidth_bytes_per_s:
         raise ProfileError(
             f"chip {chip.id}: bandwidth or FLOP/s unknown; give them in a profile file that contains [chip]"
@@ -109,10 +139,13 @@ def prior_law(model: Model, chip: Chip, settings: Settings, eta: Efficiencies | 
     g = settings.tensor_parallel
     flops = _flops(model, chip)
     read = (chip.bandwidth_bytes_per_s or 0.0) * eta.weights * g
-    kv_read = (chip.bandwidth_bytes_per_s or 0.0) * eta.kv * min(g, model.kv_shards)
+    kv_read = (chip.bandwidth_bytes_per_s or 0.0) * eta.kv * kv_shards(model, chip, g)
     ranks = settings.data_parallel if settings.expert_parallel else 1
     link = chip.link_bytes_per_s or 32e9
     gpu = chip.kind == "gpu"
+    # A pipeline of SRAM chips costs its stages whatever the batch: some 40 us a layer, from about 300 tokens/s a user for a 70B model.
+    fixed_s = 4e-5 * model.depth if chip.kind == "lpu" else 1.5e-3
+    collective = g > 1 and chip.kind != "lpu"
     watts = chip.watts or 0.0
     return StepLaw(
         dense_s=model.resident_weight_bytes / read,
@@ -125,11 +158,11 @@ def prior_law(model: Model, chip: Chip, settings: Settings, eta: Efficiencies | 
         window_context_s=model.window_kv_bytes_per_token / kv_read,
         attention_s=model.attention_flops_per_pair / (g * flops * eta.attention),
         sequence_s=5e-6 + 2.0 * model.state_bytes_per_seq / kv_read,
-        fixed_s=1.5e-3,
+        fixed_s=fixed_s,
         knee=3.0,
         expert_ranks=ranks,
-        collective_s=2 * model.depth * 8e-6 if g > 1 else 0.0,
-        collective_token_s=2 * model.depth * model.width * 2 * 2 * (g - 1) / (g * link) if g > 1 else 0.0,
+        collective_s=2 * model.depth * 8e-6 if collective else 0.0,
+        collective_token_s=2 * model.depth * model.width * 2 * 2 * (g - 1) / (g * link) if collective else 0.0,
         graph_limit_tokens=GRAPH_LIMIT_TOKENS,
         graph_launch_s=1.5e-3 if gpu else 0.0,
         eager_launch_s=1e-3 * model.depth if gpu else 0.0,

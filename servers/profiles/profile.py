@@ -1,7 +1,7 @@
 """A profile: one model on one chip, the engine's settings and its step law; bundled, built from parts by priors, or a user's file."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -10,7 +10,7 @@ import msgspec
 
 from fanmark.servers.engine.step_time import StepLaw
 from fanmark.servers.profiles.parts import Chip, Confidence, Model, ProfileError, grade_of, unfilled
-from fanmark.servers.profiles.priors import Settings, prior_law, prior_settings
+from fanmark.servers.profiles.priors import Settings, arithmetic_field, prior_law, prior_settings
 
 SCHEMA = "fanmark.profile/1"
 Part = TypeVar("Part", Model, Chip)
@@ -39,30 +39,41 @@ class Profile:
             lines.append(f"model {self.model.id}: {self.model.warning}")
         if self.origin == "priors":
             lines.append(f"profile {self.name}: step times by priors, never fitted: expect +-50 %")
-            lines += _weak_figures(self.model) + _weak_figures(self.chip)
+            lines += _weak_figures(self.model, self.chip, self.settings)
         elif self.confidence in ("C", "U"):
             lines.append(f"profile {self.name}: grade {self.confidence} ({self.source}, {self.as_of})")
         return lines
 
+    @property
+    def energy_known(self) -> bool:
+        """Whether joules can be told: measured, or the chip's power is known."""
+        return self.law.idle_w + self.law.memory_w + self.law.compute_w > 0.0
 
-def _weak_figures(part: Model | Chip) -> list[str]:
-    """Figures of a part that are estimates (C) or unknown (U), a line for those that share a grade and a source."""
-    kind = "model" if isinstance(part, Model) else "chip"
-    skipped = {"id", "name", "source", "as_of", "confidence", "notes", "warning", "grades", "kind", "hf_id", "license"}
-    groups: dict[tuple[str, str, str], list[str]] = {}
-    for name in type(part).__struct_fields__:
-        value = getattr(part, name)
-        if name in skipped or (value in (None, [], 0, 0.0, "") and name not in part.grades and isinstance(part, Model)):
-            continue
-        grade = grade_of(part, name)
-        if value in (None, []):
-            groups.setdefault(("U", "", ""), []).append(name)
-        elif grade.confidence in ("C", "U"):
-            groups.setdefault((grade.confidence, grade.source, grade.as_of), []).append(name)
-    return [
-        f"{kind} {part.id}: grade {grade}{f' ({source}, {as_of})' if source else ''}: {', '.join(names)}"
-        for (grade, source, as_of), names in groups.items()
+
+def _weak_figures(model: Model, chip: Chip, settings: Settings) -> list[str]:
+    """Figures that priors rest on and that are estimates (C) or unknown (U), a line for those that share grade and source."""
+    fields_of: list[tuple[Model | Chip, list[str]]] = [
+        (model, ["layers", "hidden", "attention", "ffn"]),
+        (chip, ["memory_bytes", "bandwidth_bytes_per_s", arithmetic_field(model, chip), "watts"]),
     ]
+    if settings.tensor_parallel > 1:
+        fields_of[1][1].append("link_bytes_per_s")
+    lines = []
+    for part, names in fields_of:
+        groups: dict[tuple[str, str], list[str]] = {}
+        for name in names:
+            grade = grade_of(part, name)
+            if getattr(part, name) is None and not (name in ("attention", "ffn") and model.parametric is not None):
+                groups.setdefault(("U", "not published"), []).append(name)
+            elif grade.confidence in ("C", "U"):
+                groups.setdefault((grade.confidence, f"{grade.source}, {grade.as_of}"), []).append(name)
+        kind = "model" if isinstance(part, Model) else "chip"
+        lines += [f"{kind} {part.id}: grade {g} ({why}): {', '.join(names)}" for (g, why), names in groups.items()]
+    if chip.kind == "lpu":
+        lines.append(f"chip {chip.id}: a preset of the shape of latency only")
+    if model.state_bytes_per_seq:
+        lines.append(f"model {model.id}: grade C (32 bits assumed): state of linear attention")
+    return lines
 
 
 class _Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -81,7 +92,8 @@ class _Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A profile file. `model` and `chip` are ids of bundled parts or tables of their own."""
+    """A profile file. `model` and `chip` are ids of bundled parts or tables of their own; `weight_bytes` and `kv_bytes` (bytes a
+    parameter, bytes a cached number) override the model's."""
 
     schema: Literal["fanmark.profile/1"]
     name: str
@@ -91,6 +103,8 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     as_of: str = ""
     confidence: Confidence = "C"
     origin: Literal["fitted", "priors"] | None = None
+    weight_bytes: float | None = None
+    kv_bytes: float | None = None
     engine: _Engine = _Engine()
     law: dict[str, float | int] | None = None
     intervals: dict[str, tuple[float, float]] = {}
@@ -200,6 +214,10 @@ def _from_text(text: str, where: str) -> Profile:
     file: _File = _decode(text, _File, where)
     model = load_model(file.model) if isinstance(file.model, str) else file.model
     chip = load_chip(file.chip) if isinstance(file.chip, str) else file.chip
+    if file.weight_bytes is not None:
+        model = msgspec.structs.replace(model, weight_bytes=file.weight_bytes)
+    if file.kv_bytes is not None:
+        model = msgspec.structs.replace(model, kv_bytes=file.kv_bytes)
     _check_filled(model)
     settings = _settings(file.engine, model, chip)
     law = prior_law(model, chip, settings) if file.law is None else _law(file.law, where)
@@ -220,13 +238,11 @@ def _from_text(text: str, where: str) -> Profile:
 
 
 def _settings(engine: _Engine, model: Model, chip: Chip) -> Settings:
-    from dataclasses import replace
-
     given = {name: value for name in engine.__struct_fields__ if (value := getattr(engine, name)) is not None}
     if "num_blocks" in given and "max_num_seqs" in given and "max_num_batched_tokens" in given:
         return Settings(**{"max_model_len": model.max_model_len, **given})
     # vLLM's own count stands; only without it does the memory formula decide.
-    base = prior_settings(model, chip, engine.tensor_parallel)
+    base = prior_settings(model, chip, engine.tensor_parallel, engine.gpu_memory_utilization or 0.92)
     return replace(base, **given)
 
 
