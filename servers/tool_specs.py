@@ -1,0 +1,213 @@
+"""The embedded tools as data: their schemas, and how their latency and result are drawn. Standard library only.
+
+Shared by the MCP server (tools.py) and by runs in virtual time, so that both give a query the same tools, the same
+latencies and the same results.
+"""
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+SEED_META = "fanmark/seed"
+RESULT_TOKENS_META = "fanmark/result_tokens"
+MAX_RESULT_TOKENS = 1_000_000
+
+DISTRIBUTIONS = ("constant", "uniform", "exponential", "lognormal", "gamma")
+
+# A number, or {"dist": one of DISTRIBUTIONS, "mean": M, "cv": C, "min": A, "max": B}: the form that scenarios have.
+Latency = float | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ToolSpec:
+    """One tool as `tools/list` shows it; `input_schema` is JSON Schema with bounds on every argument. Read-only."""
+
+    name: str
+    description: str
+    input_schema: Mapping[str, Any]
+
+
+def _tool(name: str, description: str, properties: Mapping[str, Any], required: Sequence[str]) -> ToolSpec:
+    schema = {
+        "type": "object",
+        "properties": dict(properties),
+        "required": list(required),
+        "additionalProperties": False,
+    }
+    return ToolSpec(name, description + " Synthetic: waits, then returns filler words.", schema)
+
+
+def _string(description: str, max_length: int, **more: Any) -> dict[str, Any]:
+    return {"type": "string", "description": description, "minLength": 1, "maxLength": max_length, **more}
+
+
+def _integer(description: str, minimum: int, maximum: int, default: int) -> dict[str, Any]:
+    return {
+        "type": "integer",
+        "description": description,
+        "minimum": minimum,
+        "maximum": maximum,
+        "default": default,
+    }
+
+
+# The shapes that agents use, as the popular servers for search, files, databases and code have them.
+TOOLS: tuple[ToolSpec, ...] = (
+    _tool(
+        "search",
+        "Search the web and return the passages that answer the query best.",
+        {
+            "query": _string("What to look for, as one would type it into a search engine", 200),
+            "max_results": _integer("How many passages to return", 1, 20, 5),
+            "recency": {
+                "type": "string",
+                "description": "How old a page may be",
+                "enum": ["any", "year", "month", "week", "day"],
+                "default": "any",
+            },
+        },
+        ["query"],
+    ),
+    _tool(
+        "fetch",
+        "Fetch a page by its URL and return its text, from start_index on.",
+        {
+            "url": _string("Absolute http or https URL", 500, format="uri"),
+            "max_length": _integer("Most characters to return", 100, 100_000, 5_000),
+            "start_index": _integer("First character to return", 0, 1_000_000, 0),
+        },
+        ["url"],
+    ),
+    _tool(
+        "read_file",
+        "Read lines of a text file in the workspace.",
+        {
+            "path": _string("Path relative to the root of the workspace", 300),
+            "start_line": _integer("First line, counted from 1", 1, 1_000_000, 1),
+            "line_count": _integer("How many lines to return", 1, 2_000, 200),
+        },
+        ["path"],
+    ),
+    _tool(
+        "sql_query",
+        "Run one SELECT statement against a database and return the rows as text.",
+        {
+            "database": {
+                "type": "string",
+                "description": "Which database",
+                "enum": ["sales", "inventory", "support"],
+            },
+            "statement": _string("A single SELECT statement", 1_000),
+            "row_limit": _integer("Most rows to return", 1, 1_000, 50),
+        },
+        ["database", "statement"],
+    ),
+    _tool(
+        "calculator",
+        "Evaluate an arithmetic expression.",
+        {
+            "expression": _string("Numbers, + - * / ** and brackets", 200),
+            "precision": _integer("Digits after the decimal point", 0, 15, 6),
+        },
+        ["expression"],
+    ),
+    _tool(
+        "code_search",
+        "Find lines in the source code that match a regular expression, with their surroundings.",
+        {
+            "pattern": _string("Regular expression", 200),
+            "path": _string("Folder to search, relative to the root of the workspace", 300, default="."),
+            "language": {
+                "type": "string",
+                "description": "Only files of this language",
+                "enum": ["any", "python", "typescript", "go", "rust", "java", "c++"],
+                "default": "any",
+            },
+            "context_lines": _integer("Lines to show before and after each match", 0, 20, 2),
+        },
+        ["pattern"],
+    ),
+    _tool(
+        "list_directory",
+        "List the files and folders in a folder of the workspace.",
+        {
+            "path": _string("Path relative to the root of the workspace", 300),
+            "depth": _integer("How many levels down to go", 1, 5, 1),
+        },
+        ["path"],
+    ),
+    _tool(
+        "get_weather",
+        "Get the weather forecast for a place.",
+        {
+            "city": _string("Name of the city, with its country where that is not clear", 100),
+            "days": _integer("How many days ahead", 1, 14, 3),
+            "units": {"type": "string", "description": "Units", "enum": ["metric", "imperial"], "default": "metric"},
+        },
+        ["city"],
+    ),
+)
+
+
+def _number(spec: Mapping[str, Any], key: str, default: float) -> float:
+    value = spec.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+        raise ValueError(f"{key} = {value!r}: it must be a number >= 0")
+    return float(value)
+
+
+def check_latency(latency: Latency) -> None:
+    """Raise ValueError, in one line, where `latency` (seconds) is neither a number >= 0 nor a distribution."""
+    if not isinstance(latency, Mapping):
+        _number({"latency_s": latency}, "latency_s", 0.0)
+        if not math.isfinite(latency):
+            raise ValueError(f"latency_s = {latency!r}: it must be finite")
+        return
+    if unknown := sorted(set(latency) - {"dist", "mean", "cv", "min", "max"}):
+        raise ValueError(f"{unknown[0]!r} is no part of a distribution: it may have dist, mean, cv, min, max")
+    if latency.get("dist") not in DISTRIBUTIONS:
+        raise ValueError(f"dist = {latency.get('dist')!r}: it must be one of {', '.join(DISTRIBUTIONS)}")
+    if latency["dist"] == "uniform":
+        if "min" not in latency or "max" not in latency:
+            raise ValueError("a uniform distribution needs min and max")
+    elif "mean" not in latency:
+        raise ValueError(f"a {latency['dist']} distribution needs a mean")
+    _number(latency, "mean", 0.0)
+    _number(latency, "cv", 1.0)
+    if _number(latency, "min", 0.0) > _number(latency, "max", math.inf):
+        raise ValueError(f"min = {latency['min']!r} is above max = {latency['max']!r}")
+
+
+def draw_latency_s(latency: Latency, seed: int | str) -> float:
+    """One latency in seconds, the same for the same seed. `latency` must have passed `check_latency`.
+
+    lognormal: sigma^2 = ln(1 + cv^2), mu = ln(mean) - sigma^2 / 2. gamma: shape 1 / cv^2, scale mean x cv^2. cv defaults
+    to 1; an exponential's is 1. A draw outside [min, max] is moved to the nearer end, which moves the mean too.
+    """
+    if not isinstance(latency, Mapping):
+        return float(latency)
+    rng = random.Random(f"latency {seed}")
+    kind, low, high = latency["dist"], _number(latency, "min", 0.0), _number(latency, "max", math.inf)
+    mean, cv = _number(latency, "mean", 0.0), _number(latency, "cv", 1.0)
+    if kind == "uniform":
+        drawn = rng.uniform(low, high)
+    elif mean == 0 or kind == "constant" or (cv == 0 and kind != "exponential"):
+        drawn = mean
+    elif kind == "exponential":
+        drawn = rng.expovariate(1 / mean)
+    elif kind == "gamma":
+        drawn = rng.gammavariate(1 / cv**2, mean * cv**2)
+    else:
+        variance = math.log1p(cv**2)
+        drawn = rng.lognormvariate(math.log(mean) - variance / 2, math.sqrt(variance))
+    return min(max(drawn, low), high)
+
+
+def result_text(words: Sequence[str], result_tokens: int, seed: int | str) -> str:
+    """`result_tokens` words of the stub's vocabulary with a space between, the same for the same seed.
+
+    Each word is one token of fanmark.servers.tokenizer, so the text has exactly `result_tokens` of them.
+    """
+    return " ".join(random.Random(f"result {seed}").choices(words, k=result_tokens))
