@@ -9,7 +9,7 @@ judge:          S, Q, the answers of the last round (or of all rounds), its inst
 from dataclasses import dataclass
 from typing import Literal
 
-from fanmark.agents.runtime import Expected, Key, Message, Runtime, Topology, at_least, place, together
+from fanmark.agents.runtime import Author, Expected, Key, Message, Runtime, Topology, at_least, place, together
 
 ROLES = (
     "You are the careful analyst: check every step, define your terms and say how sure you are of each.",
@@ -42,7 +42,8 @@ class Params:
 
 
 async def run(rt: Runtime, p: Params) -> None:
-    roles = [rt.message(("role", i), ROLES[i % len(ROLES)]) for i in range(p.agents)]
+    author: Author = "system" if p.role_position == "head" else "user"
+    roles = [rt.message(("role", i), ROLES[i % len(ROLES)], author) for i in range(p.agents)]
     histories = [[rt.system, rt.question] for _ in roles]
     rounds: list[list[Message]] = []
 

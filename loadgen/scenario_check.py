@@ -5,7 +5,7 @@ import difflib
 import math
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -156,17 +156,17 @@ def _arm(raw: dict[str, Any], i: int, source: str, topologies: Mapping[str, Topo
             raise ScenarioError(f"{where}: unknown key {key!r}{_nearest(key, own | keys)}")
     given = {k: v for k, v in raw.items() if k in own}
     arm: Arm = _convert({k: v for k, v in raw.items() if k in keys} | {"params": given}, Arm, source, f"arm {i + 1}")
-    resolve_params(topologies[name], given, where, lambda dist: round(dist.mean))
+    resolve_params(topologies[name], given, where, lambda _, dist: round(dist.mean))
     return arm
 
 
-def resolve_params(topology: Topology, given: Mapping[str, Any], where: str, drawn: Any) -> Any:
-    """The topology's params; a distribution goes through `drawn(dist)`. Raises ScenarioError."""
+def resolve_params(topology: Topology, given: Mapping[str, Any], where: str, drawn: Callable[[str, Dist], int]) -> Any:
+    """The topology's params; a distribution goes through `drawn(key, dist)`. Raises ScenarioError."""
     values = {}
     for key, value in given.items():
         if isinstance(value, Dist | dict):
             try:
-                value = drawn(msgspec.convert(value, Dist))
+                value = drawn(key, msgspec.convert(value, Dist))
             except msgspec.ValidationError as e:
                 raise ScenarioError(f"{where}: {key} = {value!r}: {str(e).split(' - at ')[0]}") from None
         values[key] = value

@@ -1,0 +1,70 @@
+"""What one query asks for: lengths and parameters drawn from (seed, query index), the same in every arm. Pure."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fanmark.agents.runtime import Expected, Key, Topology
+from fanmark.loadgen.lengths import draw_int
+from fanmark.loadgen.scenario import KINDS, RUN_KINDS, Arm, Scenario
+from fanmark.loadgen.scenario_check import resolve_params
+
+SYSTEM = (
+    "You are one of several assistants that answer questions for engineers and planners. Think step by step, state your assumptions, "
+    "prefer facts and figures to opinions, and say what you do not know. Some messages end in loose words: pay them no attention."
+)
+QUESTIONS = (
+    "Should a city of half a million people replace its diesel buses by trams, by electric buses or by neither? Compare cost and risk.",
+    "A warehouse ships 4,000 parcels a day and is late with one in twenty. What would you measure first, and what would you change?",
+    "A river floods a town every ten years or so. Is it better to build higher walls, to give the river room, or to move the houses?",
+    "Is it wise for a small country to build a nuclear power station now, or should it wait for cheaper storage? Argue with numbers.",
+    "A hospital has beds for 300 patients and 340 on most winter days. Which three steps would help most within a year?",
+    "How should a software team of twelve decide whether to rewrite an old billing system or to keep mending it?",
+    "A farm of 200 hectares loses soil every spring. Which crops, machines and rules would you try first, and how would you judge them?",
+    "Why do queues in supermarkets feel longer than they are, and what could a manager do about it without more staff?",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """One query of one arm: its number (negative: warm-up), drawn lengths by kind, the topology's params as drawn."""
+
+    arm: str
+    query: int
+    lengths: Mapping[str, int]
+    params: Any
+    seed: str
+
+    @property
+    def question(self) -> str:
+        """The question; its number comes first, so that no two queries share a block from here on."""
+        return f"Question {self.query}. {QUESTIONS[self.query % len(QUESTIONS)]} Use the tools you have, if any."
+
+
+def draw_demand(scenario: Scenario, arm: Arm, topology: Topology, query: int) -> Demand:
+    """The demand of query number `query`; equal for equal (scenario seed, number), whatever the arm draws elsewhere."""
+    workload = scenario.workload_of(arm)
+    lengths = {
+        kind: draw_int(getattr(workload, kind), scenario.seed, "run" if kind in RUN_KINDS else query, kind)
+        for kind in KINDS
+    }
+    params = resolve_params(
+        topology, arm.params, arm.name, lambda key, dist: draw_int(dist, scenario.seed, query, "params", key)
+    )
+    return Demand(arm.name, query, lengths, params, f"{scenario.seed}/{query}")
+
+
+def expected_tokens(
+    expected: Expected, lengths: Mapping[str, int], sizes: Mapping[Key, int | None]
+) -> tuple[int, int | None]:
+    """(output, input) tokens by the closed form. `sizes` are the messages' real sizes; what is not in it is as long as drawn.
+    Input is None where a size is not known."""
+    output = sum(count * lengths[kind] for kind, count in expected.writes.items())
+    total = 0
+    for key, count in expected.reads.items():
+        kind = key[1] if key[0] == "quoted" else key[0]
+        size = sizes[key] if key in sizes else lengths.get(str(kind), 0)
+        if size is None:
+            return output, None
+        total += count * size
+    return output, total

@@ -1,0 +1,142 @@
+"""What was measured: a Call, a ToolCall or a Query, written once and never edited; and the journal that keeps them on disk.
+
+All instants (`_at`) are seconds since the run's start on the run's own monotonic clock (warm-up lies before 0). Token counts are the
+server's; None is "the server did not say", never 0.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, TextIO
+
+import msgspec
+
+Outcome = Literal["completed", "failed", "abandoned"]
+
+GAP_BASE = 1.02  # width of a bucket of token gaps: 2 %, so a quantile read from them is within 1 %
+
+
+def gap_bucket(gap_s: float) -> int:
+    """The log bucket of a token gap: floor(ln(gap) / ln(1.02)), with all gaps under 1 us in one."""
+    return math.floor(math.log(max(gap_s, 1e-6)) / math.log(GAP_BASE))
+
+
+def bucket_gap_s(bucket: int) -> float:
+    """The geometric middle of a bucket, in seconds."""
+    return float(GAP_BASE ** (bucket + 0.5))
+
+
+class Call(msgspec.Struct, omit_defaults=False, kw_only=True):
+    """One call (kind "call") or tool call (kind "tool_call"): a line of calls.jsonl. `due_at` is when it should have been sent,
+    `first_at` the first token of the reply (reasoning or not), `answer_at` the first that is not reasoning."""
+
+    query: int
+    arm: str
+    call: int
+    after: list[int]
+    kind: Literal["call", "tool_call"]
+    role: str
+    round: int
+    target: str | None = None
+    tool: str | None = None
+    due_at: float
+    sent_at: float | None = None
+    first_at: float | None = None
+    answer_at: float | None = None
+    done_at: float | None = None
+    input_tokens: int | None = None
+    cached_tokens: int | None = None
+    output_tokens: int | None = None
+    reasoning_tokens: int | None = None
+    finish: str | None = None
+    attempt: int = 1
+    error: str | None = None
+    message: str | None = None
+    tool_error: bool = False
+    lane: str | None = None
+    worker: int = 0
+    gaps: dict[int, int] = {}
+    coalesced: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """Time in flight; 0 for a call that was never sent."""
+        return self.done_at - self.sent_at if self.done_at is not None and self.sent_at is not None else 0.0
+
+
+class Query(msgspec.Struct, kw_only=True):
+    """One query: a line of queries.jsonl. `resources` are the per_query resources of summary.json, None where unknown; `expected` is
+    the closed form of this query; `mismatches` names the resources that differ from it."""
+
+    query: int
+    arm: str
+    warmup: bool
+    due_at: float
+    started_at: float
+    done_at: float
+    outcome: Outcome
+    resources: dict[str, float | None]
+    expected: dict[str, int | None]
+    mismatches: list[str]
+    seed: str
+    error: str | None = None
+    calls: list[Call] = []
+
+
+class Journal:
+    """Appends records to queries.jsonl and calls.jsonl as they finish; a killed run loses at most what was not flushed yet."""
+
+    def __init__(self, folder: Path) -> None:
+        self._queries: TextIO = (folder / "queries.jsonl").open("w")
+        self._calls: TextIO = (folder / "calls.jsonl").open("w")
+
+    def write(self, query: Query) -> None:
+        """One query with all its calls."""
+        encode = msgspec.json.encode
+        self._calls.write("".join(encode(call).decode() + "\n" for call in query.calls))
+        row = msgspec.structs.asdict(query)
+        del row["calls"]
+        self._queries.write(encode(row).decode() + "\n")
+
+    def flush(self) -> None:
+        """Hands what was written to the system; called once a second."""
+        self._calls.flush()
+        self._queries.flush()
+
+    def close(self) -> None:
+        self._calls.close()
+        self._queries.close()
+
+
+def in_order(calls: Iterable[Call]) -> list[Call]:
+    """By number, so that each stands after those it depended on."""
+    return sorted(calls, key=lambda call: call.call)
+
+
+def shape(calls: Iterable[Call]) -> dict[str, int | float]:
+    """Depth, width, work and critical path of one query, from its records alone.
+
+    depth: calls on the longest chain of dependencies; width: the largest number of calls at one depth; work_s: sum of the times of all
+    calls and tool calls; critical_path_s: the longest chain of them by time; tool_s: the tool calls' share of work_s.
+    """
+    depth: dict[int, int] = {}
+    chain_s: dict[int, float] = {}
+    at_depth: Counter[int] = Counter()
+    work_s = tool_s = 0.0
+    for call in in_order(calls):
+        is_call = call.kind == "call"
+        depth[call.call] = is_call + max((depth.get(n, 0) for n in call.after), default=0)
+        chain_s[call.call] = call.seconds + max((chain_s.get(n, 0.0) for n in call.after), default=0.0)
+        work_s += call.seconds
+        if is_call:
+            at_depth[depth[call.call]] += 1
+        else:
+            tool_s += call.seconds
+    return {
+        "depth": max(depth.values(), default=0),
+        "width": max(at_depth.values(), default=0),
+        "work_s": work_s,
+        "critical_path_s": max(chain_s.values(), default=0.0),
+        "tool_s": tool_s,
+    }

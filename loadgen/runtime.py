@@ -1,0 +1,257 @@
+"""What implements the topologies' Runtime: carries every call and tool call of one query and records it."""
+
+import hashlib
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from fanmark.agents.runtime import Author, Key, Message
+from fanmark.loadgen.contamination import Explained
+from fanmark.loadgen.demand import SYSTEM, Demand
+from fanmark.loadgen.errors import CallError
+from fanmark.loadgen.lanes.http import HttpError, Sent
+from fanmark.loadgen.lanes.sse import Reply
+from fanmark.loadgen.prompts import Part, Text
+from fanmark.loadgen.records import Call
+from fanmark.loadgen.target import Endpoint
+
+
+class ToolUse(Protocol):
+    """The tools that a query may call, as the composer hands them."""
+
+    async def call(self, seed: str, n: int, result_tokens: int) -> "ToolOutcome":
+        """Tool call number `n` of a query. Raises CallError for transport and protocol errors."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolOutcome:
+    """Which tool was called, what it said, and whether that was its own error."""
+
+    tool: str
+    text: str
+    is_error: bool
+
+
+class Tally(Protocol):
+    """Told of every call as it starts and ends; live view and metrics read it."""
+
+    def call_started(self, call: Call) -> None: ...
+
+    def call_finished(self, call: Call) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """What all queries of a run share. `salts` gives a call's cache salt from (arm, query, call), None for a warm cache."""
+
+    run_id: str
+    seed: int
+    now: Callable[[], float]
+    forced: bool
+    salts: Callable[[str, int, int], str | None]
+    endpoint: Callable[[str, str], Endpoint]
+    tools: ToolUse | None
+    explained: Explained
+    tally: Tally
+
+
+@dataclass
+class QueryRuntime:
+    """One query under way. `calls` fills as its calls start; `sizes` and `replies` tell how long its messages really were."""
+
+    world: World
+    demand: Demand
+    calls: list[Call] = field(default_factory=list)
+    sizes: dict[Key, int | None] = field(default_factory=dict)
+    replies: dict[Key, tuple[Endpoint, Author, str]] = field(default_factory=dict)
+    unexplained_tokens: int = 0
+    _ids: dict[Key, list[int] | None] = field(default_factory=dict)
+
+    @property
+    def system(self) -> Message:
+        return self.message(("system",), SYSTEM, "system")
+
+    @property
+    def question(self) -> Message:
+        return self.message(("question",), self.demand.question)
+
+    def message(self, key: Key, text: str, author: Author = "user") -> Message:
+        return Message(key, author, text, self.demand.lengths[str(key[0])])
+
+    def quote(self, reply: Message) -> Message:
+        return Message(("quoted", *reply.key), "user", reply.text, reply.tokens, reply.source)
+
+    async def infer(
+        self,
+        prompt: Iterable[Message],
+        *,
+        writes: Key,
+        role: str,
+        round: int = 1,
+        tools: bool = False,
+        times: int = 1,
+        reasoning: bool = False,
+        after: Iterable[Message] = (),
+    ) -> Message:
+        messages = list(prompt)
+        endpoint = self.world.endpoint(self.demand.arm, role)
+        call = self._start("call", role, round, [*messages, *after], target=endpoint.name, lane=endpoint.lane.name)
+        try:
+            reply = await self._infer(endpoint, call, messages, self.demand.lengths[str(writes[0])] * times, tools)
+        except BaseException as e:
+            self._end(call, e)
+            raise
+        call.finish = reply.finish
+        call.first_at, call.answer_at, call.done_at = reply.first_at, reply.answer_at, reply.done_at
+        call.gaps, call.coalesced = reply.gaps, reply.coalesced
+        self._end(call)
+        self._ids[writes] = reply.token_ids
+        self.replies[writes] = (endpoint, "assistant", reply.text)
+        return Message(writes, "assistant", reply.text, call.output_tokens or 0, call.call)
+
+    async def call_tool(self, *, writes: Key, request: Message, role: str, round: int = 1) -> Message:
+        if self.world.tools is None:
+            raise CallError("tool_protocol", "this arm has no tools")
+        call = self._start("tool_call", role, round, [request])
+        n = sum(1 for earlier in self.calls if earlier.kind == "tool_call") - 1
+        try:
+            call.sent_at = self.world.now()
+            outcome = await self.world.tools.call(self.demand.seed, n, self.demand.lengths["tool_result"])
+        except BaseException as e:
+            self._end(call, e)
+            raise
+        call.done_at = self.world.now()
+        call.tool, call.tool_error = outcome.tool, outcome.is_error
+        self._end(call)
+        self._ids[writes] = None
+        self.replies[writes] = (self.world.endpoint(self.demand.arm, role), "user", outcome.text)
+        return Message(writes, "user", outcome.text, self.demand.lengths["tool_result"], call.call)
+
+    def _start(self, kind: Any, role: str, round: int, read: Iterable[Message], **where: Any) -> Call:
+        after = sorted({m.source for m in read if m.source is not None})
+        call = Call(
+            query=self.demand.query,
+            arm=self.demand.arm,
+            call=len(self.calls) + 1,
+            after=after,
+            kind=kind,
+            role=role,
+            round=round,
+            due_at=self.world.now(),
+            **where,
+        )
+        self.calls.append(call)
+        self.world.tally.call_started(call)
+        return call
+
+    def _end(self, call: Call, error: BaseException | None = None) -> None:
+        if error is not None:
+            call.done_at = self.world.now()
+            call.error = error.kind if isinstance(error, CallError) else "cancelled"
+            call.message = str(error)[:500] or None
+        self.world.tally.call_finished(call)
+
+    async def _infer(
+        self, endpoint: Endpoint, call: Call, messages: Sequence[Message], max_tokens: int, tools: bool
+    ) -> Reply:
+        """Makes the prompt and sends it; once more without each parameter that the target refuses."""
+        while True:
+            salt = self.world.salts(self.demand.arm, self.demand.query, call.call)
+            opening = f"[{salt}]" if salt is not None and endpoint.salts_text else ""
+            prompt = await self._parts(endpoint, messages, tools, opening)
+            body = endpoint.body(
+                [(author, part) for _, author, part in prompt],
+                max_tokens=max_tokens,
+                forced=self.world.forced,
+                salt=salt,
+                tools=tools,
+            )
+            limit, prefix = self._explain(salt, prompt)
+            sent = Sent()
+            try:
+                reply = await endpoint.send(body, self._headers(call), sent)
+            except HttpError as e:
+                if endpoint.drop_refused(e, body):
+                    continue
+                raise
+            finally:
+                call.sent_at = sent.at
+            self._count(call, reply, limit)
+            if limit is not None:
+                content = reply.token_ids if endpoint.config.api == "completions" else reply.text
+                self.world.explained.replied(self._owner, prefix, ("assistant", str(content)))
+            return reply
+
+    async def _parts(
+        self, endpoint: Endpoint, messages: Sequence[Message], tools: bool, opening: str
+    ) -> list[tuple[Key, Author, Part]]:
+        """The prompt's messages as they go over the wire; those of length 0 do not exist."""
+        prompt: list[tuple[Key, Author, Part]] = []
+        for message in messages:
+            if message.source is not None:
+                part = await endpoint.prompts.reply_part(message.author, message.text, self._reply_ids(message))
+                if part.size is not None:
+                    self.sizes[message.key] = part.size
+            elif message.tokens > 0:
+                first = not prompt
+                per_query = message.key[0] == "question"
+                seed = self.demand.seed if per_query else f"{self.world.seed}/{'/'.join(map(str, message.key))}"
+                text = Text(message.author, message.text, message.tokens, seed, first, opening if first else "")
+                part = await endpoint.prompts.part(text)
+                self.sizes[message.key] = part.size
+            else:
+                continue
+            prompt.append((message.key, message.author, part))
+        if tools and endpoint.tool_part is not None:
+            self.sizes["tools",] = endpoint.tool_part.size
+            if endpoint.config.api == "completions":
+                place = 1 if prompt and prompt[0][0] == ("system",) else 0
+                prompt.insert(place, (("tools",), "system", endpoint.tool_part))
+        if not prompt:
+            raise CallError("bad_reply", "a prompt without any message: system and question are both of length 0")
+        return prompt
+
+    def _reply_ids(self, message: Message) -> list[int] | None:
+        return self._ids.get(message.key[1:] if message.key[0] == "quoted" else message.key)
+
+    @property
+    def _owner(self) -> tuple[str, int]:
+        return (self.demand.arm, self.demand.query)
+
+    def _explain(self, salt: str | None, prompt: Sequence[tuple[Key, Author, Part]]) -> tuple[int | None, Any]:
+        if salt is None:
+            return None, None
+        first_own = next(
+            (i for i, (key, _, _) in enumerate(prompt) if key[0] not in ("system", "role", "tools")), len(prompt)
+        )
+        listed = [((author, str(part.content)), part.size or len(part.content)) for _, author, part in prompt]
+        return self.world.explained.limit(salt, self._owner, listed, first_own)
+
+    def _count(self, call: Call, reply: Reply, limit: int | None) -> None:
+        usage = reply.usage
+        if usage is None:
+            return
+        call.input_tokens, call.output_tokens = usage.prompt_tokens, usage.completion_tokens
+        if usage.prompt_tokens_details is not None:
+            call.cached_tokens = usage.prompt_tokens_details.cached_tokens
+        details = usage.completion_tokens_details
+        call.reasoning_tokens = details.reasoning_tokens if details is not None else None
+        if limit is not None and call.cached_tokens is not None:
+            self.unexplained_tokens += max(0, call.cached_tokens - limit)
+
+    def _headers(self, call: Call) -> Mapping[str, str]:
+        """X-Request-Id and X-Session-Id for servers and routers, traceparent for traces: the trace is the query."""
+        query = f"{self.world.run_id}-{self.demand.arm}-{self.demand.query}"
+        trace_id = hashlib.blake2b(query.encode(), digest_size=16).hexdigest()
+        span_id = hashlib.blake2b(f"{query}-{call.call}".encode(), digest_size=8).hexdigest()
+        return {
+            "X-Request-Id": f"{query}-{call.call}",
+            "X-Session-Id": query,
+            "traceparent": f"00-{trace_id}-{span_id}-01",
+        }
+
+
+def pick(names: Sequence[str], seed: str, n: int) -> str:
+    """The tool for tool call number `n`: each in turn, from a place drawn from the query's seed."""
+    return names[(random.Random(f"{seed}/tool").randrange(len(names)) + n) % len(names)]

@@ -1,0 +1,253 @@
+"""A target found, checked and measured before anything is sent to it; and what one call to it looks like on the wire."""
+
+import asyncio
+import os
+import ssl
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from fanmark.agents.runtime import Author
+from fanmark.loadgen.errors import CallError, ScenarioError, UnreachableError
+from fanmark.loadgen.lanes.http import HttpError, HttpLane, Sent
+from fanmark.loadgen.lanes.sse import Reply
+from fanmark.loadgen.prompts import ChatPrompts, Part, Prompts, TokenPrompts, measure_template
+from fanmark.loadgen.scenario import Target
+from fanmark.loadgen.tokenizers import LocalTokenizer, RemoteTokenizer, one_token_words
+from fanmark.servers.tokenizer import Tokenizer as StubTokenizer
+from fanmark.servers.tokenizer import vocabulary
+
+LOST = {
+    "ignore_eos": "replies may end early: output tokens are a bound, not exact",
+    "cache_salt": "a salted line opens every prompt instead; its tokens count",
+    "stream_options": "streams carry no usage: token counts are unknown",
+    "return_token_ids": "replies are re-encoded: input tokens may differ by a few",
+    "max_tokens": "max_completion_tokens is sent instead",
+}
+
+
+class Endpoint:
+    """One target, ready to be called. `notes` collects what the user must be told; `dropped` holds refused parameters."""
+
+    def __init__(
+        self, name: str, config: Target, lane: HttpLane, model: str, server: str, headers: dict[str, str]
+    ) -> None:
+        self.name = name
+        self.config = config
+        self.lane = lane
+        self.model = model
+        self.server = server
+        self.notes: list[str] = []
+        self.dropped: set[str] = set()
+        self.prompts: Prompts = ChatPrompts(vocabulary(), None, None)
+        self.tool_part: Part | None = None
+        self.max_model_len: int | None = None
+        self._headers = {**headers, "Content-Type": "application/json"}
+        self._tokenizer: RemoteTokenizer | None = None
+        self._tools: list[dict[str, Any]] = []
+
+    @property
+    def root(self) -> str:
+        """The server's address without /v1."""
+        return self.config.url.rstrip("/").removesuffix("/v1")
+
+    @property
+    def salts_text(self) -> bool:
+        """Whether prefix caches are kept apart by a line of text, since the target refused `cache_salt`."""
+        return "cache_salt" in self.dropped
+
+    async def measure(self) -> None:
+        """Finds out how exactly lengths can be had: template shares and words of one token each, by /tokenize."""
+        remote = RemoteTokenizer(self.lane, self.root, self.model, self._headers)
+        words = vocabulary()
+        try:
+            await remote.encode("word")
+            self._tokenizer = remote
+            if self.server.startswith("fanmark-stub"):
+                local = StubTokenizer(words)
+                tokenizer: LocalTokenizer | RemoteTokenizer = LocalTokenizer(local)
+                ids = {word: i for i, word in enumerate(words)}
+            else:
+                tokenizer, ids = remote, await one_token_words(remote, words)
+            if self.config.api == "completions":
+                self.prompts = TokenPrompts(list(ids.values()), tokenizer)
+            else:
+                self.prompts = ChatPrompts(list(ids), tokenizer, await measure_template(tokenizer))
+        except (CallError, ScenarioError) as e:
+            if self.config.api == "completions":
+                raise ScenarioError(f'{self.config.url}: api = "completions" needs /tokenize: {e}') from None
+            self.notes.append(f"{self.name}: input lengths are approximate, and not compared ({e})")
+
+    async def expose(self, tools: Sequence[dict[str, Any]], system: bool) -> None:
+        """Takes the tools' schemas (OpenAI's form) that stand in a tool user's prompts, and measures what they add to a prompt."""
+        self._tools = list(tools)
+        if not tools:
+            return
+        if self.config.api == "completions":
+            self.tool_part = await self.prompts.reply_part("system", msgspec.json.encode(self._tools).decode(), None)
+        elif self._tokenizer is None or not self.prompts.exact:
+            self.tool_part = Part("", None)
+        else:
+            messages = [{"role": "system", "content": "word"}] * system + [{"role": "user", "content": "word"}]
+            bare, full = await asyncio.gather(
+                self._tokenizer.count_chat(messages), self._tokenizer.count_chat(messages, self._tools)
+            )
+            self.tool_part = Part("", full - bare)
+
+    def body(
+        self,
+        parts: Sequence[tuple[Author, Part]],
+        *,
+        max_tokens: int,
+        forced: bool,
+        salt: str | None,
+        tools: bool,
+    ) -> dict[str, Any]:
+        """The request, as a JSON object. Parameters that the target refused before are left out."""
+        fields: dict[str, Any] = {"model": self.model}
+        if self.config.api == "completions":
+            fields["prompt"] = [i for _, part in parts for i in part.content]
+            fields["return_token_ids"] = True
+        else:
+            fields["messages"] = [{"role": author, "content": part.content} for author, part in parts]
+            if tools and self._tools:
+                fields |= {"tools": self._tools, "tool_choice": "none"}
+        fields |= {"max_tokens": max_tokens, "stream": True, "stream_options": {"include_usage": True}}
+        if forced:
+            fields["ignore_eos"] = True
+        if salt is not None:
+            fields["cache_salt"] = salt
+        fields |= self.config.params
+        for name in self.dropped & set(fields):
+            del fields[name]
+        if "max_tokens" in self.dropped:
+            fields["max_completion_tokens"] = max_tokens
+        return fields
+
+    async def send(self, body: Mapping[str, Any], headers: Mapping[str, str], sent: Sent) -> Reply:
+        """One call. Raises CallError."""
+        path = "completions" if self.config.api == "completions" else "chat/completions"
+        return await self.lane.send(
+            f"{self.config.url.rstrip('/')}/{path}",
+            msgspec.json.encode(body),
+            {**self._headers, **headers},
+            stream=True,
+            timeout_s=self.config.call_timeout_s,
+            sent=sent,
+        )
+
+    def drop_refused(self, error: HttpError, body: Mapping[str, Any]) -> bool:
+        """Whether the refusal names an optional parameter of `body`; it is left out from now on, and said once."""
+        if error.status not in (400, 422):
+            return False
+        for name in [*LOST, *self.config.params]:
+            if name in body and name in error.body:
+                if name not in self.dropped:
+                    self.dropped.add(name)
+                    self.notes.append(f"{self.name}: refuses {name!r}: {LOST.get(name, 'it is left out')}")
+                return True
+        return False
+
+    async def counters(self) -> dict[str, float] | None:
+        """The server's own token counters (vLLM's names), summed over labels; None if it exposes none."""
+        try:
+            status, text = await self.lane.get(f"{self.root}/metrics", self._headers)
+        except CallError:
+            return None
+        return parse_counters(text.decode(errors="replace")) if status == 200 else None
+
+
+def parse_counters(text: str) -> dict[str, float] | None:
+    """Sums of every `vllm:..._total` counter over its labels, by name without prefix and suffix; None if there is none."""
+    found: dict[str, float] = {}
+    for line in text.splitlines():
+        name, _, value = line.rpartition(" ")
+        name = name.partition("{")[0]
+        if name.startswith("vllm:") and name.endswith("_total"):
+            key = name.removeprefix("vllm:").removesuffix("_total")
+            found[key] = found.get(key, 0.0) + float(value)
+    return found or None
+
+
+async def connect(
+    name: str, config: Target, now: Callable[[], float], environ: Mapping[str, str] = os.environ
+) -> Endpoint:
+    """Waits for the target, chooses or checks the model and measures its tokenizer. Raises ScenarioError or UnreachableError."""
+    headers = dict(config.headers)
+    if config.api_key_env is not None:
+        key = environ.get(config.api_key_env)
+        if not key:
+            raise ScenarioError(
+                f"{config.url}: the API key is missing: set the environment variable {config.api_key_env}"
+            )
+        headers["Authorization"] = f"Bearer {key}"
+    tls: ssl.SSLContext | bool = not config.insecure
+    if config.ca_file is not None:
+        try:
+            tls = ssl.create_default_context(cafile=config.ca_file)
+        except OSError as e:
+            raise ScenarioError(f"{config.url}: ca_file = {config.ca_file!r}: {e.strerror or e}") from None
+    lane = HttpLane(now, tls=tls, proxy=config.proxy)
+    try:
+        listed = await _models(config, lane, headers)
+        model = _choose(config, [entry["id"] for entry in listed])
+        server = await _server(config, lane, headers)
+        endpoint = Endpoint(name, config, lane, model, server, headers)
+        endpoint.max_model_len = next((entry.get("max_model_len") for entry in listed if entry["id"] == model), None)
+        await endpoint.measure()
+    except BaseException:
+        await lane.close()
+        raise
+    return endpoint
+
+
+async def _models(config: Target, lane: HttpLane, headers: Mapping[str, str]) -> list[dict[str, Any]]:
+    url = f"{config.url.rstrip('/')}/models"
+    give_up_at = asyncio.get_running_loop().time() + config.ready_timeout_s
+    while True:
+        try:
+            status, body = await lane.get(url, headers, timeout_s=config.ready_timeout_s)
+            break
+        except CallError as e:
+            if asyncio.get_running_loop().time() + 0.25 > give_up_at:
+                raise UnreachableError(
+                    f"{config.url}: does not answer within {config.ready_timeout_s:g} s ({e}): is the server up? "
+                    "(ready_timeout_s waits longer)"
+                ) from None
+            await asyncio.sleep(0.25)
+    if status in (401, 403):
+        hint = (
+            f"the key in {config.api_key_env} is refused" if config.api_key_env else "name its variable by api_key_env"
+        )
+        raise ScenarioError(f"{config.url}: wants an API key (HTTP {status}): {hint}")
+    if status != 200:
+        if config.model is None:
+            raise UnreachableError(f"{url}: HTTP {status}: is the path right (.../v1)? Else name the model by --model")
+        return []
+    try:
+        return list(msgspec.json.decode(body)["data"])
+    except (msgspec.DecodeError, KeyError, TypeError):
+        raise UnreachableError(f"{url}: not an OpenAI-compatible list of models: is the path right (.../v1)?") from None
+
+
+def _choose(config: Target, listed: Sequence[str]) -> str:
+    if config.model is None:
+        if not listed:
+            raise UnreachableError(f"{config.url}: lists no model: name one by --model")
+        return listed[0]
+    if listed and config.model not in listed:
+        raise UnreachableError(f"{config.url}: has no model {config.model!r}, but {', '.join(listed[:10])}")
+    return config.model
+
+
+async def _server(config: Target, lane: HttpLane, headers: Mapping[str, str]) -> str:
+    root = config.url.rstrip("/").removesuffix("/v1")
+    try:
+        status, body = await lane.get(f"{root}/version", headers)
+        version = msgspec.json.decode(body)["version"] if status == 200 else None
+    except (CallError, msgspec.DecodeError, KeyError, TypeError):
+        version = None
+    if version is None:
+        return "unknown"
+    return str(version) if str(version).startswith("fanmark-stub") else f"vllm {version}"
