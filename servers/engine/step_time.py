@@ -116,10 +116,8 @@ class StepLaw:
         )
 
     def _context_part(self, context_tokens: int, seqs: int) -> float:
-        if self.window_tokens:
-            seen = min(context_tokens, seqs * self.window_tokens)
-            return self.context_s * context_tokens + self.window_context_s * seen
-        return self.context_s * context_tokens
+        seen = min(context_tokens, seqs * self.window_tokens)
+        return self.context_s * context_tokens + self.window_context_s * seen
 
     def launch_seconds(self, shape: BatchShape) -> float:
         """Time the processor needs to launch a step."""
@@ -143,27 +141,17 @@ class StepLaw:
         """Time of `steps` pure-decode steps from `shape` on, contexts one token a sequence longer after each. Exact, O(1)."""
         if steps <= 0:
             return 0.0
-        per_step = shape.decode_seqs
-        fixed = self._fixed_part(shape, None)
-        launch = self.launch_seconds(shape)
-        first = shape.context_tokens
-        slope, cap = self.context_s, None
-        if self.window_tokens:
-            # Above the cap the windowed layers cost the same every step; below, they grow like the others.
-            cap = per_step * self.window_tokens
-        total, at = 0.0, 0
-        while at < steps:
-            context = first + per_step * at
-            run, base, slope = steps - at, fixed, self.context_s
-            if cap is not None:
-                if context < cap:
-                    slope += self.window_context_s
-                    run = min(run, max(1, -(-(cap - context) // per_step)))
-                else:
-                    base += self.window_context_s * cap
-            total += _ramp(base + slope * context, slope * per_step, run, launch)
-            at += run
-        return total
+        fixed, launch = self._fixed_part(shape, None), self.launch_seconds(shape)
+        seqs, context, left, total = shape.decode_seqs, shape.context_tokens, steps, 0.0
+        cap = seqs * self.window_tokens
+        if context < cap:
+            # The layers with a window grow like the others until the contexts have filled it, and then cost the same every step.
+            run = min(left, -(-(cap - context) // seqs))
+            slope = self.context_s + self.window_context_s
+            total += _ramp(fixed + slope * context, slope * seqs, run, launch)
+            context, left = context + run * seqs, left - run
+        base = fixed + self.window_context_s * cap + self.context_s * context
+        return total + _ramp(base, self.context_s * seqs, left, launch)
 
     def steps_within(self, shape: BatchShape, limit: int, horizon_s: float) -> int:
         """How many steps, `limit` at most, of a pure-decode run from `shape` on end at or before `horizon_s` from its start."""
@@ -189,11 +177,10 @@ class StepLaw:
         fixed = self.weights_seconds(tokens) * self.memory_w + self.token_s * tokens * self.compute_w
         contexts = steps * shape.context_tokens + shape.decode_seqs * (steps * (steps - 1) // 2)
         memory = self.context_s * contexts
-        if self.window_tokens:
-            cap = shape.decode_seqs * self.window_tokens
-            growing = min(steps, max(0, -(-(cap - shape.context_tokens) // max(1, shape.decode_seqs))))
-            seen = growing * shape.context_tokens + shape.decode_seqs * (growing * (growing - 1) // 2)
-            memory += self.window_context_s * (seen + (steps - growing) * cap)
+        cap = shape.decode_seqs * self.window_tokens
+        growing = min(steps, max(0, -(-(cap - shape.context_tokens) // max(1, shape.decode_seqs))))
+        seen = growing * shape.context_tokens + shape.decode_seqs * (growing * (growing - 1) // 2)
+        memory += self.window_context_s * (seen + (steps - growing) * cap)
         return self.idle_w * seconds + fixed * steps + self.memory_w * memory
 
 

@@ -216,14 +216,14 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.attention is None:
             return 4.0 * self.depth * self.width
         a = self.attention
-        dims = (a.kv_lora + a.rope_dim + a.kv_lora) if a.kv_lora else 2 * a.head_dim
+        dims = a.head_dim + (a.value_dim or a.head_dim)
         return 2.0 * a.full_layers * a.q_heads * dims
 
     @property
     def kv_shards(self) -> int:
         """Chips that the KV cache of one sequence can be split over; beyond that its heads are copied."""
         if self.attention is None:
-            return 1_000_000
+            return 8  # grouped-query attention has 4 or 8 heads in nearly all published models
         return 1 if self.attention.kv_lora else self.attention.kv_heads
 
 
