@@ -1,0 +1,309 @@
+"""The engine in time: a scheduler, a step-time law, and the moments at which tokens come out.
+
+Rules of the file:
+1. Nothing here reads a clock or waits. The caller says what time it is (`now`, `until`: its own seconds, never going back), and is
+   told when to come again (`next_at`). What happens is the same whether it comes at every step or once an hour.
+2. Steps run one after another on the chip. With asynchronous scheduling two are on their way: step i is scheduled when the result
+   of step i-2 has been handled, that is after the launch of step i-1 and the end of step i-2. A request that arrives meanwhile
+   waits for the next scheduling. With m_i the moment of scheduling and h_i that of handling a result:
+       end_i = max(max(end_{i-1}, m_i) + gpu_i, m_i + launch_i)    h_i = max(end_i, m_{i+1} + launch_{i+1})    m_{i+2} = h_i
+   Synchronous: m_{i+1} = h_i = end_i.
+3. Tokens come out at h_i, at the end of their step. Costs outside the loop delay a request and load nothing: `ingress_s` before
+   it is queued, `token_s` on each token, `completion_s` on its last.
+4. Data-parallel engines in lockstep (experts shared between them) are one replica with several schedulers: all wait for the slowest.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
+from typing import NamedTuple, Protocol
+
+from fanmark.servers.engine.batch import Batch, EngineConfig, Output, Statistics
+from fanmark.servers.engine.request import Request
+from fanmark.servers.engine.scheduler import Scheduler
+from fanmark.servers.engine.step_time import BatchShape
+
+
+class StepTime(Protocol):
+    """What the replica asks of a step-time law (`step_time.StepLaw` is one); all in seconds and joules."""
+
+    def gpu_seconds(self, shape: BatchShape) -> float: ...
+    def launch_seconds(self, shape: BatchShape) -> float: ...
+    def lockstep_seconds(self, shapes: Sequence[BatchShape]) -> float: ...
+    def decode_run_seconds(self, shape: BatchShape, steps: int) -> float: ...
+    def joules(self, shape: BatchShape, seconds: float) -> float: ...
+    def decode_run_joules(self, shape: BatchShape, steps: int, seconds: float) -> float: ...
+
+
+@dataclass(slots=True)
+class Event:
+    """Tokens of one request that came out `at`. Streamed: one per request and step. Else: one per request, when it ends.
+
+    `index` is the place in the output of the first of `tokens`. `queued_at` to `scheduled_at` is vLLM's queue interval (the first
+    scheduling counts, also after a preemption). `gaps`, when not streamed: times between its tokens as (seconds, count).
+    """
+
+    id: str
+    at: float
+    tokens: int
+    index: int
+    first: bool
+    finished: bool
+    cached_tokens: int
+    queued_at: float
+    scheduled_at: float
+    first_at: float
+    preemptions: int
+    gaps: list[tuple[float, int]] = field(default_factory=list)
+
+
+class Step(NamedTuple):
+    """`steps` steps that followed each other from `start_at` to `end_at`; `shape` is the first one's, summed over engines."""
+
+    start_at: float
+    end_at: float
+    shape: BatchShape
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStatistics:
+    """One moment of a replica: its engines' statistics, and integrals since the start."""
+
+    engines: tuple[Statistics, ...]
+    steps: int
+    busy_s: float
+    joules: float
+
+
+class _Flight(NamedTuple):
+    batches: list[Batch | None]  # one per engine
+    end_at: float
+
+
+@dataclass(slots=True)
+class _Track:
+    """What the replica remembers of a request that is not finished."""
+
+    engine: int
+    queued_at: float
+    scheduled_at: float = -1.0
+    first_at: float = -1.0
+    last_at: float = -1.0
+    gaps: list[tuple[float, int]] = field(default_factory=list)
+
+
+class Replica:
+    """One replica: `engines` schedulers in lockstep (1: an ordinary engine) under one step-time law."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        law: StepTime,
+        *,
+        engines: int = 1,
+        asynchronous: bool = True,
+        stream: bool = True,
+        ingress_s: float = 0.0,
+        token_s: float = 0.0,
+        completion_s: float = 0.0,
+        on_step: Callable[[Step], None] | None = None,
+    ) -> None:
+        self.config = config
+        self.law = law
+        self.slowdown = 1.0  # factor on the time of every step scheduled from now on
+        self.schedulers = [Scheduler(config) for _ in range(engines)]
+        self._depth = 2 if asynchronous else 1
+        self._stream = stream
+        self._costs = (ingress_s, token_s, completion_s)
+        self._on_step = on_step
+        self._tracks: dict[str, _Track] = {}
+        self._adds: deque[tuple[float, Request]] = deque()  # due at, in order: the ingress cost is constant
+        self._aborts: deque[tuple[float, str]] = deque()
+        self._flights: deque[_Flight] = deque()
+        self._filling = False  # the next decision schedules another step before a result is in
+        self._due_at = 0.0  # the next decision, while anything is on its way
+        self._chip_free_at = 0.0
+        self._now = 0.0
+        self._outbox: list[tuple[float, int, Event]] = []
+        self._emitted = self._steps = self._next_engine = 0
+        self._busy_s = self._joules = 0.0
+
+    def __repr__(self) -> str:
+        return f"<Replica at {self._now:.3f} s, {len(self._flights)} steps on their way, {self.schedulers!r}>"
+
+    def __len__(self) -> int:
+        """Requests that are not finished."""
+        return len(self._tracks)
+
+    def statistics(self) -> ReplicaStatistics:
+        engines = tuple(scheduler.statistics() for scheduler in self.schedulers)
+        return ReplicaStatistics(engines, self._steps, self._busy_s, self._joules)
+
+    # The caller's side
+
+    def add(self, request: Request, now: float) -> None:
+        """A request arrives. Raises Rejected (queue limit: HTTP 503) or ValueError (it could never be served, or its id is in use)."""
+        self._run(now)
+        if request.id in self._tracks:
+            raise ValueError(f"request id {request.id} is in use: ids are unique among unfinished requests")
+        engine = self._least_loaded()
+        tokens = sum(len(waiting.prompt) for _, waiting in self._adds)
+        self.schedulers[engine].check(request, more_requests=len(self._adds), more_tokens=tokens)
+        queued_at = now + self._costs[0]
+        self._tracks[request.id] = _Track(engine, queued_at)
+        self._adds.append((queued_at, request))
+
+    def abort(self, request_id: str, now: float) -> bool:
+        """The client is gone: no event follows, and the blocks are free from the next step on. False if it had ended already."""
+        self._run(now)
+        if request_id not in self._tracks:
+            return False
+        for i, (_, request) in enumerate(self._adds):
+            if request.id == request_id:
+                del self._adds[i], self._tracks[request_id]
+                return True
+        self._aborts.append((now, request_id))
+        if any(entry[2].id == request_id for entry in self._outbox):
+            self._outbox = [entry for entry in self._outbox if entry[2].id != request_id]
+            heapify(self._outbox)
+        return True
+
+    def next_at(self) -> float | None:
+        """When to call `advance` next, if nothing is added or aborted before; None when idle."""
+        due = self._decision_at()
+        if due is not None and self._flights and not self._filling:
+            due += self._costs[1]
+        if self._outbox and (due is None or self._outbox[0][0] < due):
+            return self._outbox[0][0]
+        return due
+
+    def advance(self, until: float) -> list[Event]:
+        """Run all that is due at or before `until`; the events up to then, in order of time."""
+        self._run(until)
+        events, outbox = [], self._outbox
+        while outbox and outbox[0][0] <= until:
+            events.append(heappop(outbox)[2])
+        return events
+
+    # The loop
+
+    def _least_loaded(self) -> int:
+        """The engine for a new request: fewest unfinished ones, as vLLM's balancer scores them; of equals, the next in turn."""
+        if len(self.schedulers) == 1:
+            return 0
+        count = len(self.schedulers)
+        load = [0.0] * count
+        for track in self._tracks.values():
+            load[track.engine] += 1.0
+        for i, scheduler in enumerate(self.schedulers):
+            load[i] += len(scheduler.waiting) * 6.0 * max(0.0, scheduler.kv.usage - 0.5)
+        best = min(range(count), key=lambda i: (load[i], (i - self._next_engine) % count))
+        self._next_engine = (best + 1) % count
+        return best
+
+    def _decision_at(self) -> float | None:
+        if self._flights:
+            return self._due_at
+        if not self._adds and not self._aborts:
+            return None
+        first = min(inbox[0][0] for inbox in (self._adds, self._aborts) if inbox)
+        return max(first, self._now)
+
+    def _run(self, until: float) -> None:
+        while True:
+            at = self._decision_at()
+            if at is None or at > until:
+                break
+            self._now = at
+            self._decide(at)
+
+    def _decide(self, now: float) -> None:
+        """One turn of the engine's loop: take what came in, handle the oldest result if one is due, schedule one step."""
+        while self._aborts and self._aborts[0][0] <= now:
+            self._abort_now(self._aborts.popleft()[1])
+        if self._flights and not self._filling:
+            self._handle(self._flights.popleft(), now)
+        while self._adds and self._adds[0][0] <= now:
+            request = self._adds.popleft()[1]
+            self.schedulers[self._tracks[request.id].engine].enqueue(request)
+        launched_at = self._schedule(now)
+        if launched_at is not None and len(self._flights) < self._depth:
+            self._filling, self._due_at = True, launched_at
+        elif self._flights:
+            self._filling = False
+            self._due_at = max(self._flights[0].end_at, now if launched_at is None else launched_at)
+
+    def _abort_now(self, request_id: str) -> None:
+        track = self._tracks.pop(request_id, None)
+        if track is not None:
+            self.schedulers[track.engine].abort(request_id)
+
+    def _schedule(self, now: float) -> float | None:
+        """Schedule and launch one step; the moment at which the processor is free again, None if there is nothing to do."""
+        batches = [self._batch(scheduler) for scheduler in self.schedulers]
+        if not any(batches):
+            return None
+        for batch in batches:
+            for request_id in batch.cached if batch else ():
+                track = self._tracks[request_id]
+                if track.scheduled_at < 0.0:
+                    track.scheduled_at = now
+        shapes = [batch.shape if batch else BatchShape(0, 0, 0, 0.0, 0) for batch in batches]
+        alone = len(shapes) == 1
+        gpu_s = (self.law.gpu_seconds(shapes[0]) if alone else self.law.lockstep_seconds(shapes)) * self.slowdown
+        launch_s = max(self.law.launch_seconds(shape) for shape in shapes) * self.slowdown
+        start_at = max(self._chip_free_at, now)
+        end_at = max(start_at + gpu_s, now + launch_s)
+        self._chip_free_at = end_at
+        self._flights.append(_Flight(batches, end_at))
+        self._steps += 1
+        self._busy_s += end_at - start_at
+        self._joules += sum(self.law.joules(shape, end_at - start_at) for shape in shapes)
+        if self._on_step is not None:
+            whole = BatchShape(*(sum(column) for column in zip(*shapes, strict=True)))
+            self._on_step(Step(start_at, end_at, whole, 1))
+        return now + launch_s
+
+    def _batch(self, scheduler: Scheduler) -> Batch | None:
+        while True:
+            batch = scheduler.schedule()
+            if batch is None or batch.parts:
+                return batch
+            if self._flights:
+                return None
+            # It preempted all it had: vLLM's loop comes round at once, and admits from an empty cache
+
+    def _handle(self, flight: _Flight, now: float) -> None:
+        for scheduler, batch in zip(self.schedulers, flight.batches, strict=True):
+            for output in scheduler.update(batch) if batch else ():
+                self._emit(output, now + self._costs[1])
+
+    def _emit(self, output: Output, at: float) -> None:
+        track = self._tracks[output.id]
+        if output.first:
+            track.first_at = at
+        elif not self._stream:
+            track.gaps.append((at - track.last_at, 1))
+        track.last_at = at
+        if output.finished:
+            del self._tracks[output.id]
+        elif not self._stream:
+            return
+        event = Event(
+            id=output.id,
+            at=at + self._costs[2] if output.finished else at,
+            tokens=1 if self._stream else output.index + 1,
+            index=output.index if self._stream else 0,
+            first=output.first or not self._stream,
+            finished=output.finished,
+            cached_tokens=output.cached_tokens,
+            queued_at=track.queued_at,
+            scheduled_at=track.scheduled_at,
+            first_at=track.first_at,
+            preemptions=output.preemptions,
+            gaps=track.gaps,
+        )
+        self._emitted += 1
+        heappush(self._outbox, (event.at, self._emitted, event))
