@@ -17,11 +17,12 @@ import re
 import shlex
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from fanmark.loadgen.errors import CallError, UnreachableError
 from fanmark.loadgen.lanes.arguments import arguments_for
 
 if TYPE_CHECKING:
@@ -46,16 +47,22 @@ LAST_LINES = 8
 MAX_PAGES = 1_000
 
 
-class ToolServerError(Exception):
+class ToolServerError(UnreachableError):
     """A tool server did not start: which one, why, and the last lines that it wrote."""
 
 
-class ToolTransportError(Exception):
+class ToolTransportError(CallError):
     """A tool call had no answer: connection refused or lost, server gone, or out of time."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__("tool_transport", message)
 
-class ToolProtocolError(Exception):
+
+class ToolProtocolError(CallError):
     """A tool call was answered by a JSON-RPC error, or by what the protocol does not allow."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("tool_protocol", message)
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,9 @@ def _leaves(error: BaseException) -> list[BaseException]:
 
 def _reason(error: BaseException) -> str:
     """One line on an exception or a group of them; CancelledError says nothing and is left out."""
-    texts = [f"{type(e).__name__}: {e}".rstrip(": ") for e in _leaves(error) if not isinstance(e, asyncio.CancelledError)]
+    texts = [
+        f"{type(e).__name__}: {e}".rstrip(": ") for e in _leaves(error) if not isinstance(e, asyncio.CancelledError)
+    ]
     return "; ".join(dict.fromkeys(" ".join(text.split()) for text in texts)) or "connection lost"
 
 
@@ -132,6 +141,25 @@ def _text(content: Sequence[Any], structured: Any) -> str:
     )
 
 
+def _translated(error: BaseException, where: str) -> ToolTransportError | ToolProtocolError:
+    """Whose fault an SDK exception is; the one place where foreign exceptions are mapped."""
+    import anyio
+    import httpx2
+    from mcp.shared.exceptions import MCPError
+    from mcp_types import CONNECTION_CLOSED
+
+    message = f"{where}: {_reason(error)}"
+    if isinstance(error, MCPError):
+        # Beside a closed connection: what the SDK makes of an HTTP error without JSON-RPC in it, and of a session that
+        # the server (restarted, or tired of it) no longer knows.
+        text = error.message.lower()
+        is_lost = error.code == CONNECTION_CLOSED or text in ("server returned an error response", "session terminated")
+    else:
+        lost = (anyio.ClosedResourceError, anyio.BrokenResourceError, httpx2.TransportError, OSError)
+        is_lost = any(isinstance(leaf, lost) for leaf in _leaves(error))
+    return ToolTransportError(message) if is_lost else ToolProtocolError(message)
+
+
 @dataclass
 class _Connection:
     """The supervised connection to one server."""
@@ -140,10 +168,11 @@ class _Connection:
     tools: list[Any] = field(default_factory=list)  # as the SDK has them, from the first listing
     _attempt: "asyncio.Future[Client]" = field(init=False)  # done when there is a client; replaced when it is lost
     _leave: asyncio.Event = field(init=False)  # set to end the client that lives now
-    _closing: bool = False
+    _closing: asyncio.Event = field(init=False)
     _calls: set["asyncio.Task[Any]"] = field(default_factory=set)
     _supervisor: "asyncio.Task[None]" = field(init=False)
     _stderr: IO[bytes] | None = None
+    _failure: str = ""  # why the last attempt to connect brought no client
 
     async def open(self, ready_timeout_s: float) -> None:
         """Connect and list the tools; ToolServerError if that has not worked after `ready_timeout_s`.
@@ -151,23 +180,20 @@ class _Connection:
         A URL is tried again until then, as its server may be starting; a command that ends is not.
         """
         loop = asyncio.get_running_loop()
-        self._attempt, self._leave = loop.create_future(), asyncio.Event()
+        self._attempt, self._leave, self._closing = loop.create_future(), asyncio.Event(), asyncio.Event()
         if self.spec.command:
             self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         deadline = loop.time() + ready_timeout_s
         self._supervisor = asyncio.create_task(self._supervise(), name=f"tools {self.spec.name}")
-        failed: str | None = None
         while True:
             try:
-                await self._client(deadline - loop.time())
+                await self._connected(deadline - loop.time())
                 return
-            except ToolTransportError as error:
-                if loop.time() < deadline:
-                    failed = str(error)
-                    if self.spec.url is not None:
-                        continue
-                reason = failed or f"no answer within {ready_timeout_s:g} s"
-                raise ToolServerError(f"tool server {self.spec.name} does not start: {reason}{self._last_lines()}") from None
+            except ToolTransportError:
+                if self.spec.url is None or loop.time() >= deadline:
+                    reason = self._failure or f"no answer within {ready_timeout_s:g} s"
+                    text = f"tool server {self.spec.name} does not start: {reason}{self._last_lines()}"
+                    raise ToolServerError(text) from None
 
     def _last_lines(self) -> str:
         """What the command wrote last on its standard error, on lines of its own."""
@@ -180,26 +206,35 @@ class _Connection:
     async def _supervise(self) -> None:
         """Keep one client alive after the other until `close`."""
         backoff_s = FIRST_BACKOFF_S
-        while not self._closing:
+        while not self._closing.is_set():
             self._leave.clear()
             attempt = self._attempt
             living = asyncio.create_task(self._live(attempt))
             try:
                 await asyncio.wait({living})
-            finally:
-                living.cancel()  # does nothing unless the supervisor itself was cancelled
+            except asyncio.CancelledError:
+                living.cancel()
+                await asyncio.wait({living})
+                raise
+            self._give_up(attempt)
             error = None if living.cancelled() else living.exception()
-            reason = "connection lost" if error is None else _reason(error)
             connected = attempt.done()
-            self._attempt = asyncio.get_running_loop().create_future()
             if not connected:
-                attempt.set_exception(ToolTransportError(f"tool server {self.spec.name}: {reason}"))
+                self._failure = "connection lost" if error is None else _reason(error)
+                attempt.set_exception(ToolTransportError(f"tool server {self.spec.name}: {self._failure}"))
                 attempt.exception()  # nobody may be waiting
             for call in list(self._calls):
                 call.cancel()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(backoff_s):
+                    await self._closing.wait()
             backoff_s = FIRST_BACKOFF_S if connected else min(2 * backoff_s, LAST_BACKOFF_S)
-            if not self._closing:
-                await asyncio.wait({asyncio.create_task(self._leave.wait())}, timeout=backoff_s)
+
+    def _give_up(self, attempt: "asyncio.Future[Client]") -> None:
+        """End this client if it is still the one in use; calls from now on wait for the next."""
+        if self._attempt is attempt:
+            self._attempt = asyncio.get_running_loop().create_future()
+            self._leave.set()
 
     async def _live(self, attempt: "asyncio.Future[Client]") -> None:
         """One client from connecting to its end. Lists the tools each time: the SDK checks results against the list."""
@@ -238,35 +273,27 @@ class _Connection:
             async with Client(transport, cache=None) as client:
                 yield client
 
-    async def _client(self, timeout_s: float) -> "Client":
-        """The client that lives, or the one that the attempt under way brings; ToolTransportError if it brings none."""
+    async def _connected(self, timeout_s: float) -> "asyncio.Future[Client]":
+        """The attempt that is under way, once it has brought a client; ToolTransportError if it brings none in time."""
         attempt = self._attempt
         if not attempt.done():
             await asyncio.wait({attempt}, timeout=max(timeout_s, 0.0))
         if not attempt.done():
             raise ToolTransportError(f"tool server {self.spec.name}: not connected within {timeout_s:g} s")
-        return attempt.result()
+        attempt.result()
+        return attempt
 
     async def call(self, name: str, arguments: dict[str, Any], timeout_s: float, meta: Mapping[str, Any]) -> ToolResult:
-        """`tools/call`. Where a restarted server refuses the old session, the call is sent again in a new one."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + timeout_s
-        client = await self._client(timeout_s)
-        try:
-            return await self._call(client, name, arguments, deadline - loop.time(), meta)
-        except _SessionGone:
-            client = await self._client(deadline - loop.time())
-            return await self._call(client, name, arguments, deadline - loop.time(), meta)
-
-    async def _call(
-        self, client: "Client", name: str, arguments: dict[str, Any], timeout_s: float, meta: Mapping[str, Any]
-    ) -> ToolResult:
+        """`tools/call`, never sent twice: the server may have run a call whose answer was lost."""
+        started_at = asyncio.get_running_loop().time()
+        attempt = await self._connected(timeout_s)
+        client, where = attempt.result(), f"tool {name} of {self.spec.name}"
+        left_s = max(started_at + timeout_s - asyncio.get_running_loop().time(), 0.0)
         task = asyncio.create_task(client.call_tool(name, arguments, meta=dict(meta) or None))  # type: ignore[arg-type]
         self._calls.add(task)
         task.add_done_callback(self._calls.discard)
-        where = f"tool {name} of {self.spec.name}"
         try:
-            await asyncio.wait({task}, timeout=max(timeout_s, 0.0))
+            await asyncio.wait({task}, timeout=left_s)
         finally:
             timed_out = task.cancel()  # False where it is done
         if timed_out:
@@ -275,47 +302,24 @@ class _Connection:
         if task.cancelled():
             raise ToolTransportError(f"{where}: connection lost")
         if error := task.exception():
-            raise self._translated(error, where) from None
+            failure = _translated(error, where)
+            if isinstance(failure, ToolTransportError):
+                self._give_up(attempt)
+            raise failure from None
         result = task.result()
         text = _text(result.content, result.structured_content)
         return ToolResult(text, bool(result.is_error), len(text.encode()))
 
-    def _translated(self, error: BaseException, where: str) -> Exception:
-        """Whose fault it is. A connection that is no longer of use is given up, so that a new one is made."""
-        import anyio
-        import httpx2
-        from mcp.shared.exceptions import MCPError
-        from mcp_types import CONNECTION_CLOSED, REQUEST_TIMEOUT
-
-        lost = (anyio.ClosedResourceError, anyio.BrokenResourceError, httpx2.TransportError, OSError)
-        message = f"{where}: {_reason(error)}"
-        if isinstance(error, MCPError):
-            if "session" in error.message.lower():  # 2025-11-25: 404, or what servers say in its place
-                self._leave.set()
-                return _SessionGone(message)
-            if error.code == CONNECTION_CLOSED:
-                self._leave.set()
-            transport = error.code in (CONNECTION_CLOSED, REQUEST_TIMEOUT)
-            return ToolTransportError(message) if transport else ToolProtocolError(message)
-        if any(isinstance(leaf, lost) for leaf in _leaves(error)):
-            self._leave.set()
-            return ToolTransportError(message)
-        return ToolProtocolError(message)
-
     async def close(self) -> None:
         """End the client and, for a command, its process; takes a few seconds at most."""
-        self._closing = True
+        self._closing.set()
         self._leave.set()
-        done, _ = await asyncio.wait({self._supervisor}, timeout=CLOSE_S)
-        if not done:
-            self._supervisor.cancel()
+        if self._attempt.done():  # the client takes its leave; one that is still connecting cannot hear of it
             await asyncio.wait({self._supervisor}, timeout=CLOSE_S)
+        self._supervisor.cancel()
+        await asyncio.wait({self._supervisor}, timeout=CLOSE_S)
         if self._stderr is not None:
             self._stderr.close()
-
-
-class _SessionGone(ToolTransportError):
-    """The server does not know our session: it was restarted, and has not run the call."""
 
 
 class ToolServers:
