@@ -1,14 +1,16 @@
 """Replay of recorded scheduler decisions: does our scheduler decide, step for step, as the recorded one did?
 
-A recording is one JSON object: `config`, `requests` and `steps` (tests/data/vllm_schedules/README.md has the fields).
+A recording is one JSON object: `config`, `requests` and `steps` (tests/data/vllm_schedules/README.md has the fields). Synchronous, a
+step's result is handled at its end; `asynchronous`, two steps are on their way before the first result is handled.
 """
 
 import json
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fanmark.servers.engine.batch import EngineConfig
+from fanmark.servers.engine.batch import Batch, EngineConfig
 from fanmark.servers.engine.request import Request
 from fanmark.servers.engine.scheduler import Scheduler
 
@@ -44,18 +46,18 @@ def replay_schedule(path: str | Path) -> ScheduleCheck:
 
 def replay_recording(recording: dict[str, Any], name: str) -> ScheduleCheck:
     """Replay a recording that is already parsed."""
-    scheduler = Scheduler(EngineConfig(**recording["config"]))
+    config = dict(recording["config"])
+    depth = 2 if config.pop("asynchronous", False) else 1
+    scheduler, flights = Scheduler(EngineConfig(**config)), deque[Batch]()
     requests, steps = recording["requests"], recording["steps"]
-    todo = sorted(requests, key=lambda request: request["add_at"])
+    todo = deque(sorted(requests, key=lambda request: request["add_at"]))
     for number, want in enumerate(steps):
         while todo and todo[0]["add_at"] <= number:
-            one = todo.pop(0)
-            output = [_SAMPLED_TOKEN] * one["max_tokens"]
-            scheduler.add(Request(one["id"], one["prompt"], output, "", one["priority"], float(one["id"])))
+            scheduler.add(_request(todo.popleft()))
         for one in requests:
             if one["abort_at"] == number:
                 scheduler.abort(one["id"])
-        got = _step(scheduler)
+        got = _step(scheduler, flights, depth)
         for field, value in want.items():
             if got[field] != value:
                 return ScheduleCheck(name, len(steps), number, f"{field}: recorded {value}, here {got[field]}")
@@ -66,17 +68,20 @@ def replay_recording(recording: dict[str, Any], name: str) -> ScheduleCheck:
     return ScheduleCheck(name, len(steps))
 
 
-def _step(scheduler: Scheduler) -> dict[str, Any]:
-    """One synchronous step, in the words of a recording."""
+def _request(one: dict[str, Any]) -> Request:
+    output = one.get("output") or [_SAMPLED_TOKEN] * one["max_tokens"]
+    return Request(one["id"], one["prompt"], output, one.get("salt", ""), one["priority"], float(one["id"]))
+
+
+def _step(scheduler: Scheduler, flights: deque[Batch], depth: int) -> dict[str, Any]:
+    """Schedule once and, when enough steps are on their way, handle the oldest result; in the words of a recording."""
     batch = scheduler.schedule()
     now = scheduler.statistics()
-    state = {"running": now.running, "waiting": now.waiting, "usage": round(now.kv_cache_usage, 6)}
-    if batch is None:
-        return state | {"scheduled": {}, "preempted": [], "finished": [], "cached": {}}
-    finished = [output.id for output in scheduler.update(batch) if output.finished]
-    return state | {
-        "scheduled": batch.scheduled,
-        "preempted": sorted(batch.preempted),
-        "finished": finished,
-        "cached": batch.cached,
-    }
+    step: dict[str, Any] = {"scheduled": {}, "preempted": [], "finished": [], "cached": {}}
+    if batch is not None:
+        step |= {"scheduled": batch.scheduled, "preempted": sorted(batch.preempted), "cached": batch.cached}
+        if batch.parts:
+            flights.append(batch)
+    if flights and (len(flights) == depth or not step["scheduled"]):
+        step["finished"] = [output.id for output in scheduler.update(flights.popleft()) if output.finished]
+    return step | {"running": now.running, "waiting": now.waiting, "usage": round(now.kv_cache_usage, 6)}

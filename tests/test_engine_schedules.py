@@ -52,5 +52,5 @@ def test_a_recording_that_ends_too_early_is_no_success() -> None:
 def test_what_is_no_recording_is_refused_with_its_name(tmp_path: Path, text: str) -> None:
     file = tmp_path / "x.json"
     file.write_text(text)
-    with pytest.raises(ValueError, match="x.json"):
+    with pytest.raises(ValueError, match=r"x\.json"):
         replay_schedule(file)
