@@ -1,18 +1,20 @@
 """What was measured: a Call, a ToolCall or a Query, written once and never edited; and the journal that keeps them on disk.
 
-All instants (`_at`) are seconds since the run's start on the run's own monotonic clock (warm-up lies before 0). Token counts are the
+All instants (`_at`) are seconds since the run's start (warm-up comes first) on the run's own monotonic clock. Token counts are the
 server's; None is "the server did not say", never 0.
 """
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Literal, TextIO, TypeVar
 
 import msgspec
 
 Outcome = Literal["completed", "failed", "abandoned"]
+
+R = TypeVar("R")
 
 GAP_BASE = 1.02  # width of a bucket of token gaps: 2 %, so a quantile read from them is within 1 %
 
@@ -114,6 +116,41 @@ def in_order(calls: Iterable[Call]) -> list[Call]:
     return sorted(calls, key=lambda call: call.call)
 
 
+def read_queries(folder: Path) -> list[Query]:
+    """All whole records of a run's folder, each query with its calls; a last line that was cut off is left out."""
+    queries = {(q.arm, q.query): q for q in _lines(folder / "queries.jsonl", Query)}
+    for call in _lines(folder / "calls.jsonl", Call):
+        if (call.arm, call.query) in queries:
+            queries[call.arm, call.query].calls.append(call)
+    return list(queries.values())
+
+
+def _lines(path: Path, kind: type[R]) -> Iterator[R]:
+    decoder = msgspec.json.Decoder(kind)
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield decoder.decode(line)
+
+
+def critical_path(calls: Iterable[Call]) -> list[Call]:
+    """The longest chain by time of calls and tool calls that waited for each other, in order."""
+    by_number = {call.call: call for call in in_order(calls)}
+    chain_s: dict[int, float] = {}
+    before: dict[int, int] = {}
+    for n, call in by_number.items():
+        known = [m for m in call.after if m in chain_s]
+        if known:
+            before[n] = max(known, key=lambda m: chain_s[m])
+        chain_s[n] = call.seconds + (chain_s[before[n]] if known else 0.0)
+    path: list[Call] = []
+    n = max(chain_s, key=lambda m: chain_s[m], default=0)
+    while n:
+        path.append(by_number[n])
+        n = before.get(n, 0)
+    return path[::-1]
+
+
 def shape(calls: Iterable[Call]) -> dict[str, int | float]:
     """Depth, width, work and critical path of one query, from its records alone.
 
@@ -121,13 +158,12 @@ def shape(calls: Iterable[Call]) -> dict[str, int | float]:
     calls and tool calls; critical_path_s: the longest chain of them by time; tool_s: the tool calls' share of work_s.
     """
     depth: dict[int, int] = {}
-    chain_s: dict[int, float] = {}
     at_depth: Counter[int] = Counter()
     work_s = tool_s = 0.0
-    for call in in_order(calls):
+    calls = in_order(calls)
+    for call in calls:
         is_call = call.kind == "call"
         depth[call.call] = is_call + max((depth.get(n, 0) for n in call.after), default=0)
-        chain_s[call.call] = call.seconds + max((chain_s.get(n, 0.0) for n in call.after), default=0.0)
         work_s += call.seconds
         if is_call:
             at_depth[depth[call.call]] += 1
@@ -137,6 +173,6 @@ def shape(calls: Iterable[Call]) -> dict[str, int | float]:
         "depth": max(depth.values(), default=0),
         "width": max(at_depth.values(), default=0),
         "work_s": work_s,
-        "critical_path_s": max(chain_s.values(), default=0.0),
+        "critical_path_s": math.fsum(call.seconds for call in critical_path(calls)),
         "tool_s": tool_s,
     }

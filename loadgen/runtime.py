@@ -1,7 +1,6 @@
 """What implements the topologies' Runtime: carries every call and tool call of one query and records it."""
 
 import hashlib
-import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -65,6 +64,7 @@ class QueryRuntime:
     calls: list[Call] = field(default_factory=list)
     sizes: dict[Key, int | None] = field(default_factory=dict)
     replies: dict[Key, tuple[Endpoint, Author, str]] = field(default_factory=dict)
+    numbers: dict[Key, int] = field(default_factory=dict)
     unexplained_tokens: int = 0
     _ids: dict[Key, list[int] | None] = field(default_factory=dict)
 
@@ -81,6 +81,11 @@ class QueryRuntime:
 
     def quote(self, reply: Message) -> Message:
         return Message(("quoted", *reply.key), "user", reply.text, reply.tokens, reply.source)
+
+    async def prepare(self, endpoints: Iterable[Endpoint]) -> None:
+        """Makes the texts of system and question ahead."""
+        for endpoint in endpoints:
+            await self._parts(endpoint, [self.system, self.question], False, "")
 
     async def infer(
         self,
@@ -108,6 +113,7 @@ class QueryRuntime:
         self._end(call)
         self._ids[writes] = reply.token_ids
         self.replies[writes] = (endpoint, "assistant", reply.text)
+        self.numbers[writes] = call.call
         return Message(writes, "assistant", reply.text, call.output_tokens or 0, call.call)
 
     async def call_tool(self, *, writes: Key, request: Message, role: str, round: int = 1) -> Message:
@@ -160,6 +166,8 @@ class QueryRuntime:
             salt = self.world.salts(self.demand.arm, self.demand.query, call.call)
             opening = f"[{salt}]" if salt is not None and endpoint.salts_text else ""
             prompt = await self._parts(endpoint, messages, tools, opening)
+            if not prompt:
+                raise CallError("bad_reply", "a prompt without any message: give system or question a length")
             body = endpoint.body(
                 [(author, part) for _, author, part in prompt],
                 max_tokens=max_tokens,
@@ -208,8 +216,6 @@ class QueryRuntime:
             if endpoint.config.api == "completions":
                 place = 1 if prompt and prompt[0][0] == ("system",) else 0
                 prompt.insert(place, (("tools",), "system", endpoint.tool_part))
-        if not prompt:
-            raise CallError("bad_reply", "a prompt without any message: system and question are both of length 0")
         return prompt
 
     def _reply_ids(self, message: Message) -> list[int] | None:
@@ -250,8 +256,3 @@ class QueryRuntime:
             "X-Session-Id": query,
             "traceparent": f"00-{trace_id}-{span_id}-01",
         }
-
-
-def pick(names: Sequence[str], seed: str, n: int) -> str:
-    """The tool for tool call number `n`: each in turn, from a place drawn from the query's seed."""
-    return names[(random.Random(f"{seed}/tool").randrange(len(names)) + n) % len(names)]

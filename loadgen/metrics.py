@@ -1,0 +1,156 @@
+"""The run's sums as Prometheus metrics, made when they are scraped: nothing here is on the hot path."""
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from fanmark.loadgen.errors import ScenarioError
+from fanmark.loadgen.tally import ArmTally, Histogram, Tally
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
+AMPLIFIED = (
+    "calls",
+    "tool_calls",
+    "input_tokens",
+    "cached_tokens",
+    "fresh_tokens",
+    "output_tokens",
+    "latency_s",
+    "work_s",
+)
+
+
+def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
+    total, found = 0, []
+    for bound, count in zip([*map(float, histogram.bounds), float("inf")], histogram.counts, strict=True):
+        total += count
+        found.append(("+Inf" if bound == float("inf") else repr(bound), float(total)))
+    return found
+
+
+class Collector:
+    """Reads a Tally at each scrape."""
+
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+
+    def collect(self) -> Iterator["Metric"]:
+        """All metric families of a run."""
+        yield from self._counters()
+        yield from self._gauges()
+        yield from self._histograms()
+
+    def _each(self) -> list[tuple[str, ArmTally]]:
+        return list(self._tally.arms.items())
+
+    def _counters(self) -> Iterator["Metric"]:
+        from prometheus_client.core import CounterMetricFamily
+
+        def family(name: str, text: str, labels: list[str], rows: Callable[[ArmTally], Any]) -> CounterMetricFamily:
+            found = CounterMetricFamily(name, text, labels=["arm", "topology", *labels])
+            for arm, tally in self._each():
+                for values, count in rows(tally):
+                    found.add_metric([arm, tally.topology, *values], count)
+            return found
+
+        yield family("fanmark_queries_started", "Queries started", [], lambda t: [((), t.started)])
+        yield family(
+            "fanmark_queries_finished",
+            "Queries finished, by outcome",
+            ["outcome"],
+            lambda t: [((o,), t.finished[o]) for o in ("completed", "failed", "abandoned")],
+        )
+        yield family("fanmark_calls", "Calls ended, by outcome", ["role", "outcome"], lambda t: list(t.calls.items()))
+        yield family(
+            "fanmark_tool_calls", "Tool calls ended", ["tool", "outcome"], lambda t: list(t.tool_calls.items())
+        )
+        yield family(
+            "fanmark_tokens",
+            "Tokens of ended calls",
+            ["kind"],
+            lambda t: [((k,), n) for k, n in list(t.tokens.items())],
+        )
+
+    def _gauges(self) -> Iterator["Metric"]:
+        from prometheus_client.core import GaugeMetricFamily
+
+        labels = ["arm", "topology"]
+        in_flight = GaugeMetricFamily("fanmark_calls_in_flight", "Calls and tool calls in flight", labels=labels)
+        queries = GaugeMetricFamily("fanmark_queries_in_flight", "Queries in flight", labels=labels)
+        expected = GaugeMetricFamily(
+            "fanmark_expected_calls", "Calls a query by the closed form, mean so far", labels=labels
+        )
+        ratio = GaugeMetricFamily(
+            "fanmark_amplification_ratio",
+            "Mean per query divided by the baseline's, so far",
+            labels=[*labels, "resource"],
+        )
+        for arm, tally in self._each():
+            in_flight.add_metric([arm, tally.topology], tally.calls_in_flight)
+            queries.add_metric([arm, tally.topology], tally.in_flight)
+            if tally.completed:
+                expected.add_metric([arm, tally.topology], tally.expected_calls / tally.completed)
+            for resource in AMPLIFIED:
+                value = self._tally.amplification(arm, resource)
+                if value is not None:
+                    ratio.add_metric([arm, tally.topology, resource], value)
+        yield from (in_flight, queries, expected, ratio)
+
+    def _histograms(self) -> Iterator["Metric"]:
+        from prometheus_client.core import HistogramMetricFamily
+
+        def family(
+            name: str, text: str, labels: list[str], rows: Callable[[ArmTally], list[tuple[tuple[str, ...], Histogram]]]
+        ) -> HistogramMetricFamily:
+            found = HistogramMetricFamily(name, text, labels=["arm", "topology", *labels])
+            for arm, tally in self._each():
+                for values, h in rows(tally):
+                    found.add_metric([arm, tally.topology, *values], buckets=_buckets(h), sum_value=h.sum)
+            return found
+
+        yield family("fanmark_query_duration_seconds", "Query latency", [], lambda t: [((), t.query_s)])
+        yield family("fanmark_query_calls", "Calls of a query", [], lambda t: [((), t.query_calls)])
+        yield family(
+            "fanmark_query_tokens",
+            "Tokens of a query, by kind",
+            ["kind"],
+            lambda t: [((k,), h) for k, h in t.query_tokens.items()],
+        )
+        yield family("fanmark_call_duration_seconds", "Time from send to last token", [], lambda t: [((), t.call_s)])
+        yield family("fanmark_call_ttft_seconds", "Time from send to first token", [], lambda t: [((), t.ttft_s)])
+        yield family("fanmark_call_itl_seconds", "Gaps between chunks with tokens", [], lambda t: [((), t.itl_s)])
+        yield family(
+            "fanmark_tool_call_duration_seconds",
+            "Tool call duration",
+            ["tool"],
+            lambda t: [((tool,), h) for tool, h in list(t.tool_s.items())],
+        )
+        for name, text, histogram in (
+            ("fanmark_client_loop_lag_seconds", "Lateness of the client's event loop", self._tally.loop_lag_s),
+            ("fanmark_client_send_delay_seconds", "From due to sent, of a call", self._tally.send_delay_s),
+        ):
+            found = HistogramMetricFamily(name, text, labels=[])
+            found.add_metric([], buckets=_buckets(histogram), sum_value=histogram.sum)
+            yield found
+
+
+def serve(tally: Tally, port: int) -> tuple[int, Callable[[], None]]:
+    """Serves /metrics on loopback from a thread; gives the port and what ends it. Raises ScenarioError where the port is taken."""
+    from prometheus_client import CollectorRegistry, start_http_server
+
+    registry = CollectorRegistry()
+    registry.register(Collector(tally))
+    try:
+        server, thread = start_http_server(port, addr="127.0.0.1", registry=registry)
+    except OSError as e:
+        raise ScenarioError(
+            f"--metrics-port {port}: {e.strerror}: choose another, or leave it out for a free one"
+        ) from None
+
+    def stop() -> None:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+    return server.server_port, stop

@@ -1,0 +1,52 @@
+"""The server's own counters set against the client's sums. Pure."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fanmark.loadgen.records import Call
+
+# counter of vLLM -> the client's sum that must equal it
+_PAIRS = {
+    "prompt_tokens": "input_tokens",
+    "generation_tokens": "output_tokens",
+    "prompt_tokens_cached": "cached_tokens",
+    "request_success": None,
+}
+
+
+def client_sums(calls: Sequence[Call]) -> dict[str, int | None]:
+    """What the calls say of each counter; None where a call that reached the server did not say."""
+    ended = [call for call in calls if call.kind == "call" and call.error is None]
+    sums: dict[str, int | None] = {}
+    for counter, field in _PAIRS.items():
+        values = [getattr(call, field) for call in ended] if field else [1] * len(ended)
+        sums[counter] = None if None in values else sum(values)
+    return sums
+
+
+def reconcile(
+    before: Mapping[str, float] | None, after: Mapping[str, float] | None, calls: Sequence[Call]
+) -> dict[str, Any]:
+    """`server` of summary.json for one target. `reconciled` is None where the server exposes no counters or a call ended unheard;
+    `alone` is False when the server did more than this client asked for."""
+    if before is None or after is None:
+        return {"reconciled": None, "alone": None, "reason": "the target exposes no counters"}
+    sums = client_sums(calls)
+    found: dict[str, Any] = {}
+    for counter, mine in sums.items():
+        if counter not in after:
+            continue
+        theirs = after[counter] - before.get(counter, 0.0)
+        off = None if mine is None else 0.0 if theirs == mine else 100.0 * (theirs - mine) / max(mine, 1)
+        found[counter] = {"client": mine, "server": theirs, "off_pct": off}
+    unheard = sum(1 for call in calls if call.kind == "call" and call.error is not None and call.sent_at is not None)
+    offs = [pair["off_pct"] for pair in found.values() if pair["off_pct"] is not None]
+    if not offs:
+        return {"reconciled": None, "alone": None, "reason": "no counter to compare", **found}
+    more = any(off > 0 for off in offs)
+    if unheard:
+        reason = f"{unheard} calls ended without the server's count"
+        return {"reconciled": None, "alone": None if more else True, "reason": reason, **found}
+    wrong = [name for name, pair in found.items() if pair["off_pct"]]
+    reason = f"{', '.join(wrong)} differ" if wrong else f"{len(offs)} counters equal"
+    return {"reconciled": not wrong, "alone": not more, "reason": reason, **found}

@@ -1,0 +1,355 @@
+"""Arms x schedule -> records: the only place where scenario, topologies, targets and tools meet."""
+
+import asyncio
+import random
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import msgspec
+
+from fanmark.agents.runtime import Topology
+from fanmark.loadgen.arrivals import open_loop
+from fanmark.loadgen.contamination import Explained
+from fanmark.loadgen.demand import Demand, draw_demand, expected_tokens
+from fanmark.loadgen.errors import CallError
+from fanmark.loadgen.records import Call, Outcome, Query, shape
+from fanmark.loadgen.runtime import QueryRuntime, ToolUse, World
+from fanmark.loadgen.scenario import Arm, Prices, Scenario
+from fanmark.loadgen.tally import Tally
+from fanmark.loadgen.target import Endpoint
+
+GRACE_S = 5.0  # what running queries get after the first interrupt
+
+
+class Writer(Protocol):
+    """Takes each query as it closes."""
+
+    def write(self, query: Query) -> None: ...
+
+
+@dataclass
+class Stop:
+    """How a run is asked to end: no new queries, then (after a grace, or at the second asking) no running ones either."""
+
+    asked: asyncio.Event = field(default_factory=asyncio.Event)
+    forced: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def ask(self) -> None:
+        """First call: no new queries. Second: end at once."""
+        (self.forced if self.asked.is_set() else self.asked).set()
+
+
+@dataclass
+class Drift:
+    """Tokens of replies as they were written, and as they count when read again."""
+
+    written: int = 0
+    read: int = 0
+    unexplained: int = 0
+
+
+class Run:
+    """One execution of a scenario. `endpoints` are by name; without targets in the scenario there is one, "default"."""
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        topologies: Mapping[str, Topology],
+        endpoints: Mapping[str, Endpoint],
+        tools: ToolUse | None,
+        tally: Tally,
+        journal: Writer,
+        run_id: str,
+        now: Callable[[], float],
+    ) -> None:
+        self.scenario = scenario
+        self.drift = Drift()
+        self.stop = Stop()
+        self._topologies = topologies
+        self._endpoints = endpoints
+        self._arms = {arm.name: arm for arm in scenario.arms}
+        self._tally = tally
+        self._journal = journal
+        self._now = now
+        self._running: set[asyncio.Task[None]] = set()
+        self._explained = Explained()
+        self._world = World(
+            run_id=run_id,
+            seed=scenario.seed,
+            now=now,
+            forced=scenario.workload.lengths == "forced",
+            salts=self._salt,
+            endpoint=self._endpoint,
+            tools=tools,
+            explained=self._explained,
+            tally=tally,
+        )
+
+    def _salt(self, arm: str, query: int, call: int) -> str | None:
+        cache, run = self.scenario.workload.cache, self._world.run_id
+        salts = {
+            "arm": f"{run}-{arm}",
+            "run": run,
+            "query": f"{run}-{arm}-{query}",
+            "call": f"{run}-{arm}-{query}-{call}",
+        }
+        return salts.get(cache)
+
+    def _endpoint(self, arm: str, role: str) -> Endpoint:
+        chosen = self._arms[arm]
+        by_role = chosen.targets.get(role) or chosen.targets.get("default")
+        return self._endpoints[by_role or chosen.target or "default"]
+
+    async def execute(self) -> bool:
+        """Runs the whole schedule; True when it was not cut short. Every query that was started is in the journal afterwards."""
+        schedule = asyncio.ensure_future(self._schedule())
+        watch = asyncio.ensure_future(self._watch(schedule))
+        try:
+            await schedule
+        except asyncio.CancelledError:
+            if not self.stop.asked.is_set():
+                raise
+        finally:
+            watch.cancel()
+            for task in self._running:
+                task.cancel()
+            await asyncio.gather(*self._running, return_exceptions=True)
+        return not self.stop.asked.is_set()
+
+    async def _watch(self, schedule: asyncio.Future[None]) -> None:
+        await self.stop.asked.wait()
+        try:
+            async with asyncio.timeout(GRACE_S):
+                await self.stop.forced.wait()
+        except TimeoutError:
+            pass
+        schedule.cancel()
+
+    async def _schedule(self) -> None:
+        arms = list(self.scenario.arms)
+        if self.scenario.load.arms == "interleaved":
+            await self._together(self._warm_up(arm) for arm in arms)
+            start_at = self._now()
+            await self._together(self._arm(arm, start_at, i / len(arms)) for i, arm in enumerate(arms))
+            return
+        random.Random(f"{self.scenario.seed}/order").shuffle(arms)
+        for arm in arms:  # each waits for its own queries, so the next one finds the server drained
+            await self._warm_up(arm)
+            await self._arm(arm, self._now(), 0.0)
+
+    async def _together(self, parts: Iterator[Coroutine[Any, Any, None]]) -> None:
+        async with asyncio.TaskGroup() as group:
+            for part in parts:
+                group.create_task(part)
+
+    async def _warm_up(self, arm: Arm) -> None:
+        demands = [self._demand(arm, -1 - i) for i in range(self.scenario.load_of(arm).warmup)]
+        await self._together(self._query(arm, QueryRuntime(self._world, d), self._now()) for d in demands)
+
+    async def _arm(self, arm: Arm, start_at: float, place: float) -> None:
+        load = self.scenario.load_of(arm)
+        if load.mode == "closed":
+            numbers = iter(range(load.queries if load.queries is not None else 10**9))
+            end_at = start_at + load.duration if load.duration is not None else None
+            await self._together(self._user(arm, numbers, end_at) for _ in range(load.concurrency))
+            return
+        mine: list[asyncio.Task[None]] = []
+        for i, at in enumerate(open_loop(load, self.scenario.seed, arm.name, place)):
+            runtime = QueryRuntime(self._world, self._demand(arm, i))
+            await self._prepare(arm, runtime)
+            if await self._stopped_before(start_at + at):
+                break
+            mine.append(self._spawn(self._query(arm, runtime, start_at + at)))
+        await asyncio.gather(*mine)
+
+    async def _user(self, arm: Arm, numbers: Iterator[int], end_at: float | None) -> None:
+        """One of a closed loop's users: the next query as soon as the last one is answered."""
+        for i in numbers:
+            runtime = QueryRuntime(self._world, self._demand(arm, i))
+            await self._prepare(arm, runtime)
+            if self.stop.asked.is_set() or (end_at is not None and self._now() >= end_at):
+                return
+            await asyncio.gather(self._spawn(self._query(arm, runtime, self._now())))
+
+    def _spawn(self, query: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(query)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return task
+
+    async def _stopped_before(self, at: float) -> bool:
+        """Sleeps until `at`; True as soon as the run is asked to stop."""
+        wait_s = at - self._now()
+        if wait_s > 0:
+            try:
+                async with asyncio.timeout(wait_s):
+                    await self.stop.asked.wait()
+            except TimeoutError:
+                pass
+        return self.stop.asked.is_set()
+
+    def _demand(self, arm: Arm, query: int) -> Demand:
+        return draw_demand(self.scenario, arm, self._topologies[arm.topology], query)
+
+    async def _prepare(self, arm: Arm, runtime: QueryRuntime) -> None:
+        """Makes the query's own texts before it is due, so that its first call does not wait for them."""
+        await runtime.prepare(
+            {self._endpoint(arm.name, role) for role in arm.targets} or {self._endpoint(arm.name, "")}
+        )
+
+    async def _query(self, arm: Arm, runtime: QueryRuntime, due_at: float) -> None:
+        """One query, from its due time to its record. The only place where any exception becomes an outcome."""
+        counted = runtime.demand.query >= 0
+        started_at = self._now()
+        outcome: Outcome = "failed"
+        error: str | None = None
+        if counted:
+            self._tally.query_started(arm.name)
+        try:
+            await self._topologies[arm.topology].run(runtime, runtime.demand.params)
+            outcome = "completed"
+        except asyncio.CancelledError:
+            outcome = "abandoned"
+        except CallError as e:
+            error = f"{e.kind}: {e}"
+        except Exception as e:  # a topology's own defect must not end the others
+            error = f"{type(e).__name__}: {e}"
+        done_at = self._now()
+        topology = self._topologies[arm.topology]
+        query = Query(
+            query=runtime.demand.query,
+            arm=arm.name,
+            warmup=not counted,
+            due_at=due_at,
+            started_at=started_at,
+            done_at=done_at,
+            outcome=outcome,
+            resources=resources(
+                runtime.calls, due_at, done_at, {n: e.config.prices for n, e in self._endpoints.items()}
+            ),
+            expected=await self._expected(topology, runtime) if outcome != "abandoned" else {},
+            mismatches=[],
+            seed=runtime.demand.seed,
+            error=error,
+            calls=runtime.calls,
+        )
+        if outcome == "completed":
+            query.mismatches = mismatches(query, exact_output=self._exact_output(arm))
+        for endpoint in self._endpoints.values():
+            endpoint.prompts.forget(runtime.demand.seed)
+        if self.scenario.workload.cache != "run":
+            self._explained.forget((arm.name, runtime.demand.query))
+        self.drift.unexplained += runtime.unexplained_tokens
+        self._journal.write(query)
+        if counted:
+            self._tally.query_finished(query)
+
+    def _exact_output(self, arm: Arm) -> bool:
+        return self._world.forced and not any("ignore_eos" in e.dropped for e in self._endpoints.values())
+
+    async def _expected(self, topology: Topology, runtime: QueryRuntime) -> dict[str, int | None]:
+        """The closed form with the real sizes of what could not be drawn: replies and tool results as they are read again."""
+        if topology.expected is None:
+            return {}
+        form = topology.expected(runtime.demand.params)
+        for key, count in form.reads.items():
+            base = key[1:] if key[0] == "quoted" else key
+            if count and runtime.sizes.get(key) is None and base in runtime.replies:
+                endpoint, author, text = runtime.replies[base]
+                try:
+                    counted = await endpoint.prompts.reply_size("user" if key[0] == "quoted" else author, text)
+                except CallError:
+                    counted = None
+                runtime.sizes[key] = counted[0] if counted else None
+                written = next((c.output_tokens for c in runtime.calls if c.call == runtime.numbers.get(base)), None)
+                if counted and written:
+                    self.drift.written += written
+                    self.drift.read += counted[1]
+        output, total = expected_tokens(form, runtime.demand.lengths, runtime.sizes)
+        return {
+            "calls": form.calls,
+            "tool_calls": form.tool_calls,
+            "input_tokens": total,
+            "output_tokens": output,
+            "depth": form.depth,
+            "width": form.width,
+        }
+
+
+def resources(
+    calls: list[Call], due_at: float, done_at: float, prices: Mapping[str, Prices | None]
+) -> dict[str, float | None]:
+    """The per_query resources of summary.json, from a query's records. What is not known is None."""
+    inferred = [call for call in calls if call.kind == "call"]
+    sums: dict[str, float | None] = {}
+    for name in ("input_tokens", "cached_tokens", "output_tokens", "reasoning_tokens"):
+        values = [getattr(call, name) for call in inferred]
+        sums[name] = sum(values) if None not in values else None
+    if (
+        sums["reasoning_tokens"] is None
+        and sums["output_tokens"] is not None
+        and not any(call.reasoning_tokens for call in inferred)
+    ):
+        sums["reasoning_tokens"] = 0  # a server that counts none has none
+    shaped = shape(calls)
+    final = max(inferred, key=lambda call: call.done_at or 0.0, default=None)
+    latency_s, critical_s = done_at - due_at, shaped["critical_path_s"]
+    known = sums["input_tokens"] is not None and sums["cached_tokens"] is not None
+    return {
+        "calls": len(inferred),
+        "tool_calls": len(calls) - len(inferred),
+        "input_tokens": sums["input_tokens"],
+        "cached_tokens": sums["cached_tokens"],
+        "fresh_tokens": (sums["input_tokens"] or 0) - (sums["cached_tokens"] or 0) if known else None,
+        "output_tokens": sums["output_tokens"],
+        "reasoning_tokens": sums["reasoning_tokens"],
+        "latency_s": latency_s,
+        "first_answer_s": final.answer_at - due_at if final and final.answer_at is not None else None,
+        "work_s": shaped["work_s"],
+        "critical_path_s": critical_s,
+        "tool_s": shaped["tool_s"],
+        "client_s": max(0.0, latency_s - critical_s),
+        "parallelism": shaped["work_s"] / critical_s if critical_s else None,
+        "depth": shaped["depth"],
+        "width": shaped["width"],
+        "gpu_s": None,
+        "joules": None,
+        "dollars": dollars(inferred, prices),
+    }
+
+
+def dollars(calls: list[Call], prices: Mapping[str, Prices | None]) -> float | None:
+    """The bill by token prices; None where a price or a count is missing."""
+    total = 0.0
+    for call in calls:
+        price = prices.get(call.target or "")
+        if price is None or call.input_tokens is None or call.output_tokens is None:
+            return None
+        cached = (call.cached_tokens or 0) if price.cached_input is not None else 0
+        total += (call.input_tokens - cached) * price.input + cached * (price.cached_input or 0.0)
+        total += call.output_tokens * price.output
+    return total / 1e6
+
+
+def mismatches(query: Query, *, exact_output: bool) -> list[str]:
+    """The resources in which a completed query differs from its closed form; unknown ones are not compared."""
+    off = []
+    for name, expected in query.expected.items():
+        measured = query.resources[name]
+        if expected is None or measured is None:
+            continue
+        bound = name == "output_tokens" and not exact_output
+        if measured > expected if bound else measured != expected:
+            off.append(name)
+    return off
+
+
+def resolved(scenario: Scenario) -> dict[str, Any]:
+    """The scenario as a table that, written as TOML, repeats the run. Keys come from the environment and are not in it."""
+    table: dict[str, Any] = msgspec.to_builtins(scenario)
+    arms = [{k: v for k, v in arm.items() if k != "params"} | arm["params"] for arm in table.pop("arms")]
+    del table["source"]
+    if table["targets"]:
+        del table["stub"]
+    return table | {"arm": arms}

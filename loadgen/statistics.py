@@ -1,0 +1,102 @@
+"""Distributions and intervals. Pure; numpy is imported when first used, which is after the run."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fanmark.loadgen.records import bucket_gap_s
+
+SUPPORT = {"p50": 1, "p90": 29, "p99": 299}  # the fewest samples that give the quantile
+QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+RESAMPLES = 2000
+
+Distribution = dict[str, float | int | None]
+
+
+def distribution(values: Sequence[float]) -> Distribution | None:
+    """mean, p50, p90, p99, max, n of the values; a quantile without support is None, no values at all give None."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    found: Distribution = {"mean": math.fsum(ordered) / len(ordered)}
+    for name, q in QUANTILES.items():
+        found[name] = _quantile(ordered, q) if len(ordered) >= SUPPORT[name] else None
+    return found | {"max": ordered[-1], "n": len(ordered)}
+
+
+def gap_distribution(gaps: Mapping[int, int]) -> Distribution | None:
+    """The same of pooled token gaps in log buckets (within 1 %)."""
+    n = sum(gaps.values())
+    if n == 0:
+        return None
+    buckets = sorted(gaps)
+    found: Distribution = {"mean": math.fsum(bucket_gap_s(b) * gaps[b] for b in buckets) / n}
+    for name, q in QUANTILES.items():
+        rank, seen = q * (n - 1), 0
+        for bucket in buckets:
+            seen += gaps[bucket]
+            if seen > rank:
+                break
+        found[name] = bucket_gap_s(bucket) if n >= SUPPORT[name] else None
+    return found | {"max": bucket_gap_s(buckets[-1]), "n": n}
+
+
+def merge_gaps(many: Sequence[Mapping[int, int]]) -> Counter[int]:
+    """All gaps in one histogram."""
+    total: Counter[int] = Counter()
+    for gaps in many:
+        total.update(gaps)
+    return total
+
+
+def _quantile(ordered: Sequence[float], q: float) -> float:
+    """Linear between order statistics, as numpy's default."""
+    place = q * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def paired_ratio(own: Mapping[int, float], base: Mapping[int, float], seed: int) -> dict[str, Any] | None:
+    """Ratio of means with a 95 % bootstrap interval over queries. Queries that both arms completed are resampled as pairs, which takes out
+    what they have in common; with fewer than two pairs there is no interval. None where the baseline's mean is 0 or an arm is empty."""
+    if not own or not base:
+        return None
+    base_mean = math.fsum(base.values()) / len(base)
+    if base_mean == 0:
+        return None
+    found: dict[str, Any] = {"ratio": math.fsum(own.values()) / len(own) / base_mean, "low": None, "high": None}
+    pairs = sorted(own.keys() & base.keys())
+    if len(pairs) < 2:
+        return found | {"method": "too few queries"}
+    import numpy as np
+
+    a, b = np.array([own[i] for i in pairs]), np.array([base[i] for i in pairs])
+    picked = np.random.default_rng(seed).integers(0, len(pairs), (RESAMPLES, len(pairs)))
+    means = b[picked].mean(axis=1)
+    ratios = a[picked].mean(axis=1)[means > 0] / means[means > 0]
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return found | {"low": float(low), "high": float(high), "method": "paired bootstrap over queries"}
+
+
+def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927)."""
+    if n == 0:
+        return 0.0, 1.0
+    p = successes / n
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def occupancy(spans: Sequence[tuple[float, float]], start_at: float, end_at: float) -> dict[str, float]:
+    """Mean and max of how many spans (from, to) are open between two instants."""
+    inside = [(max(a, start_at), min(b, end_at)) for a, b in spans if b > start_at and a < end_at]
+    length = max(end_at - start_at, 1e-9)
+    edges = sorted([(a, 1) for a, _ in inside] + [(b, -1) for _, b in inside])
+    open_now = most = 0
+    for _, step in edges:
+        open_now += step
+        most = max(most, open_now)
+    return {"mean": math.fsum(b - a for a, b in inside) / length, "max": most}

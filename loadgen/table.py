@@ -1,0 +1,158 @@
+"""What a run says at its end, as lines of text. Pure."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+ROWS = (
+    ("calls", "calls"),
+    ("tool_calls", "tool calls"),
+    ("input_tokens", "input tokens"),
+    ("cached_tokens", "  cached"),
+    ("fresh_tokens", "  fresh"),
+    ("output_tokens", "output tokens"),
+    ("latency_s", "latency, s"),
+    ("first_answer_s", "first of answer, s"),
+    ("work_s", "work, s"),
+    ("critical_path_s", "critical path, s"),
+    ("dollars", "dollars"),
+)
+TICKS = {
+    "counted": "counted",
+    "reconciled": "reconciled",
+    "alone": "alone",
+    "steady": "steady",
+    "uncontaminated": "uncontaminated",
+    "client_ok": "client ok",
+}
+
+
+def number(value: float | None) -> str:
+    """Three or four figures, thousands apart; an unknown one is a dash."""
+    if value is None:
+        return "-"
+    if value == int(value) and abs(value) < 1e6:
+        return f"{value:,.0f}"
+    digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 100 else 2 if abs(value) >= 1 else 4
+    return f"{value:,.{digits}f}"
+
+
+def ratio(found: Mapping[str, Any] | None) -> str:
+    """`9.00x [8.90, 9.10]`; without an interval just the ratio."""
+    if found is None:
+        return "-"
+    text = f"{found['ratio']:.2f}x"
+    if found["low"] is None:
+        return text
+    return f"{text} [{found['low']:.2f}, {found['high']:.2f}]"
+
+
+def lines(summary: Mapping[str, Any]) -> list[str]:
+    """The ticks, the amplification table, the checks and the notes."""
+    arms = summary["arms"]
+    baseline = next(name for name, arm in arms.items() if arm["baseline"])
+    return [
+        *_ticks(summary["validity"]),
+        "",
+        f"per query, and against {baseline!r} (95 % interval where there is one)",
+        *_columns(_amplification_rows(arms)),
+        "",
+        "expected (closed form) against measured, per query",
+        *_columns(_expected_rows(arms)),
+        "",
+        *_checks(summary),
+    ]
+
+
+def _ticks(validity: Mapping[str, Any]) -> list[str]:
+    """What failed first, then what is not known, then what holds."""
+    marks = {False: "FAILED", None: "not known", True: "ok"}
+    ordered = sorted(TICKS, key=lambda name: {False: 0, None: 1, True: 2}[validity[name]])
+    return [f"{marks[validity[name]]:>9}  {TICKS[name]:<15} {validity['reasons'][name]}" for name in ordered]
+
+
+def _amplification_rows(arms: Mapping[str, Any]) -> list[list[str]]:
+    head, rows = [""], []
+    for name, arm in arms.items():
+        head += [name] if arm["baseline"] else [name, ""]
+    for key, title in ROWS:
+        if all(arm["per_query"][key] is None for arm in arms.values()):
+            continue
+        row = [title]
+        for arm in arms.values():
+            found = arm["per_query"][key]
+            row.append(number(found["mean"] if found else None))
+            if not arm["baseline"]:
+                row.append(ratio(arm["amplification"][key]))
+        rows.append(row)
+    for title, get in (
+        ("queries/s", lambda load: load["completed_qps"]),
+        ("calls in flight", lambda load: load["calls_in_flight"]["mean"]),
+    ):
+        row = [title]
+        for arm in arms.values():
+            row.append(number(get(arm["load"]) if arm["load"] else None))
+            row += [] if arm["baseline"] else [""]
+        rows.append(row)
+    return [head, *rows]
+
+
+def _expected_rows(arms: Mapping[str, Any]) -> list[list[str]]:
+    keys = ("calls", "tool_calls", "input_tokens", "output_tokens", "depth", "width")
+    rows = [["", *(key.replace("_", " ") for key in keys), "queries", "differ"]]
+    for name, arm in arms.items():
+        row = [name]
+        for key in keys:
+            measured = arm["per_query"][key]
+            row.append(f"{number(arm['expected'][key])} / {number(measured['mean'] if measured else None)}")
+        rows.append([*row, number(arm["queries"]["completed"]), number(arm["expected"]["mismatches"])])
+    return rows
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """First column to the left, the others to the right, as wide as they need."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _checks(summary: Mapping[str, Any]) -> list[str]:
+    client = summary["client"]
+    lag, delay = client["loop_lag_s"], client["send_delay_s"]
+    found = [
+        f"client   {client['verdict']}: loop lag p50 {_ms(lag)}, send delay p50 {_ms(delay)}, "
+        f"coalesced {client['coalesced_share']:.1%}, CPU {client['cpu_s']:.1f} s, memory {client['rss_mb']:.0f} MB"
+    ]
+    servers = summary["server"]
+    for name, server in servers.items() if "reconciled" not in servers else [("server", servers)]:
+        pairs = [
+            f"{counter} {number(pair['client'])} = {number(pair['server'])}"
+            if pair["off_pct"] == 0
+            else f"{counter} {number(pair['client'])} != {number(pair['server'])}"
+            for counter, pair in server.items()
+            if isinstance(pair, dict)
+        ]
+        found.append(f"{name:<8} {', '.join(pairs) or server['reason']}")
+    for name, arm in summary["arms"].items():
+        queries = arm["queries"]
+        if queries["failed"] or queries["abandoned"] or arm["errors"]:
+            errors = ", ".join(f"{kind} {n}" for kind, n in arm["errors"].items())
+            found.append(
+                f"{name:<8} {queries['failed']} failed, {queries['abandoned']} abandoned of {queries['started']}: {errors}"
+            )
+            if queries["failed"] > 0.01 * queries["started"]:
+                found.append(f"{'':<8} more than 1 % failed: latencies are censored")
+        if arm["objective"] is not None and arm["objective"]["attainment"] is not None:
+            word = "met" if arm["objective"]["met"] else "missed"
+            found.append(f"{name:<8} objective {word}: {arm['objective']['attainment']:.1%} in time")
+    return found + [f"note     {note}" for note in summary["notes"]]
+
+
+def _ms(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    p99 = f", p99 {found['p99'] * 1e3:.1f} ms" if found["p99"] is not None else f", max {found['max'] * 1e3:.1f} ms"
+    return f"{found['p50'] * 1e3:.1f} ms{p99}"

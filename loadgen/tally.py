@@ -1,0 +1,131 @@
+"""Running sums of a run, told by the runtime; the live view and the metrics read them. Nothing here decides a result."""
+
+import bisect
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from fanmark.loadgen.records import Call, Query, bucket_gap_s
+
+SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+GAPS_S = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+CALLS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+TOKENS = (100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5, 1e6, 1e7)
+TOKEN_KINDS = {
+    "input": "input_tokens",
+    "cached": "cached_tokens",
+    "fresh": "fresh_tokens",
+    "output": "output_tokens",
+    "reasoning": "reasoning_tokens",
+}
+
+
+class Histogram:
+    """Counts by upper bound, as Prometheus wants them."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def add(self, value: float, times: int = 1) -> None:
+        self.counts[bisect.bisect_left(self.bounds, value)] += times
+        self.sum += value * times
+
+
+def _histograms(bounds: Sequence[float], names: Sequence[str]) -> dict[str, Histogram]:
+    return {name: Histogram(bounds) for name in names}
+
+
+@dataclass
+class ArmTally:
+    """One arm's sums. Warm-up queries are in none of them but the calls in flight."""
+
+    topology: str
+    started: int = 0
+    finished: Counter[str] = field(default_factory=Counter)
+    calls_in_flight: int = 0
+    calls: Counter[tuple[str, str]] = field(default_factory=Counter)  # (role, outcome)
+    tool_calls: Counter[tuple[str, str]] = field(default_factory=Counter)  # (tool, outcome)
+    tokens: Counter[str] = field(default_factory=Counter)
+    sums: Counter[str] = field(default_factory=Counter)  # resources of completed queries
+    expected_calls: float = 0.0
+    query_s: Histogram = field(default_factory=lambda: Histogram(SECONDS))
+    query_calls: Histogram = field(default_factory=lambda: Histogram(CALLS))
+    query_tokens: dict[str, Histogram] = field(default_factory=lambda: _histograms(TOKENS, list(TOKEN_KINDS)))
+    call_s: Histogram = field(default_factory=lambda: Histogram(SECONDS))
+    ttft_s: Histogram = field(default_factory=lambda: Histogram(SECONDS))
+    itl_s: Histogram = field(default_factory=lambda: Histogram(GAPS_S))
+    tool_s: dict[str, Histogram] = field(default_factory=dict)
+
+    @property
+    def completed(self) -> int:
+        return self.finished["completed"]
+
+    @property
+    def in_flight(self) -> int:
+        """Queries started and not finished."""
+        return self.started - sum(self.finished.values())
+
+
+class Tally:
+    """All arms' sums, and the client's own delays."""
+
+    def __init__(self, arms: dict[str, str], baseline: str) -> None:
+        self.arms = {name: ArmTally(topology) for name, topology in arms.items()}
+        self.baseline = baseline
+        self.send_delay_s = Histogram(GAPS_S)
+        self.loop_lag_s = Histogram(GAPS_S)
+
+    def call_started(self, call: Call) -> None:
+        self.arms[call.arm].calls_in_flight += 1
+
+    def call_finished(self, call: Call) -> None:
+        arm = self.arms[call.arm]
+        arm.calls_in_flight -= 1
+        if call.query < 0:
+            return
+        outcome = call.error or ("tool_error" if call.tool_error else "completed")
+        if call.kind == "tool_call":
+            tool = call.tool or "?"
+            arm.tool_calls[tool, outcome] += 1
+            arm.tool_s.setdefault(tool, Histogram(SECONDS)).add(call.seconds)
+            return
+        arm.calls[call.role, outcome] += 1
+        for kind in ("input", "cached", "output", "reasoning"):
+            arm.tokens[kind] += getattr(call, TOKEN_KINDS[kind]) or 0
+        arm.tokens["fresh"] += (call.input_tokens or 0) - (call.cached_tokens or 0)
+        if call.sent_at is None:
+            return
+        self.send_delay_s.add(call.sent_at - call.due_at)
+        arm.call_s.add(call.seconds)
+        if call.first_at is not None:
+            arm.ttft_s.add(call.first_at - call.sent_at)
+        for bucket, times in call.gaps.items():
+            arm.itl_s.add(bucket_gap_s(bucket), times)
+
+    def query_started(self, arm: str) -> None:
+        self.arms[arm].started += 1
+
+    def query_finished(self, query: Query) -> None:
+        arm = self.arms[query.arm]
+        arm.finished[query.outcome] += 1
+        if query.outcome != "completed":
+            return
+        arm.query_s.add(query.resources["latency_s"] or 0.0)
+        arm.query_calls.add(query.resources["calls"] or 0)
+        arm.expected_calls += query.expected.get("calls") or 0
+        for name, value in query.resources.items():
+            if value is not None:
+                arm.sums[name] += value  # type: ignore[assignment]  # a Counter of floats
+        for kind, name in TOKEN_KINDS.items():
+            tokens = query.resources[name]
+            if tokens is not None:
+                arm.query_tokens[kind].add(tokens)
+
+    def amplification(self, arm: str, resource: str) -> float | None:
+        """The ratio of means so far, None before both arms have completed a query or where the baseline has none of it."""
+        own, base = self.arms[arm], self.arms[self.baseline]
+        if not own.completed or not base.completed or not base.sums[resource]:
+            return None
+        return (own.sums[resource] / own.completed) / (base.sums[resource] / base.completed)
