@@ -74,10 +74,11 @@ def tools_url() -> Iterator[str]:
 
 
 @contextmanager
-def everything_over_http(program: str) -> Iterator[str]:
-    """server-everything as an HTTP server on a free port: its URL, at once. It answers a little later."""
+def everything_over_http(program: str, port: int = 0) -> Iterator[str]:
+    """server-everything as an HTTP server: its URL, at once. It answers a little later."""
     with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        s.bind(("127.0.0.1", port))
         port = s.getsockname()[1]
     environment = {**os.environ, "PORT": str(port)}
     process = subprocess.Popen(
