@@ -11,6 +11,7 @@ from fanmark.servers.profiles.profile import (
     load_profile,
     model_ids,
     prior_profile,
+    profile_toml,
 )
 
 __all__ = [
@@ -32,4 +33,5 @@ __all__ = [
     "prior_law",
     "prior_profile",
     "prior_settings",
+    "profile_toml",
 ]

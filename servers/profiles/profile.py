@@ -8,9 +8,10 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
+from fanmark.servers.engine.batch import EngineConfig
 from fanmark.servers.engine.step_time import StepLaw
 from fanmark.servers.profiles.parts import Chip, Confidence, Model, ProfileError, grade_of, unfilled
-from fanmark.servers.profiles.priors import Settings, arithmetic_field, prior_law, prior_settings
+from fanmark.servers.profiles.priors import Efficiencies, Settings, arithmetic_field, prior_law, prior_settings
 
 SCHEMA = "fanmark.profile/1"
 Part = TypeVar("Part", Model, Chip)
@@ -43,6 +44,32 @@ class Profile:
         elif self.confidence in ("C", "U"):
             lines.append(f"profile {self.name}: grade {self.confidence} ({self.source}, {self.as_of})")
         return lines
+
+    def config(self) -> EngineConfig:
+        """What the scheduler needs of the settings."""
+        s = self.settings
+        return EngineConfig(
+            max_num_seqs=s.max_num_seqs,
+            max_num_batched_tokens=s.max_num_batched_tokens,
+            num_blocks=s.num_blocks,
+            block_size=s.block_size,
+            max_model_len=s.max_model_len,
+        )
+
+    def efficiencies(self) -> dict[str, float]:
+        """What the data sheet's rates would need over what the law takes; a sound law has all of them in (0, 1]."""
+        ideal, law = prior_law(self.model, self.chip, self.settings, Efficiencies(1.0, 1.0, 1.0, 1.0)), self.law
+        pairs = {
+            "weights": (
+                ideal.dense_s + ideal.expert_s * law.experts,
+                law.dense_s + law.expert_s * law.experts + law.fixed_s,
+            ),
+            "experts": (ideal.expert_s, law.expert_s),
+            "compute": (ideal.token_s, law.token_s),
+            "kv": (ideal.context_s, law.context_s),
+            "attention": (ideal.attention_s, law.attention_s),
+        }
+        return {name: best / real for name, (best, real) in pairs.items() if real > 0.0}
 
     @property
     def energy_known(self) -> bool:
@@ -258,3 +285,61 @@ def _law(table: dict[str, float | int], where: str) -> StepLaw:
         return msgspec.convert(table, StepLaw)
     except msgspec.ValidationError as error:
         raise ProfileError(f"{where}: [law]: {error}") from None
+
+
+def profile_toml(profile: Profile) -> str:
+    """The profile as the text of a profile file; parts that are bundled are named, others contained."""
+    bundled = profile.model.id in model_ids() and load_model(profile.model.id) == profile.model
+    head: dict[str, Any] = {
+        "schema": SCHEMA,
+        "name": profile.name,
+        "model": profile.model.id if bundled else None,
+        "chip": profile.chip.id
+        if profile.chip.id in chip_ids() and load_chip(profile.chip.id) == profile.chip
+        else None,
+        "origin": profile.origin,
+        "source": profile.source,
+        "as_of": profile.as_of,
+        "confidence": profile.confidence,
+    }
+    tables: dict[str, dict[str, Any]] = {"": head, "engine": _plain(profile.settings), "law": _plain(profile.law)}
+    for name, part, given in (("model", profile.model, head["model"]), ("chip", profile.chip, head["chip"])):
+        if given is None:
+            tables |= _part_tables(name, part)
+    tables["intervals"] = {name: list(value) for name, value in profile.intervals.items()}
+    tables["fit"] = dict(profile.fit)
+    lines = []
+    for title, table in tables.items():
+        if title and table:
+            lines += ["", f"[{title}]"]
+        lines += [f"{_quoted(key)} = {_toml(value)}" for key, value in table.items() if value is not None]
+    return "\n".join(lines) + "\n"
+
+
+def _plain(values: Settings | StepLaw) -> dict[str, Any]:
+    return {f.name: getattr(values, f.name) for f in fields(values)}
+
+
+def _part_tables(name: str, part: Model | Chip) -> dict[str, dict[str, Any]]:
+    """A part as TOML tables: one for itself, one for each table in it."""
+    values: dict[str, Any] = msgspec.to_builtins(part)
+    grades = values.pop("grades", {})
+    tables = {name: {key: value for key, value in values.items() if not isinstance(value, dict)}}
+    tables |= {f"{name}.{key}": value for key, value in values.items() if isinstance(value, dict)}
+    return tables | {f"{name}.grades.{_quoted(key)}": value for key, value in grades.items()}
+
+
+def _quoted(key: str) -> str:
+    return key if key.replace("_", "").replace("-", "").isalnum() else f'"{key}"'
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return f"{value:.6g}" if value == value and abs(value) != float("inf") else "nan"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", " ") + '"'
+    return str(value)
