@@ -79,37 +79,37 @@ class Histogram:
 
 @dataclass(slots=True)
 class Lived:
-    """What is measured of one engine request: instants in seconds, counts in tokens."""
+    """What is measured of one engine request: instants in seconds, counts in tokens. `queued_at`: when the engine took it."""
 
-    queued_at: float
+    arrived_at: float
     prompt: int
     max_tokens: int | None
+    queued_at: float | None = None
     scheduled_at: float | None = None
     first_at: float | None = None
-    last_at: float | None = None
+    last_at: float = 0.0
     cached: int = 0
     output: int = 0
     preemptions: int = 0
 
 
 @dataclass(slots=True)
-class Gauges:
-    """What is true at the moment of a scrape."""
+class Engine:
+    """What the engine itself knows at the moment of a scrape."""
 
     running: int = 0
     waiting: int = 0
     kv_usage: float = 0.0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0
 
 
 @dataclass(slots=True)
 class _Totals:
-    prefix_queries: int = 0
-    prefix_hits: int = 0
-    preemptions: int = 0
     prompt: int = 0
     cached: int = 0
     generation: int = 0
-    flops: float = 0.0
     finished: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FINISH_REASONS, 0))
     rejected: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REJECT_REASONS, 0))
     parser: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -147,22 +147,16 @@ class EngineMetrics:
     def __repr__(self) -> str:
         return f"<EngineMetrics {self.totals}>"
 
-    def scheduled(self, lived: Lived, at: float, cached: int) -> None:
-        """The first scheduling of a request: its prefix lookup."""
-        lived.scheduled_at, lived.cached = at, cached
-        self.totals.prefix_queries += lived.prompt
-        self.totals.prefix_hits += cached
-
     def tokens(self, lived: Lived, at: float, count: int) -> int:
         """Tokens that came out at the end of a step; returns what they add to the step's iteration tokens."""
         added = count
         if lived.first_at is None:
             lived.first_at = at
-            self._firsts.observe(at - lived.queued_at)
+            self._firsts.observe(at - lived.arrived_at)
             self.totals.prompt += lived.prompt
             self.totals.cached += lived.cached
             added += lived.prompt
-        elif lived.last_at is not None:
+        else:
             self._gaps.observe((at - lived.last_at) / count, count)
         lived.last_at = at
         lived.output += count
@@ -173,30 +167,25 @@ class EngineMetrics:
         """One step that put out something: the prompt tokens it finished and the tokens it made."""
         self.histograms["vllm:iteration_tokens_total"].observe(tokens)
 
-    def preempted(self, lived: Lived) -> None:
-        lived.preemptions += 1
-        self.totals.preemptions += 1
-
     def finished(self, lived: Lived, at: float, reason: str) -> None:
         """A request left the engine, also by an abort."""
         self.totals.finished[reason] += 1
         seen = self.histograms
-        seen["vllm:e2e_request_latency_seconds"].observe(at - lived.queued_at)
+        seen["vllm:e2e_request_latency_seconds"].observe(at - lived.arrived_at)
         seen["vllm:request_prompt_tokens"].observe(lived.prompt)
         seen["vllm:request_generation_tokens"].observe(lived.output)
         seen["vllm:request_num_preemptions"].observe(lived.preemptions)
         if lived.max_tokens is not None:
             seen["vllm:request_params_max_tokens"].observe(lived.max_tokens)
-        begun = at if lived.scheduled_at is None else lived.scheduled_at
-        first = at if lived.first_at is None else lived.first_at
-        last = first if lived.last_at is None else lived.last_at
-        seen["vllm:request_queue_time_seconds"].observe(begun - lived.queued_at)
-        seen["vllm:request_prefill_time_seconds"].observe(first - begun)
-        seen["vllm:request_decode_time_seconds"].observe(last - first)
-        seen["vllm:request_inference_time_seconds"].observe(last - begun)
-        if lived.output > 1:
-            each = (last - first) / (lived.output - 1)
-            seen["vllm:request_time_per_output_token_seconds"].observe(each)
+        if lived.scheduled_at is not None and lived.queued_at is not None:
+            first = at if lived.first_at is None else lived.first_at
+            last = first if lived.first_at is None else lived.last_at
+            seen["vllm:request_queue_time_seconds"].observe(lived.scheduled_at - lived.queued_at)
+            seen["vllm:request_prefill_time_seconds"].observe(first - lived.scheduled_at)
+            seen["vllm:request_decode_time_seconds"].observe(last - first)
+            seen["vllm:request_inference_time_seconds"].observe(last - lived.scheduled_at)
+            if lived.output > 1:
+                seen["vllm:request_time_per_output_token_seconds"].observe((last - first) / (lived.output - 1))
         seen["vllm:request_prefill_kv_computed_tokens"].observe(max(lived.prompt - lived.cached, 0))
 
     def replied(self, choices: int, longest: int) -> None:
@@ -209,40 +198,40 @@ class EngineMetrics:
         key = (mode, "tool_call" if found else "no_tool_call")
         self.totals.parser[key] = self.totals.parser.get(key, 0) + times
 
-    def render(self, gauges: Gauges, extra: Sequence[str] = ()) -> str:
+    def render(self, engine: Engine, extra: Sequence[str] = ()) -> str:
         """The text of a scrape; `extra` are lines of other families, as they are."""
         lines: list[str] = []
-        for family in self._families(gauges):
+        for family in self._families(engine):
             lines += family
         lines += self._own()
         return "\n".join([*lines, *extra, ""])
 
-    def _families(self, gauges: Gauges) -> Iterator[list[str]]:
+    def _families(self, engine: Engine) -> Iterator[list[str]]:
         both = {"engine": "0", "model_name": self._model}
         count = self._counter
         totals = self.totals
         for what in ("flops", "read_bytes", "write_bytes"):
             name = f"vllm:estimated_{what}_per_gpu"
             yield count(name, f"Estimated {what} per GPU; 0: not estimated.", [(both, 0)])
-        yield _gauge("vllm:num_requests_running", "Requests in the batch.", [(both, gauges.running)])
-        yield _gauge("vllm:num_requests_waiting", "Requests in the queue.", [(both, gauges.waiting)])
-        reasons = [({**both, "reason": "capacity"}, gauges.waiting), ({**both, "reason": "deferred"}, 0)]
+        yield _gauge("vllm:num_requests_running", "Requests in the batch.", [(both, engine.running)])
+        yield _gauge("vllm:num_requests_waiting", "Requests in the queue.", [(both, engine.waiting)])
+        reasons = [({**both, "reason": "capacity"}, engine.waiting), ({**both, "reason": "deferred"}, 0)]
         yield _gauge("vllm:num_requests_waiting_by_reason", "Requests in the queue, by reason.", reasons)
         states = [
             ({**both, "sleep_state": state}, state == "awake")
             for state in ("awake", "weights_offloaded", "discard_all")
         ]
         yield _gauge("vllm:engine_sleep_state", "Whether the engine sleeps.", states)
-        yield _gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", [(both, gauges.kv_usage)])
+        yield _gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", [(both, engine.kv_usage)])
         yield count(
-            "vllm:prefix_cache_queries", "Tokens looked up in the prefix cache.", [(both, totals.prefix_queries)]
+            "vllm:prefix_cache_queries", "Tokens looked up in the prefix cache.", [(both, engine.prefix_queries)]
         )
-        yield count("vllm:prefix_cache_hits", "Tokens found in the prefix cache.", [(both, totals.prefix_hits)])
+        yield count("vllm:prefix_cache_hits", "Tokens found in the prefix cache.", [(both, engine.prefix_hits)])
         for kind in ("external_prefix_cache", "mm_cache"):
             yield count(f"vllm:{kind}_queries", f"Look-ups in the {kind}.", [(both, 0)])
             yield count(f"vllm:{kind}_hits", f"Hits in the {kind}.", [(both, 0)])
         yield count(
-            "vllm:num_preemptions", "Requests that lost their KV blocks and begin again.", [(both, totals.preemptions)]
+            "vllm:num_preemptions", "Requests that lost their KV blocks and begin again.", [(both, engine.preemptions)]
         )
         yield count("vllm:prompt_tokens", "Prompt tokens of requests with a first token.", [(both, totals.prompt)])
         sources = dict(zip(_SOURCES, (totals.prompt - totals.cached, totals.cached, 0), strict=True))
@@ -381,6 +370,7 @@ _CACHE_DEFAULTS = {
     "kv_offloading_backend": "native",
     "mamba_cache_dtype": "auto",
     "mamba_cache_mode": "none",
+    "mamba_ssm_cache_dtype": "auto",
     "prefix_cache_retention_interval": "0",
     "replayssm_buffer_len": "16",
     "swa_bounded_replay": "True",
