@@ -13,6 +13,7 @@ from typing import Any
 SEED_META = "fanmark/seed"
 RESULT_TOKENS_META = "fanmark/result_tokens"
 MAX_RESULT_TOKENS = 1_000_000
+MAX_MEAN_S, MAX_CV = 1e6, 100.0
 
 DISTRIBUTIONS = ("constant", "uniform", "exponential", "lognormal", "gamma")
 
@@ -161,9 +162,8 @@ def _number(spec: Mapping[str, Any], key: str, default: float) -> float:
 def check_latency(latency: Latency) -> None:
     """Raise ValueError, in one line, where `latency` (seconds) is neither a number >= 0 nor a distribution."""
     if not isinstance(latency, Mapping):
-        _number({"latency_s": latency}, "latency_s", 0.0)
-        if not math.isfinite(latency):
-            raise ValueError(f"latency_s = {latency!r}: it must be finite")
+        if _number({"latency_s": latency}, "latency_s", 0.0) > MAX_MEAN_S:
+            raise ValueError(f"latency_s = {latency!r}: it must be at most {MAX_MEAN_S:g}")
         return
     if unknown := sorted(set(latency) - {"dist", "mean", "cv", "min", "max"}):
         raise ValueError(f"{unknown[0]!r} is no part of a distribution: it may have dist, mean, cv, min, max")
@@ -174,8 +174,9 @@ def check_latency(latency: Latency) -> None:
             raise ValueError("a uniform distribution needs min and max")
     elif "mean" not in latency:
         raise ValueError(f"a {latency['dist']} distribution needs a mean")
-    _number(latency, "mean", 0.0)
-    _number(latency, "cv", 1.0)
+    for key, most in (("mean", MAX_MEAN_S), ("cv", MAX_CV)):
+        if _number(latency, key, 1.0) > most:
+            raise ValueError(f"{key} = {latency[key]!r}: it must be at most {most:g}")
     if _number(latency, "min", 0.0) > _number(latency, "max", math.inf):
         raise ValueError(f"min = {latency['min']!r} is above max = {latency['max']!r}")
 
@@ -193,8 +194,8 @@ def draw_latency_s(latency: Latency, seed: int | str) -> float:
     mean, cv = _number(latency, "mean", 0.0), _number(latency, "cv", 1.0)
     if kind == "uniform":
         drawn = rng.uniform(low, high)
-    elif mean == 0 or kind == "constant" or (cv == 0 and kind != "exponential"):
-        drawn = mean
+    elif mean < 1e-9 or kind == "constant" or (cv < 1e-6 and kind != "exponential"):
+        drawn = mean  # also below what the formulas can take in floating point
     elif kind == "exponential":
         drawn = rng.expovariate(1 / mean)
     elif kind == "gamma":

@@ -195,7 +195,7 @@ def serve_vllm(
         return 2
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Command line: see the module."""
     parser = argparse.ArgumentParser(prog="fanmark serve vllm", allow_abbrev=False)
     parser.add_argument("model")
@@ -204,7 +204,7 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--log", type=Path)
     parser.add_argument("--parent-pipe", action="store_true", help="end when standard input does")
-    known, flags = parser.parse_known_args()
+    known, flags = parser.parse_known_args(argv)
     return serve_vllm(
         known.model,
         venv=known.venv,

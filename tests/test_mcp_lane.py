@@ -221,9 +221,9 @@ def test_one_server_that_does_not_start_ends_the_others(tmp_path: Path) -> None:
 
 
 def test_spec_is_a_url_or_a_command() -> None:
-    for wrong in ({}, {"url": "http://x/mcp", "command": ["x"]}, {"command": []}):
+    for url, command in ((None, None), ("http://x/mcp", ["x"]), (None, [])):
         with pytest.raises(ValueError, match="either a url or a command"):
-            ToolServerSpec(**wrong)
+            ToolServerSpec(url, command)
 
 
 @pytest.mark.real

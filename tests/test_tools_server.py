@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import pytest
 from hypothesis import given
@@ -39,7 +39,9 @@ def in_process(use: Callable[[Client], Awaitable[T]]) -> T:
 
 
 async def search(client: Client, **meta: Any) -> str:
-    result = await client.call_tool("search", {"query": "x"}, meta={f"fanmark/{k}": v for k, v in meta.items()})
+    result = await client.call_tool(
+        "search", {"query": "x"}, meta=cast(Any, {f"fanmark/{k}": v for k, v in meta.items()})
+    )
     assert not result.is_error
     (block,) = result.content
     assert block.type == "text"
@@ -103,7 +105,7 @@ def test_bad_arguments_are_the_tools_own_error(tool: str, arguments: dict[str, A
 def test_wrong_requests_are_protocol_errors(tool: str, meta: dict[str, Any], expected: str) -> None:
     async def use(client: Client) -> None:
         with pytest.raises(MCPError, match=expected):
-            await client.call_tool(tool, {"query": "x"}, meta=meta)
+            await client.call_tool(tool, {"query": "x"}, meta=cast(Any, meta))
 
     in_process(use)
 
@@ -161,6 +163,9 @@ def test_port_taken_is_one_line_and_exit_2(tools_url: str) -> None:
         (["--port", "70000"], "port = 70000: it must be from 0 (a free one) to 65535"),
         (["--result-tokens", "-1"], "result_tokens = -1: it must be from 0 to 1000000"),
         (["--latency-s", "-1"], "it must be a number >= 0"),
+        (["--latency-s", "inf"], "latency_s = inf: it must be at most 1e+06"),
+        (["--latency-s", "soon"], "soon: could not convert string to float"),
+        (["--latency-s", '{"dist": "gamma", "mean": 1, "cv": 101}'], "cv = 101: it must be at most 100"),
         (
             ["--latency-s", '{"dist": "normal", "mean": 1}'],
             "must be one of constant, uniform, exponential, lognormal, gamma",

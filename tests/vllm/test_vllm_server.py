@@ -6,7 +6,7 @@ import json
 import re
 import urllib.request
 import uuid
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from openai import OpenAI
@@ -52,7 +52,7 @@ def streamed_chat(vllm_url: str, messages: list[dict[str, str]], max_tokens: int
     with OpenAI(base_url=vllm_url, api_key="none") as client:
         stream = client.chat.completions.create(
             model="tiny",
-            messages=messages,  # type: ignore[arg-type]
+            messages=cast(Any, messages),
             max_tokens=max_tokens,
             stream=True,
             stream_options={"include_usage": True},
@@ -60,7 +60,7 @@ def streamed_chat(vllm_url: str, messages: list[dict[str, str]], max_tokens: int
         )
         chunks = list(stream)
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
-    usage = chunks[-1].usage
+    usage: CompletionUsage | None = chunks[-1].usage
     assert usage is not None
     return usage
 
