@@ -114,7 +114,7 @@ def build_server(behaviour: Behaviour) -> "Server[Any]":
     return Server("fanmark-tools", on_list_tools=list_tools, on_call_tool=call_tool)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """A listening TCP socket; OSError where host or port cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # named TCP, not left at 0, or asyncio would not turn Nagle's algorithm off: 40 ms more for each call
@@ -154,7 +154,8 @@ def _end(signum: int, frame: object) -> None:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 4096):  # not sys.stdin: its lock, held here, would abort the interpreter on its way out
+        pass
     os._exit(0)
 
 
@@ -182,7 +183,7 @@ def serve_tools(
         print(f"fanmark serve tools: {error}", file=sys.stderr)
         return 2
     try:
-        sock = _listen(host, port)
+        sock = listen(host, port)
     except OSError as error:
         print(
             f"fanmark serve tools: cannot listen on {host}:{port} ({error.strerror}); choose another --port, or 0",
@@ -208,7 +209,8 @@ def _latency(text: str) -> Latency:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: see the module."""
-    parser = argparse.ArgumentParser(prog="fanmark serve tools")
+    # without a usage text, a wrong flag is answered by one line
+    parser = argparse.ArgumentParser(prog="fanmark serve tools", usage=argparse.SUPPRESS)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
     parser.add_argument(

@@ -90,7 +90,10 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_S)
     with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+        for _ in range(20):  # until the group is empty; not for ever, as nobody may reap its orphans
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            time.sleep(0.05)
     process.wait()
 
 
@@ -156,7 +159,8 @@ def _raise_stop(signum: int, frame: FrameType | None) -> None:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 4096):  # not sys.stdin: its lock, held here, would abort the interpreter on its way out
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -197,7 +201,8 @@ def serve_vllm(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: see the module."""
-    parser = argparse.ArgumentParser(prog="fanmark serve vllm", allow_abbrev=False)
+    # without a usage text, a wrong flag is answered by one line
+    parser = argparse.ArgumentParser(prog="fanmark serve vllm", usage=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("model")
     parser.add_argument("--venv", type=Path, default=Path(sys.prefix), help="virtual environment that holds vllm")
     parser.add_argument("--host", default="127.0.0.1")

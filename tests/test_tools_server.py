@@ -20,7 +20,7 @@ from mcp_peers import StartTools
 
 from fanmark.servers.tokenizer import Tokenizer, vocabulary
 from fanmark.servers.tool_specs import TOOLS, check_latency, draw_latency_s, result_text
-from fanmark.servers.tools import Behaviour, build_server
+from fanmark.servers.tools import Behaviour, build_server, listen
 
 T = TypeVar("T")
 ERAS = [("auto", "2026-07-28"), ("legacy", "2025-11-25")]
@@ -157,6 +157,12 @@ def test_port_taken_is_one_line_and_exit_2(tools_url: str) -> None:
     )
 
 
+def test_answers_leave_at_once() -> None:
+    """Nagle's algorithm is off on connections accepted from the listener: asyncio does that for a socket named TCP."""
+    with listen("127.0.0.1", 0) as sock:
+        assert sock.proto == socket.IPPROTO_TCP
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -178,6 +184,7 @@ def test_wrong_flags_exit_2(flags: list[str], message: str) -> None:
     done = run_tools(*flags)
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
