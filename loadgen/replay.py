@@ -80,7 +80,7 @@ def _step(scheduler: Scheduler, flights: deque[Batch], depth: int) -> dict[str, 
     step: dict[str, Any] = {"scheduled": {}, "preempted": [], "finished": [], "cached": {}}
     if batch is not None:
         step |= {"scheduled": batch.scheduled, "preempted": sorted(batch.preempted), "cached": batch.cached}
-        if batch.parts:
+        if len(batch):
             flights.append(batch)
     if flights and (len(flights) == depth or not step["scheduled"]):
         step["finished"] = [output.id for output in scheduler.update(flights.popleft()) if output.finished]

@@ -1,7 +1,7 @@
 """What implements the topologies' Runtime: carries every call and tool call of one query and records it."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -175,7 +175,7 @@ class QueryRuntime:
                 salt=salt,
                 tools=tools,
             )
-            limit, prefix = self._explain(salt, prompt)
+            limit, prefix = self._explain(salt, prompt, endpoint.tool_part if tools else None)
             sent = Sent()
             try:
                 reply = await endpoint.send(body, self._headers(call), sent)
@@ -225,13 +225,20 @@ class QueryRuntime:
     def _owner(self) -> tuple[str, int]:
         return (self.demand.arm, self.demand.query)
 
-    def _explain(self, salt: str | None, prompt: Sequence[tuple[Key, Author, Part]]) -> tuple[int | None, Any]:
+    def _explain(
+        self, salt: str | None, prompt: Sequence[tuple[Key, Author, Part]], tools: Part | None
+    ) -> tuple[int | None, Any]:
+        """The most cached tokens that the run's own traffic explains; None where there is no salt. In a chat prompt the tools' schemas
+        are no message, but they lead the prompt."""
         if salt is None:
             return None, None
-        first_own = next(
-            (i for i, (key, _, _) in enumerate(prompt) if key[0] not in ("system", "role", "tools")), len(prompt)
-        )
-        listed = [((author, str(part.content)), part.size or len(part.content)) for _, author, part in prompt]
+        listed: list[tuple[Hashable, int]] = []
+        if tools is not None and not any(key == ("tools",) for key, _, _ in prompt):
+            listed.append(("tools", tools.size or 0))
+        shared = ("system", "role", "tools")
+        first_own = next((i for i, (key, _, _) in enumerate(prompt) if key[0] not in shared), len(prompt)) + len(listed)
+        for _, author, part in prompt:
+            listed.append(((author, str(part.content)), len(part.content) if part.size is None else part.size))
         return self.world.explained.limit(salt, self._owner, listed, first_own)
 
     def _count(self, call: Call, reply: Reply, limit: int | None) -> None:

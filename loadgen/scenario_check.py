@@ -263,3 +263,62 @@ def override(raw: dict[str, Any], settings: Sequence[str]) -> None:
             if not isinstance(table, dict):
                 raise ScenarioError(f"--set {setting}: {key} is not a table")
         table[keys[-1]] = value
+
+
+def override_target(
+    raw: dict[str, Any],
+    url: str | None,
+    model: str | None,
+    api: str | None,
+    api_key_env: str | None,
+    environ: Mapping[str, str],
+) -> None:
+    """--target puts one target in place of the scenario's; --model, --api and --api-key-env change it."""
+    if url is not None:
+        raw.pop("targets", None)
+        raw.pop("stub", None)
+        raw["target"] = {"url": url} | ({"api_key_env": "OPENAI_API_KEY"} if environ.get("OPENAI_API_KEY") else {})
+    for key, value in (("model", model), ("api", api), ("api_key_env", api_key_env)):
+        if value is None:
+            continue
+        if "target" in raw:
+            raw["target"][key] = value
+        elif key == "api" and "targets" not in raw:
+            raw.setdefault("stub", {})["api"] = value
+        else:
+            raise ScenarioError(f"--{key.replace('_', '-')} {value}: there is no one target: give --target URL")
+
+
+def override_load(
+    raw: dict[str, Any],
+    queries: int | None,
+    duration: float | None,
+    rate: float | None,
+    concurrency: int | None,
+    seed: int | None,
+) -> None:
+    """The load flags: queries and duration clear each other, --rate means an open loop, --concurrency a closed one."""
+    if queries is not None and duration is not None:
+        raise ScenarioError(f"--queries {queries} and --duration {duration:g}: give one of the two")
+    if rate is not None and concurrency is not None:
+        raise ScenarioError(
+            f"--rate {rate:g} and --concurrency {concurrency}: a loop is open or closed, give one of the two"
+        )
+    load = raw.setdefault("load", {})
+    arms = [arm for arm in raw.get("arm", []) if isinstance(arm, dict)]
+    given = {"queries": queries, "duration": duration, "rate": rate, "concurrency": concurrency}
+    for key, value in given.items():
+        if value is not None:
+            load[key] = value
+            for table in arms:
+                table.pop(key, None)
+    if queries is not None:
+        load.pop("duration", None)
+    if duration is not None:
+        load.pop("queries", None)
+        for table in arms:
+            table.pop("queries", None)
+    if rate is not None or concurrency is not None:
+        load["mode"] = "open" if rate is not None else "closed"
+    if seed is not None:
+        raw["seed"] = seed

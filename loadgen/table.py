@@ -54,10 +54,10 @@ def lines(summary: Mapping[str, Any]) -> list[str]:
         *_ticks(summary["validity"]),
         "",
         f"per query, and against {baseline!r} (95 % interval where there is one)",
-        *_columns(_amplification_rows(arms)),
+        *columns(_amplification_rows(arms)),
         "",
         "expected (closed form) against measured, per query",
-        *_columns(_expected_rows(arms)),
+        *columns(_expected_rows(arms)),
         "",
         *_checks(summary),
     ]
@@ -84,13 +84,11 @@ def _amplification_rows(arms: Mapping[str, Any]) -> list[list[str]]:
             if not arm["baseline"]:
                 row.append(ratio(arm["amplification"][key]))
         rows.append(row)
-    for title, get in (
-        ("queries/s", lambda load: load["completed_qps"]),
-        ("calls in flight", lambda load: load["calls_in_flight"]["mean"]),
-    ):
+    for title, key in (("queries/s", "completed_qps"), ("calls in flight", "calls_in_flight")):
         row = [title]
         for arm in arms.values():
-            row.append(number(get(arm["load"]) if arm["load"] else None))
+            found = arm["load"].get(key)
+            row.append(number(found["mean"] if isinstance(found, dict) else found))
             row += [] if arm["baseline"] else [""]
         rows.append(row)
     return [head, *rows]
@@ -108,7 +106,7 @@ def _expected_rows(arms: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """First column to the left, the others to the right, as wide as they need."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [

@@ -1,0 +1,370 @@
+"""Fits the step-time law of a profile to measurements: a calibration grid, a request trace, or a run's folder.
+
+Rules of the file:
+1. All coefficients are fitted as logarithms between bounds; below, the data sheet bounds them: no efficiency exceeds 1. One that ends
+   at its bound says that a mechanism is missing or the sheet is wrong, and `fit` names the efficiencies.
+2. A coefficient that the data do not tell apart stays near its prior (a weak pull), and its interval is wide.
+3. A grid's rows are steps, so the law is fitted to them directly. A trace's requests are served by the engine model in virtual
+   time, again and again, until their times match.
+"""
+
+import datetime
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from fanmark.loadgen.errors import ScenarioError
+from fanmark.loadgen.traces import Served, Trace, load_run, load_trace, replay
+from fanmark.servers.engine.batch import EngineConfig
+from fanmark.servers.engine.replica import Replica, Step
+from fanmark.servers.engine.request import Request
+from fanmark.servers.engine.step_time import BatchShape, StepLaw
+from fanmark.servers.profiles import (
+    Chip,
+    Efficiencies,
+    Model,
+    Profile,
+    ProfileError,
+    Settings,
+    load_chip,
+    load_model,
+    prior_law,
+    prior_settings,
+    profile_toml,
+)
+
+HOST = "host_s"  # ingress_s + egress_s: a client cannot tell them apart
+INGRESS_SHARE = 0.6
+
+
+def calibrate(source: Path, model: str, chip: str, kv_blocks: int | None = None, *, as_of: str = "") -> Profile:
+    """Fit a profile of `model` on `chip` (ids of bundled parts) to `source`.
+
+    `source`: a grid (`*.calib.json`), a trace folder (requests.jsonl, meta.json) or a run's folder (calls.jsonl). `kv_blocks`:
+    vLLM's num_gpu_blocks; left out, the trace's own or the memory formula's. `as_of`: month of the measurement, default this one.
+    Raises ScenarioError and ProfileError, each in one line.
+    """
+    model_, chip_ = load_model(model), load_chip(chip)
+    if source.is_file():
+        profile = fit_grid(load_grid(source), model_, chip_, kv_blocks)
+    elif (source / "calls.jsonl").is_file():
+        settings = prior_settings(model_, chip_)
+        profile = fit_trace(load_run(source, model_, chip_, _with_blocks(settings, kv_blocks)))
+    else:
+        trace = replace(load_trace(source), model=model_, chip=chip_)
+        profile = fit_trace(replace(trace, settings=_with_blocks(trace.settings, kv_blocks), caveats=[]))
+    name = f"{model_.id}@{chip_.id}"
+    month = as_of or datetime.date.today().strftime("%Y-%m")
+    profile = replace(
+        profile, name=name, source=f"fitted on {source.name}", as_of=month, confidence="B", origin="fitted"
+    )
+    over = {n: v for n, v in profile.efficiencies().items() if not 0.0 < v <= 1.0 + 1e-6}
+    if over:
+        shown = ", ".join(f"{n} {v:.2f}" for n, v in over.items())
+        raise ProfileError(f"{source}: efficiencies beyond (0, 1]: {shown}: check the model, the chip and --kv-blocks")
+    return profile
+
+
+def write_profile(profile: Profile, path: Path) -> None:
+    """Write a profile file. Raises ScenarioError if it cannot be written."""
+    try:
+        path.write_text(profile_toml(profile))
+    except OSError as error:
+        raise ScenarioError(f"{path}: cannot be written: {error.strerror}; give --out another place") from None
+
+
+def _with_blocks(settings: Settings, kv_blocks: int | None) -> Settings:
+    return settings if kv_blocks is None else replace(settings, num_blocks=kv_blocks)
+
+
+# Least squares on logarithms
+
+
+@dataclass(frozen=True, slots=True)
+class _Fitted:
+    law: StepLaw
+    intervals: dict[str, tuple[float, float]]
+    evaluations: int
+
+
+def _set(law: StepLaw, fitted: dict[str, float]) -> StepLaw:
+    values: dict[str, Any] = dict(fitted)
+    if HOST in values:
+        host = values.pop(HOST)
+        values |= {"ingress_s": INGRESS_SHARE * host, "egress_s": (1.0 - INGRESS_SHARE) * host}
+    return replace(law, **values)
+
+
+def _least_squares(
+    law: StepLaw,
+    bounds: dict[str, tuple[float, float, float]],
+    residuals: Callable[[StepLaw], list[float]],
+    *,
+    iterations: int,
+    step: float,
+    pull: float,
+) -> _Fitted:
+    """Minimise robustly over the coefficients in `bounds` (low, start, high); 95 % intervals by the curvature at the end."""
+    import numpy as np
+    from scipy.optimize import least_squares
+
+    names = list(bounds)
+    low, start, high = (np.log([bounds[name][i] for name in names]) for i in range(3))
+    start = np.clip(start, low + 1e-3, high - 1e-3)
+
+    def law_at(y: Any) -> StepLaw:
+        return _set(law, {name: float(v) for name, v in zip(names, np.exp(y), strict=True)})
+
+    def all_residuals(y: Any) -> Any:
+        return np.concatenate([residuals(law_at(y)), pull * (y - start)])
+
+    found: Any = least_squares(
+        all_residuals,
+        start,
+        bounds=(low, high),
+        diff_step=[step] * len(names),
+        max_nfev=iterations,
+        loss="soft_l1",
+        f_scale=1.0,
+    )
+    count = len(found.fun) - len(names)
+    # The pull is no datum: it only keeps the matrix regular.
+    noise = math.sqrt(float(np.sum(found.fun[:count] ** 2)) / max(1, count - len(names)))
+    spread = np.sqrt(np.diag(np.linalg.pinv(found.jac.T @ found.jac))) * noise
+    ends = np.exp(np.clip([found.x - 1.96 * spread, found.x + 1.96 * spread], low, high))
+    intervals = {name: (float(ends[0][i]), float(ends[1][i])) for i, name in enumerate(names)}
+    return _Fitted(law_at(found.x), intervals, found.nfev)
+
+
+def _bounds(prior: StepLaw, ideal: StepLaw, slack: float = 1.0) -> dict[str, tuple[float, float, float]]:
+    """(low, start, high) of the coefficients that any measurement speaks of. `slack` > 1 lets them under the data sheet's."""
+    found = {
+        name: (getattr(ideal, name) / slack, getattr(prior, name), getattr(ideal, name) * factor)
+        for name, factor in (("dense_s", 30.0), ("token_s", 10.0), ("context_s", 10.0), ("attention_s", 50.0))
+    }
+    if prior.experts:
+        found["expert_s"] = (ideal.expert_s / slack, prior.expert_s, ideal.expert_s * 10.0)
+    found["sequence_s"] = (1e-7, max(2e-5, prior.sequence_s), max(1e-3, prior.sequence_s * 20.0))
+    found["knee"] = (1.3, 2.5, 6.0)
+    return found
+
+
+def _ideal(model: Model, chip: Chip, settings: Settings) -> StepLaw:
+    return prior_law(model, chip, settings, Efficiencies(1.0, 1.0, 1.0, 1.0))
+
+
+def _eta(profile: Profile) -> dict[str, float]:
+    return {f"eta_{name}": value for name, value in profile.efficiencies().items()}
+
+
+# A calibration grid
+
+
+class GridRow(msgspec.Struct, frozen=True):
+    """`b` requests of `ctx` prompt tokens started together: quantiles of the gaps between tokens, wall time (s), energy of it (J)."""
+
+    ctx: int
+    b: int
+    p50: float
+    p90: float = 0.0
+    wall: float = 0.0
+    joules: float = 0.0
+
+
+class Grid(msgspec.Struct, frozen=True):
+    """A calibration grid: `prefill` holds (prompt tokens, seconds to first token) of lone requests."""
+
+    prefill: list[tuple[int, float]]
+    decode: list[GridRow]
+    name: str = ""
+    args: list[str] = []
+
+    def output_tokens(self, row: GridRow) -> int:
+        """Tokens that each request of a decode row wrote."""
+        return 48 if row.b > 64 else 64
+
+    def prefill_means(self) -> dict[int, float]:
+        """Mean seconds to first token by prompt length: steps that the processor launches vary, and their mean counts."""
+        seen: dict[int, list[float]] = {}
+        for tokens, seconds in self.prefill:
+            seen.setdefault(tokens, []).append(seconds)
+        return {tokens: math.fsum(v) / len(v) for tokens, v in sorted(seen.items())}
+
+
+def load_grid(path: Path) -> Grid:
+    """A `*.calib.json` file. Raises ScenarioError."""
+    try:
+        grid = msgspec.json.decode(path.read_bytes(), type=Grid)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ScenarioError(f"{path}: not a calibration grid: {error}; it needs `prefill` and `decode`") from None
+    if len(grid.prefill) < 2 or len(grid.decode) < 3:
+        raise ScenarioError(
+            f"{path}: {len(grid.prefill)} prefill and {len(grid.decode)} decode rows: give 2 and 3 at least"
+        )
+    return grid
+
+
+def _grid_settings(grid: Grid, model: Model, chip: Chip, kv_blocks: int | None) -> Settings:
+    flags = dict(zip(grid.args, grid.args[1:], strict=False))
+    chips = int(flags.get("--tensor-parallel-size", 1))
+    settings = prior_settings(model, chip, chips, float(flags.get("--gpu-memory-utilization", 0.92)))
+    names = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size")
+    given: dict[str, Any] = {n: int(flags[flag]) for n in names if (flag := "--" + n.replace("_", "-")) in flags}
+    return _with_blocks(replace(settings, **given), kv_blocks)
+
+
+def _is_starved(grid: Grid, row: GridRow, settings: Settings) -> bool:
+    """Whether the row's requests do not fit the KV cache together: then its gaps are not those of a batch of `b`."""
+    blocks = -(-(row.ctx + grid.output_tokens(row)) // settings.block_size)
+    return row.b * blocks > 0.98 * settings.num_blocks or row.b > settings.max_num_seqs
+
+
+def fit_grid(grid: Grid, model: Model, chip: Chip, kv_blocks: int | None = None) -> Profile:
+    """The law from a grid: decode rows are steps of batch `b`, prefill rows are the steps of one request and the host's cost."""
+    settings = _grid_settings(grid, model, chip, kv_blocks)
+    prior = replace(prior_law(model, chip, settings), fixed_s=0.0)
+    bounds = _bounds(prior, _ideal(model, chip, settings))
+    bounds[HOST] = (5e-4, 8e-3, 0.1)
+    bounds["eager_launch_s"] = (1e-3, max(2e-3, prior.eager_launch_s), 0.5)
+    decode = [(row, grid.output_tokens(row)) for row in grid.decode if not _is_starved(grid, row, settings)]
+    prefill = grid.prefill_means()
+
+    def residuals(law: StepLaw) -> list[float]:
+        found = [(decode_gap_s(law, row.b, row.ctx, out) / row.p50 - 1.0) / 0.02 for row, out in decode]
+        for tokens, seconds in prefill.items():
+            tolerance = 0.03 if tokens <= law.graph_limit_tokens else 0.05
+            found.append((lone_ttft_s(law, settings, tokens) / seconds - 1.0) / tolerance)
+        return found
+
+    fitted = _least_squares(prior, bounds, residuals, iterations=400, step=1e-4, pull=0.05)
+    law = fit_power(fitted.law, grid, settings) if any(row.joules for row in grid.decode) else fitted.law
+    profile = Profile(f"{model.id}@{chip.id}", model, chip, settings, law, "fitted", intervals=fitted.intervals)
+    return replace(profile, fit=_eta(profile))
+
+
+def decode_gap_s(law: StepLaw, seqs: int, prompt_tokens: int, output_tokens: int) -> float:
+    """The gap between tokens of `seqs` equal requests in the middle of their answers."""
+    context = seqs * (prompt_tokens + output_tokens // 2)
+    return law.seconds(BatchShape(0, seqs, context, 0.0, seqs))
+
+
+def lone_ttft_s(law: StepLaw, settings: Settings, prompt_tokens: int) -> float:
+    """Seconds to the first token, at the client, of a request that has the engine to itself and nothing in the cache."""
+    total, done = law.ingress_s + law.egress_s, 0
+    while done < prompt_tokens:
+        chunk = min(prompt_tokens - done, settings.max_num_batched_tokens)
+        total += law.seconds(BatchShape(chunk, 0, 0, chunk * (done + chunk / 2), 1))
+        done += chunk
+    return total
+
+
+def run_row(row: GridRow, output_tokens: int, config: EngineConfig, law: StepLaw, steps: list[Step]) -> list[float]:
+    """Serve a decode row by the engine model: all gaps between tokens at the client, in order; the steps are appended."""
+    replica = Replica(config, law, ingress_s=law.ingress_s, token_s=law.egress_s, on_step=steps.append)
+    for i in range(row.b):
+        start = (i + 1) << 24
+        replica.add(Request(str(i), range(start, start + row.ctx), range(start - output_tokens, start)), 0.0)
+    last: dict[str, float] = {}
+    gaps = []
+    for event in replica.advance(math.inf):
+        if event.id in last:
+            gaps.append(event.at - last[event.id])
+        last[event.id] = event.at
+    return sorted(gaps)
+
+
+def fit_power(law: StepLaw, grid: Grid, settings: Settings) -> StepLaw:
+    """Idle, memory and compute watts from the joules of the decode rows, by non-negative least squares on relative errors."""
+    import numpy as np
+    from scipy.optimize import nnls
+
+    config = EngineConfig(
+        settings.max_num_seqs, settings.max_num_batched_tokens, settings.num_blocks, settings.block_size
+    )
+    memory = replace(law, idle_w=0.0, memory_w=1.0, compute_w=0.0)
+    compute = replace(law, idle_w=0.0, memory_w=0.0, compute_w=1.0)
+    rows = []
+    for row in grid.decode:
+        if row.joules <= 0.0 or row.wall <= 0.0:
+            continue
+        steps: list[Step] = []
+        run_row(row, grid.output_tokens(row), config, law, steps)
+        rows.append(
+            [row.wall / row.joules, *(sum(_joules(w, s) for s in steps) / row.joules for w in (memory, compute))]
+        )
+    watts = nnls(np.array(rows), np.ones(len(rows)))[0]
+    return replace(law, idle_w=float(watts[0]), memory_w=float(watts[1]), compute_w=float(watts[2]))
+
+
+def _joules(law: StepLaw, step: Step) -> float:
+    if step.steps == 1:
+        return law.joules(step.shape, step.end_at - step.start_at)
+    return law.decode_run_joules(step.shape, step.steps, step.end_at - step.start_at)
+
+
+# A request trace or a run
+
+
+def fit_trace(trace: Trace, requests: int | None = None, iterations: int = 8) -> Profile:
+    """The law that makes the engine model serve the first `requests` requests (all) as they were served.
+
+    All requests of the trace are replayed each time, as later ones load the engine too, but only the first ones' times are looked
+    at: per request TPOT, end-to-end and TTFT (against its mean: a TTFT may be near 0), and the means of all three.
+    """
+    profile = trace.prior()
+    real = trace.served[:requests]
+    settings, known = trace.settings, not any("efficiencies mean nothing" in line for line in trace.caveats)
+    ideal = _ideal(trace.model, trace.chip, settings)
+    law = replace(profile.law, fixed_s=profile.law.fixed_s / 2)
+    if not known:
+        law = _scaled_to(profile, law, trace, real)
+        ideal = replace(law)
+    bounds = _bounds(law, ideal, slack=1.0 if known else 10.0)
+    bounds["mixed_s"] = (1e-5, 1e-3, 0.1)
+    if trace.client_side:
+        bounds[HOST] = (5e-4, 8e-3, 0.2)
+
+    def residuals(candidate: StepLaw) -> list[float]:
+        return _trace_residuals(real, replay(profile, candidate, trace)[: len(real)])
+
+    fitted = _least_squares(law, bounds, residuals, iterations=iterations, step=0.03, pull=1.0)
+    profile = replace(
+        profile,
+        name=f"fitted on {trace.name}",
+        law=fitted.law,
+        origin="fitted",
+        intervals=fitted.intervals,
+        confidence="B",
+    )
+    return replace(profile, fit=_eta(profile) if known else {})
+
+
+def _trace_residuals(real: Sequence[Served], predicted: Sequence[Served]) -> list[float]:
+    ttft_mean = math.fsum(r.ttft_s for r in real) / len(real)
+    found = []
+    for r, p in zip(real, predicted, strict=True):
+        found.append((p.ttft_s - r.ttft_s) / ttft_mean * 5.0)
+        found.append((p.e2e_s / r.e2e_s - 1.0) * 10.0)
+        if r.tpot_s and p.tpot_s:
+            found.append((p.tpot_s / r.tpot_s - 1.0) * 10.0)
+    for at in range(3):
+        pairs = [(r[at] or 0.0, p[at] or 0.0) for r, p in zip(real, predicted, strict=True)]
+        found.append((math.fsum(p for _, p in pairs) / max(1e-9, math.fsum(r for r, _ in pairs)) - 1.0) * 100.0)
+    return found
+
+
+def _scaled_to(profile: Profile, law: StepLaw, trace: Trace, real: Sequence[Served]) -> StepLaw:
+    """The law slowed down or sped up as a whole until the mean end-to-end time is about right: a start for an unknown chip."""
+    names = ("dense_s", "expert_s", "token_s", "context_s", "attention_s", "fixed_s", "eager_launch_s", "sequence_s")
+    target = math.fsum(r.e2e_s for r in real)
+    for _ in range(6):
+        served = replay(profile, law, trace)[: len(real)]
+        factor = target / math.fsum(s.e2e_s for s in served)
+        if 0.9 < factor < 1.1:
+            break
+        law = replace(law, **{name: getattr(law, name) * factor for name in names})
+    return law

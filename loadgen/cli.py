@@ -1,0 +1,187 @@
+"""The command line: reads flags, hands over, turns errors into one line and an exit code. Nothing imports it."""
+
+import asyncio
+import os
+import secrets
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fanmark.loadgen.errors import FanmarkError
+
+app = typer.Typer(
+    name="fanmark",
+    help="Measures how agent fan-out multiplies inference: every query's cost, set against answering it in a single pass.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+serve_app = typer.Typer(
+    help="Serves one of our servers until it is ended.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(serve_app, name="serve")
+
+ScenarioArg = Annotated[str, typer.Argument(help="A TOML file, or the name of a bundled scenario (fanmark scenarios).")]
+
+
+_ClickError: Any = typer.BadParameter.__mro__[
+    2
+]  # click's base error: typer carries its own click, and exports only this leaf
+
+
+def main() -> None:
+    """Entry point: every error that a user can cause is one line on standard error."""
+    try:
+        code = app(standalone_mode=False)
+    except FanmarkError as e:
+        print(f"fanmark: {e}", file=sys.stderr)
+        code = e.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        code = 130
+    except Exception as e:
+        if not isinstance(e, _ClickError):
+            raise
+        text = e.format_message()
+        print(text if "\n" in text else f"fanmark: {text} (try fanmark --help)", file=sys.stderr)
+        code = 2
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+@app.command()
+def run(
+    scenario: ScenarioArg = "quickstart",
+    target: Annotated[str | None, typer.Option(help="URL of an OpenAI-compatible server, .../v1.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model name; the first that the target lists.")] = None,
+    api: Annotated[str | None, typer.Option(help="chat, or completions (token-id prompts: exact lengths).")] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Environment variable with the API key; OPENAI_API_KEY if it is set.")
+    ] = None,
+    queries: Annotated[int | None, typer.Option(help="Queries of each arm.")] = None,
+    duration: Annotated[float | None, typer.Option(help="Seconds during which queries start.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Queries per second of each arm (open loop).")] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Queries at a time of each arm (closed loop).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of lengths, texts and arrivals.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of the scenario.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the results; runs/NAME-TIME.")] = None,
+    metrics_port: Annotated[int, typer.Option(help="Port of /metrics; 0 takes a free one.")] = 0,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print summary.json, and nothing else, on standard output.")
+    ] = False,
+    strict: Annotated[bool, typer.Option(help="Exit 1 when a validity tick or an objective failed.")] = False,
+    quiet: Annotated[bool, typer.Option(help="No progress.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Send nothing: print what would be sent.")] = False,
+) -> int:
+    """Runs a scenario against real servers; without a target, against the embedded stub and MCP server."""
+    from fanmark.agents import topologies
+    from fanmark.loadgen import scenario_check
+
+    raw, source = scenario_check.read(scenario)
+    scenario_check.override(raw, set_ or [])
+    scenario_check.override_target(raw, target, model, api, api_key_env, os.environ)
+    scenario_check.override_load(raw, queries, duration, rate, concurrency, seed)
+    table = topologies()
+    checked = scenario_check.check(raw, source, table)
+    if dry_run:
+        from fanmark.loadgen import dry_run as dry
+
+        planned = dry.plan(checked, table)
+        print(_json(planned) if json else "\n".join(dry.lines(planned)))
+        return 0
+    from fanmark.loadgen import session
+
+    folder = out or Path("runs") / f"{checked.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    options = session.Options(
+        out=folder,
+        metrics_port=metrics_port,
+        run_id=secrets.token_hex(4),
+        version=_version(),
+        command=sys.argv[1:],
+        progress=None if quiet else sys.stderr,
+    )
+    result = _run_async(session.run(checked, table, options))
+    if json:
+        print(_json(result.summary))
+    else:
+        session.print_result(result.summary, folder)
+    return exit_code(result.summary, result.interrupted, strict)
+
+
+def exit_code(summary: dict[str, Any], interrupted: bool, strict: bool) -> int:
+    """130 interrupted; 1 not to be trusted, or (strict) a tick or an objective failed; else 0."""
+    if interrupted:
+        return 130
+    validity = summary["validity"]
+    if validity["counted"] is False:
+        return 1
+    objectives = [arm["objective"]["met"] for arm in summary["arms"].values() if arm["objective"]]
+    return int(strict and (False in validity.values() or False in objectives))
+
+
+def _run_async(coroutine: Any) -> Any:
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(coroutine)
+
+
+def _json(value: Any) -> str:
+    import msgspec
+
+    return msgspec.json.format(msgspec.json.encode(value), indent=1).decode()
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("fanmark")
+
+
+@app.command()
+def topologies(json: Annotated[bool, typer.Option("--json")] = False) -> None:
+    """Lists the agent shapes."""
+    from fanmark.agents import topologies
+
+    _listing({name: topology.summary for name, topology in topologies().items()}, json)
+
+
+@app.command()
+def scenarios(json: Annotated[bool, typer.Option("--json")] = False) -> None:
+    """Lists the bundled scenarios."""
+    from fanmark.loadgen.scenario_check import bundled
+
+    _listing(bundled(), json)
+
+
+def _listing(rows: dict[str, str], as_json: bool) -> None:
+    width = max(map(len, rows))
+    print(_json(rows) if as_json else "\n".join(f"{name.ljust(width)}  {text}" for name, text in rows.items()))
+
+
+@serve_app.command(
+    "stub", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
+def serve_stub(context: typer.Context) -> int:
+    """Serves the stub: an OpenAI-compatible server that schedules like vLLM. --help lists its flags."""
+    from fanmark.servers.stub import main as stub_main
+
+    return stub_main(context.args)
+
+
+@serve_app.command(
+    "tools", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
+def serve_tools(context: typer.Context) -> int:
+    """Serves the MCP tool server. --help lists its flags."""
+    from fanmark.servers.tools import main as tools_main
+
+    return tools_main(context.args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""`--dry-run`: what a run would send, from the closed forms alone. Nothing is sent. Pure."""
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fanmark.agents.runtime import Author, Key, Message, Topology
+from fanmark.loadgen.arrivals import open_loop
+from fanmark.loadgen.demand import Demand, draw_demand, expected_tokens
+from fanmark.loadgen.records import Call
+from fanmark.loadgen.run import dollars
+from fanmark.loadgen.scenario import Arm, Scenario
+from fanmark.loadgen.table import columns, number
+
+_SAMPLE = 200  # queries looked at where a closed loop's duration leaves their number open
+
+_WALKED = 20  # queries that are walked through for their longest context
+
+
+def plan(scenario: Scenario, topologies: Mapping[str, Topology]) -> dict[str, Any]:
+    """Per arm: queries, calls, tool_calls, input_tokens, output_tokens, longest_context_tokens, peak_calls_in_flight, seconds, dollars.
+    The peak is an upper bound: all queries at once. What cannot be known ahead is None. Tools' schemas and the rounding of a real
+    tokenizer are not in it."""
+    return {arm.name: _arm(scenario, arm, topologies[arm.topology], i) for i, arm in enumerate(scenario.arms)}
+
+
+def _arm(scenario: Scenario, arm: Arm, topology: Topology, place: int) -> dict[str, Any]:
+    load = scenario.load_of(arm)
+    times = list(open_loop(load, scenario.seed, arm.name, place / len(scenario.arms))) if load.mode == "open" else []
+    queries = len(times) if load.mode == "open" else load.queries
+    found: dict[str, Any] = {"queries": queries, "calls": None, "tool_calls": None, "input_tokens": None}
+    found |= {"output_tokens": None, "longest_context_tokens": None, "peak_calls_in_flight": None}
+    found |= {"seconds": times[-1] if times else load.duration, "dollars": None}
+    if topology.expected is None:
+        return found
+    n = queries if queries is not None else _SAMPLE
+    calls = tool_calls = read = written = longest = width = 0
+    for i in range(n):
+        demand = draw_demand(scenario, arm, topology, i)
+        form = topology.expected(demand.params)
+        output, total = expected_tokens(form, demand.lengths, {("tools",): 0})
+        calls, tool_calls = calls + form.calls, tool_calls + form.tool_calls
+        read, written = read + (total or 0), written + output
+        if i < _WALKED:
+            longest = max(longest, asyncio.run(longest_context(topology, demand)))
+        width = max(width, form.width)
+    if queries is None:
+        return found
+    target = scenario.targets.get(arm.target or "default")
+    bill = Call(query=0, arm=arm.name, call=1, after=[], kind="call", role="", round=1, due_at=0.0, target="t")
+    bill.input_tokens, bill.output_tokens = read, written
+    at_once = load.concurrency if load.mode == "closed" else queries
+    return found | {
+        "calls": calls,
+        "tool_calls": tool_calls,
+        "input_tokens": read,
+        "output_tokens": written,
+        "longest_context_tokens": longest,
+        "peak_calls_in_flight": at_once * width,
+        "dollars": dollars([bill], {"t": target.prices if target else None}),
+    }
+
+
+@dataclass
+class _Walk:
+    """A Runtime whose calls and tool calls end at once, as long as drawn."""
+
+    demand: Demand
+    longest: int = 0
+
+    @property
+    def system(self) -> Message:
+        return self.message(("system",), "", "system")
+
+    @property
+    def question(self) -> Message:
+        return self.message(("question",), "")
+
+    def message(self, key: Key, text: str, author: Author = "user") -> Message:
+        return Message(key, author, text, self.demand.lengths[str(key[0])])
+
+    def quote(self, reply: Message) -> Message:
+        return reply
+
+    async def infer(self, prompt: Iterable[Message], *, writes: Key, times: int = 1, **_: Any) -> Message:
+        reply = self.message(writes, "", "assistant")
+        self.longest = max(self.longest, sum(message.tokens for message in prompt) + reply.tokens * times)
+        return Message(writes, "assistant", "", reply.tokens * times)
+
+    async def call_tool(self, *, writes: Key, **_: Any) -> Message:
+        return self.message(writes, "")
+
+
+async def longest_context(topology: Topology, demand: Demand) -> int:
+    """Tokens of the longest prompt with its reply, found by walking through the query without sending anything."""
+    walk = _Walk(demand)
+    await topology.run(walk, demand.params)
+    return walk.longest
+
+
+def lines(planned: Mapping[str, Any]) -> list[str]:
+    """The plan as a table."""
+    keys = [key for key in next(iter(planned.values()))]
+    head = ["", *(key.replace("_", " ") for key in keys)]
+    return columns([head, *([name, *(number(arm[key]) for key in keys)] for name, arm in planned.items())])

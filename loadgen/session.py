@@ -1,0 +1,315 @@
+"""One `fanmark run` from start to end: servers up, target measured, schedule run, results written, servers down."""
+
+import asyncio
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+import msgspec
+
+from fanmark.agents.runtime import Topology
+from fanmark.loadgen import embedded, reconcile, summary, table
+from fanmark.loadgen.demand import draw_demand
+from fanmark.loadgen.errors import ScenarioError
+from fanmark.loadgen.health import Health
+from fanmark.loadgen.lengths import Dist
+from fanmark.loadgen.live import Progress
+from fanmark.loadgen.metrics import serve
+from fanmark.loadgen.records import Journal, Query, read_queries
+from fanmark.loadgen.run import Drift, Run, resolved
+from fanmark.loadgen.scenario import Scenario, Target
+from fanmark.loadgen.statistics import merge_gaps
+from fanmark.loadgen.tally import Tally
+from fanmark.loadgen.target import Endpoint, connect
+from fanmark.loadgen.toolset import ToolSet
+
+_COUNTERS_SETTLE_S = 2.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line adds to the scenario. `run_id` is unique to the run: it salts the prefix cache."""
+
+    out: Path
+    metrics_port: int
+    run_id: str
+    version: str
+    command: Sequence[str]
+    progress: TextIO | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """summary.json, and whether the run was cut short."""
+
+    summary: dict[str, Any]
+    interrupted: bool
+
+
+async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: Options) -> Result:
+    """Runs the scenario and leaves its folder. Raises FanmarkError before anything is sent where something is wrong."""
+    loop = asyncio.get_running_loop()
+    origin = loop.time()
+
+    def now() -> float:
+        return loop.time() - origin
+
+    async with AsyncExitStack() as stack:
+        uses_tools = any(arm.topology in _tool_users(topologies) for arm in scenario.arms)
+        targets = dict(scenario.targets) or {"default": await _stub(scenario, stack)}
+        tools = await _tools(scenario, stack) if uses_tools else None
+        endpoints: dict[str, Endpoint] = {}
+        for name, target in targets.items():
+            endpoints[name] = await connect(name, target, now)
+            stack.push_async_callback(endpoints[name].lane.close)
+            if tools is not None:
+                await endpoints[name].expose(tools.schemas, system=scenario.workload.system != 0)
+        check_lengths(scenario, topologies, endpoints)
+        tally = Tally({arm.name: arm.topology for arm in scenario.arms}, scenario.baseline.name)
+        port, stop_metrics = serve(tally, options.metrics_port)
+        stack.callback(stop_metrics)
+        journal = _open_folder(options.out, scenario)
+        stack.callback(journal.close)
+        one = Run(scenario, topologies, endpoints, tools, tally, journal, options.run_id, now)
+        if options.progress is not None:
+            where = next(iter(targets.values())).url
+            print(f"target   {where} ({next(iter(endpoints.values())).server})", file=options.progress)
+            print(f"metrics  http://127.0.0.1:{port}/metrics", file=options.progress, flush=True)
+        started = datetime.now(UTC)
+        before = {name: await endpoint.counters() for name, endpoint in endpoints.items()}
+        health = Health(now)
+        origin = loop.time()  # the run's start
+        whole = await _execute(one, tally, health, journal, options, now)
+        seconds = now()
+        journal.flush()
+        queries = read_queries(options.out)
+        server = await _reconciled(endpoints, before, queries)
+    run_part = {
+        "name": scenario.name,
+        "id": options.run_id,
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": seconds,
+        "seed": scenario.seed,
+        "version": options.version,
+        "command": list(options.command),
+        "clock": "real",
+    }
+    found = assemble(scenario, queries, endpoints, server, health, one.drift, run_part, partial=not whole)
+    (options.out / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
+    return Result(found, interrupted=not whole)
+
+
+def _tool_users(topologies: Mapping[str, Topology]) -> set[str]:
+    """Topologies whose closed form reads the tools' schemas."""
+    users = set()
+    for name, topology in topologies.items():
+        if topology.expected is None or ("tools",) in topology.expected(topology.params()).reads:
+            users.add(name)
+    return users
+
+
+async def _stub(scenario: Scenario, stack: AsyncExitStack) -> Target:
+    stub = scenario.stub
+    args = ["--port", "0", "--profile", stub.profile, "--time-scale", str(stub.time_scale)]
+    server = await embedded.start("fanmark.servers.stub", args)
+    stack.push_async_callback(server.close)
+    return Target(url=f"{server.url}/v1", api=stub.api)
+
+
+async def _tools(scenario: Scenario, stack: AsyncExitStack) -> ToolSet:
+    from fanmark.loadgen.lanes.mcp import ToolServers, ToolServerSpec
+
+    config = scenario.tools
+    specs = [ToolServerSpec(url=server.url, command=server.command) for server in config.server]
+    if not specs:
+        latency = config.latency_s
+        if isinstance(latency, Dist):
+            given = {k: v for k, v in msgspec.to_builtins(latency).items() if v is not None and v != float("inf")}
+            text = msgspec.json.encode(given).decode()
+        else:
+            text = str(latency)
+        args = ["--port", "0", "--latency-s", text, "--seed", str(scenario.seed)]
+        server = await embedded.start("fanmark.servers.tools", args)
+        stack.push_async_callback(server.close)
+        specs = [ToolServerSpec(url=server.url)]
+    servers = await ToolServers.open(specs)
+    stack.push_async_callback(servers.close)
+    return ToolSet(servers, servers.tools, config, embedded=not config.server)
+
+
+def check_lengths(scenario: Scenario, topologies: Mapping[str, Topology], endpoints: Mapping[str, Endpoint]) -> None:
+    """Refuses messages too short for a chat template's share, naming the minimum, before anything is sent."""
+    for arm in scenario.arms:
+        topology = topologies[arm.topology]
+        if topology.expected is None:
+            continue
+        load = scenario.load_of(arm)
+        for i in range(min(load.queries or 200, 200)):
+            demand = draw_demand(scenario, arm, topology, i)
+            kinds = {str(key[0]) for key in topology.expected(demand.params).reads} & scenario_kinds(demand.lengths)
+            for kind in kinds:
+                author = "system" if kind == "system" else "user"
+                first = kind == "system" or (kind == "question" and demand.lengths["system"] == 0)
+                least = max(endpoint.prompts.minimum(author, first) for endpoint in endpoints.values())  # type: ignore[arg-type]
+                if 0 < demand.lengths[kind] < least:
+                    raise ScenarioError(
+                        f"{scenario.source}: [workload] {kind} = {demand.lengths[kind]}: the target's chat template needs "
+                        f'at least {least} (or 0: no such message; or api = "completions")'
+                    )
+
+
+def scenario_kinds(lengths: Mapping[str, int]) -> set[str]:
+    """Kinds of message whose text is ours to make."""
+    replies = {"answer", "judge_answer", "action", "tool_result", "critique", "plan", "vote", "turn", "compaction"}
+    return set(lengths) - replies
+
+
+def _open_folder(out: Path, scenario: Scenario) -> Journal:
+    import tomli_w
+
+    if (out / "queries.jsonl").exists() or (out / "summary.json").exists():
+        raise ScenarioError(f"--out {out}: holds another run: give a new folder, or remove it first")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "scenario.toml").write_text(tomli_w.dumps(_without_none(resolved(scenario))))
+        return Journal(out)
+    except OSError as e:
+        raise ScenarioError(f"--out {out}: cannot be written ({e.strerror}): give another folder") from None
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return [_without_none(v) for v in value] if isinstance(value, list) else value
+
+
+async def _execute(
+    one: Run, tally: Tally, health: Health, journal: Journal, options: Options, now: Callable[[], float]
+) -> bool:
+    """The schedule, with progress, health and flushing beside it, and signals as requests to stop."""
+    total = sum(one.scenario.load_of(arm).queries or 0 for arm in one.scenario.arms)
+    beside = [_flush(journal), health.watch(tally.loop_lag_s.add)]
+    if options.progress is not None:
+        beside.append(Progress(tally, total or None, now, options.progress).show())
+    tasks = [asyncio.ensure_future(part) for part in beside]
+    async with _signals(one.stop.ask):
+        try:
+            return await one.execute()
+        finally:
+            for task in tasks:
+                task.cancel()
+            for ended in await asyncio.gather(*tasks, return_exceptions=True):
+                if isinstance(ended, Exception):
+                    raise ended
+
+
+async def _flush(journal: Journal) -> None:
+    while True:
+        await asyncio.sleep(1.0)
+        journal.flush()
+
+
+@asynccontextmanager
+async def _signals(ask: Callable[[], None]) -> AsyncIterator[None]:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, ask)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+async def _reconciled(
+    endpoints: Mapping[str, Endpoint], before: Mapping[str, dict[str, float] | None], queries: Sequence[Query]
+) -> dict[str, Any]:
+    """`server` of summary.json; by target where there are several. Counters get a moment to catch up with the last reply."""
+    parts: dict[str, Any] = {}
+    for name, endpoint in endpoints.items():
+        calls = [call for query in queries for call in query.calls if call.target == name]
+        give_up_at = time.monotonic() + _COUNTERS_SETTLE_S
+        while True:
+            parts[name] = reconcile.reconcile(before[name], await endpoint.counters(), calls)
+            if parts[name]["reconciled"] is not False or time.monotonic() > give_up_at:
+                break
+            await asyncio.sleep(0.1)
+    return parts[next(iter(parts))] if len(parts) == 1 else parts
+
+
+def assemble(
+    scenario: Scenario,
+    queries: Sequence[Query],
+    endpoints: Mapping[str, Endpoint],
+    server: dict[str, Any],
+    health: Health,
+    drift: Drift,
+    run_part: dict[str, Any],
+    *,
+    partial: bool,
+) -> dict[str, Any]:
+    """The whole of summary.json."""
+    arms = summary.summarise_arms(scenario, queries)
+    counted = [c for q in queries if not q.warmup for c in q.calls if c.kind == "call" and c.sent_at is not None]
+    ttft = sorted(c.first_at - c.sent_at for c in counted if c.first_at is not None and c.sent_at is not None)
+    chunks = sum(merge_gaps([c.gaps for c in counted]).values())
+    client = health.report(
+        [c.sent_at - c.due_at for c in counted if c.sent_at is not None],
+        sum(c.coalesced for c in counted) / chunks if chunks else 0.0,
+        ttft[len(ttft) // 2] if ttft else None,
+    )
+    knowable = scenario.workload.cache != "warm" and any(c.cached_tokens is not None for c in counted)
+    parts = list(server.values()) if "reconciled" not in server else [server]
+    ticked = {
+        key: None if any(p[key] is None for p in parts) else all(p[key] for p in parts)
+        for key in ("reconciled", "alone")
+    } | {"reason": "; ".join(p["reason"] for p in parts)}
+    targets = {
+        name: {"url": e.config.url, "model": e.model, "server": e.server, "lane": e.lane.name}
+        for name, e in endpoints.items()
+    }
+    notes = [note for endpoint in endpoints.values() for note in endpoint.notes]
+    if counted and not knowable and scenario.workload.cache != "warm":
+        notes.append(
+            "the target reports no cached tokens (vLLM: --enable-prompt-tokens-details): cached and fresh are unknown"
+        )
+    if all(_constant(scenario, arm.name) for arm in scenario.arms):
+        notes.append("all lengths are constant: equal queries run in phase, latencies hold for this pattern only")
+    return {
+        "schema": summary.SCHEMA,
+        "partial": partial,
+        "run": run_part,
+        "target": next(iter(targets.values())) if len(targets) == 1 else targets,
+        "validity": summary.validity(arms, ticked, client, drift.unexplained if knowable else None),
+        "arms": arms,
+        "client": client,
+        "server": server,
+        "retokenized_pct": 100.0 * (drift.read - drift.written) / drift.written if drift.written else None,
+        "notes": notes,
+    }
+
+
+def _constant(scenario: Scenario, arm: str) -> bool:
+    workload = scenario.workload_of(next(a for a in scenario.arms if a.name == arm))
+    return isinstance(workload.answer, int) and isinstance(workload.question, int)
+
+
+def print_result(found: Mapping[str, Any], out: Path, to: TextIO = sys.stdout) -> None:
+    """The table, the checks, and where the files are."""
+    run_part, target = found["run"], found["target"]
+    started = sum(arm["queries"]["started"] for arm in found["arms"].values())
+    where = target if "url" in target else next(iter(target.values()))
+    with suppress(BrokenPipeError):
+        print(
+            f"{run_part['name']}: {started} queries in {run_part['seconds']:.0f} s on {where['model']} ({where['server']})",
+            file=to,
+        )
+        if found["partial"]:
+            print("INTERRUPTED: this is what was measured until then", file=to)
+        print("\n".join(["", *table.lines(found), f"files    {out}"]), file=to)
