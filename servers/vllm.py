@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 
 POLL_S = 0.2
-STOP_S = 20.0
+STOP_S, KILL_S = 20.0, 5.0
 LAST_LINES = 15
 
 
@@ -43,14 +43,19 @@ class VllmServer:
 
     def rss_bytes(self) -> int:
         """Resident memory of the server and the processes that it started; shared pages count in each. Linux only."""
-        pages = 0
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                if os.getpgid(int(folder.name)) == self.pid:
-                    pages += int((folder / "statm").read_text().split()[1])
-            except (OSError, ValueError):  # it ended while we looked
-                continue
-        return pages * os.sysconf("SC_PAGE_SIZE")
+        return _group_pages(self.pid) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _group_pages(group: int) -> int:
+    """Resident pages of a process group; 0 when none of it lives (zombies have none), or where there is no /proc."""
+    pages = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getpgid(int(folder.name)) == group:
+                pages += int((folder / "statm").read_text().split()[1])
+        except (OSError, ValueError):  # it ended while we looked
+            continue
+    return pages
 
 
 def free_port(host: str) -> int:
@@ -90,11 +95,11 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_S)
     with suppress(ProcessLookupError):
-        for _ in range(20):  # until the group is empty; not for ever, as nobody may reap its orphans
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    give_up_at = time.monotonic() + KILL_S
+    while _group_pages(process.pid) and time.monotonic() < give_up_at:
+        time.sleep(0.01)
 
 
 def _wait_ready(process: subprocess.Popen[bytes], host: str, port: int, log: Path, ready_timeout_s: float) -> float:
