@@ -165,7 +165,7 @@ def prior_law(model: Model, chip: Chip, settings: Settings, eta: Efficiencies | 
         collective_token_s=2 * model.depth * model.width * 2 * 2 * (g - 1) / (g * link) if collective else 0.0,
         graph_limit_tokens=GRAPH_LIMIT_TOKENS,
         graph_launch_s=1.5e-3 if gpu else 0.0,
-        eager_launch_s=1e-3 * model.depth if gpu else 0.0,
+        eager_launch_s=(2e-3 if model.experts else 1e-3) * model.depth if gpu else 0.0,
         ingress_s=5e-3,
         egress_s=2e-3,
         idle_w=g * (chip.idle_watts if chip.idle_watts is not None else 0.1 * watts),

@@ -8,7 +8,6 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from fanmark.servers.engine.batch import EngineConfig
 from fanmark.servers.engine.step_time import StepLaw
 from fanmark.servers.profiles.parts import Chip, Confidence, Model, ProfileError, grade_of, unfilled
 from fanmark.servers.profiles.priors import Efficiencies, Settings, arithmetic_field, prior_law, prior_settings
@@ -44,17 +43,6 @@ class Profile:
         elif self.confidence in ("C", "U"):
             lines.append(f"profile {self.name}: grade {self.confidence} ({self.source}, {self.as_of})")
         return lines
-
-    def config(self) -> EngineConfig:
-        """What the scheduler needs of the settings."""
-        s = self.settings
-        return EngineConfig(
-            max_num_seqs=s.max_num_seqs,
-            max_num_batched_tokens=s.max_num_batched_tokens,
-            num_blocks=s.num_blocks,
-            block_size=s.block_size,
-            max_model_len=s.max_model_len,
-        )
 
     def efficiencies(self) -> dict[str, float]:
         """What the data sheet's rates would need over what the law takes; a sound law has all of them in (0, 1]."""
