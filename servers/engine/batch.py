@@ -64,12 +64,14 @@ class Output:
     finished: bool
     cached_tokens: int
     preemptions: int
+    spans: list[tuple[int, int]]  # when finished: the batches that brought its tokens (first, last)
 
 
 class Sequence:
-    """A request inside the scheduler."""
+    """A request inside the scheduler. While it is `lazy`, decoders.py's counters stand for tokens, computed and placeholders."""
 
     __slots__ = (
+        "base",
         "cached_tokens",
         "chain",
         "computed",
@@ -78,12 +80,19 @@ class Sequence:
         "id",
         "in_flight",
         "is_running",
+        "joined",
+        "last",
         "last_tokens",
+        "lazy",
+        "offset",
+        "order",
         "placeholders",
         "preemptions",
         "prompt_tokens",
         "rank",
         "request",
+        "since",
+        "spans",
         "stale",
         "table",
         "tokens",
@@ -92,7 +101,7 @@ class Sequence:
     def __init__(self, request: Request, chain: list[int], max_model_len: int, number: int) -> None:
         self.request = request
         self.id = request.id
-        self.chain = chain  # block hashes of its known tokens
+        self.chain = chain  # block hashes, of the prompt and as far into the output as was needed
         self.table = Table()
         self.rank = (request.priority, request.arrived_at, number)
         self.prompt_tokens = len(request.prompt)
@@ -104,14 +113,42 @@ class Sequence:
         self.stale = 0  # of these, scheduled before it was preempted
         self.cached_tokens = 0  # found in the prefix cache at its first admission
         self.preemptions = 0
-        self.is_running = self.has_first = self.finished = False
+        self.order = 0  # of its admission
+        self.spans: list[tuple[int, int]] = []  # batches that brought it tokens: first, last
+        self.is_running = self.has_first = self.finished = self.lazy = False
+        self.base = self.since = self.joined = self.offset = self.last = 0
 
-    def extend_chain(self, block_size: int) -> None:
-        """Hash the blocks that the output has filled."""
-        chain, prompt, output = self.chain, self.request.prompt, self.request.output
-        for at in range(len(chain) * block_size, self.tokens - block_size + 1, block_size):
-            block = (*prompt[at : at + block_size], *output[max(0, at - len(prompt)) : at + block_size - len(prompt)])
-            chain.append(hash((chain[-1] if chain else salt_root(self.request.salt), block)))
+    def known(self, handled: int) -> int:
+        """Tokens known when the results of `handled` batches are in."""
+        return self.base + max(0, handled - self.since) if self.lazy else self.tokens
+
+    def settle(self, number: int, handled: int) -> None:
+        """Stop being lazy: `number` is that of the next batch."""
+        done = min(number, self.last + 1)
+        self.tokens = self.known(handled)
+        self.computed = self.offset + done
+        self.placeholders = done - max(handled, self.since)
+        self.lazy = False
+        if handled > self.since:
+            self.note(self.since, handled - 1)
+
+    def note(self, first: int, last: int) -> None:
+        """Batches `first` to `last` brought a token each."""
+        if self.spans and self.spans[-1][1] == first - 1:
+            first = self.spans.pop()[0]
+        self.spans.append((first, last))
+
+    def hashes(self, blocks: int, block_size: int) -> list[int]:
+        """The chain, of at least its first `blocks` blocks."""
+        chain = self.chain
+        if len(chain) < blocks:
+            prompt, output = self.request.prompt, self.request.output
+            parent = chain[-1] if chain else salt_root(self.request.salt)
+            for at in range(len(chain) * block_size - len(prompt), blocks * block_size - len(prompt), block_size):
+                of_prompt = prompt[at:] if at < 0 else ()
+                parent = hash((parent, (*of_prompt, *output[max(0, at) : at + block_size])))
+                chain.append(parent)
+        return chain
 
 
 class Part:
@@ -119,28 +156,44 @@ class Part:
 
     __slots__ = ("decode", "samples", "sequence", "start", "tokens")
 
-    def __init__(self, sequence: Sequence, start: int, tokens: int, decode: bool) -> None:
+    def __init__(self, sequence: Sequence, start: int, tokens: int, decode: bool, samples: bool = False) -> None:
         self.sequence = sequence
         self.start = start  # tokens of it already in the KV cache
         self.tokens = tokens
         self.decode = decode
-        self.samples = False  # a token comes out
+        self.samples = samples  # a token comes out
 
 
 class Batch:
-    """One step, as scheduled."""
+    """One step, as scheduled: `parts`, and one token for each of `decoders` (counted; named only if every token is asked for)."""
 
-    __slots__ = ("cached", "kv_cache_usage", "parts", "preempted", "running", "waiting")
+    __slots__ = (
+        "cached",
+        "context_tokens",
+        "decoders",
+        "kv_cache_usage",
+        "members",
+        "number",
+        "parts",
+        "preempted",
+        "running",
+        "waiting",
+    )
 
-    def __init__(self) -> None:
+    def __init__(self, number: int) -> None:
+        self.number = number
         self.parts: list[Part] = []
+        self.decoders = 0
+        self.members: list[Sequence] = []
+        self.context_tokens = 0  # of the decoders
         self.preempted: list[str] = []
         self.cached: dict[str, int] = {}  # tokens found in the prefix cache, by request admitted
         self.running = self.waiting = 0
         self.kv_cache_usage = 0.0
 
-    def add(self, part: Part) -> None:
-        self.parts.append(part)
+    def __len__(self) -> int:
+        """Requests that it computes tokens of."""
+        return len(self.parts) + self.decoders
 
     def remove(self, victim: Sequence) -> int:
         """Take a request that is preempted out again; the tokens it was to compute."""
@@ -152,12 +205,15 @@ class Batch:
 
     @property
     def scheduled(self) -> dict[str, int]:
-        """Tokens to compute, by request."""
-        return {part.sequence.id: part.tokens for part in self.parts}
+        """Tokens to compute, by request; as scheduled, and only of a scheduler that is asked for every token."""
+        return dict.fromkeys((member.id for member in self.members), 1) | {
+            part.sequence.id: part.tokens for part in self.parts
+        }
 
     @property
     def shape(self) -> BatchShape:
-        prefill = decode = context = 0
+        """The make-up that its time depends on. A context counts the token being computed."""
+        prefill, decode, context = 0, self.decoders, self.context_tokens
         pairs = 0.0
         for part in self.parts:
             if part.decode:
@@ -166,4 +222,4 @@ class Batch:
             else:
                 prefill += part.tokens
                 pairs += part.tokens * (part.start + part.tokens / 2)
-        return BatchShape(prefill, decode, context, pairs, len(self.parts))
+        return BatchShape(prefill, decode, context, pairs, len(self))

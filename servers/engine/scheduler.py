@@ -9,28 +9,48 @@ Rules of the file (vLLM 0.32; recordings of it are replayed in the tests):
 5. A step may be scheduled before the results of the step before are in (asynchronous scheduling): then a token is a placeholder
    until `update` hears of it. `schedule, update, schedule, ...` is synchronous, `schedule, schedule, update, ...` asynchronous.
 6. Tokens come out at the end of a step: `update` returns them, `schedule` never does.
+
+For speed, running requests that get a token in every step are members of `decoders` and cost nothing between block edges; the others
+are `walkers`. `_schedule_together` decides a step where nobody can get in another's way; where it cannot, all become walkers and
+`_schedule_one_by_one` follows the rules to the letter. The tests hold the two equal.
 """
 
 from bisect import insort
 from collections import deque
+from operator import attrgetter
 
 from fanmark.servers.engine.batch import Batch, EngineConfig, Output, Part, Rejected, Sequence, Statistics
+from fanmark.servers.engine.decoders import Decoders
 from fanmark.servers.engine.kv import HashChains, KVCache
 from fanmark.servers.engine.request import Request
+from fanmark.servers.engine.step_time import BatchShape
+
+_order = attrgetter("order")
+_rank = attrgetter("rank")
 
 
 class Scheduler:
-    """One engine's queues, running requests and KV cache. Knows no time: its caller keeps the clock."""
+    """One engine's queues, running requests and KV cache. Knows no time: its caller keeps the clock.
 
-    def __init__(self, config: EngineConfig) -> None:
+    `every_token`: `update` returns each token; else only first and last ones, which is faster.
+    """
+
+    def __init__(self, config: EngineConfig, *, every_token: bool = True) -> None:
         self.config = config
         self.kv = KVCache(config.num_blocks, prefix_caching=config.prefix_caching)
-        self.running: list[Sequence] = []
+        self.running: list[Sequence] = []  # in order of admission
         self.waiting: deque[Sequence] = deque()  # "priority": sorted by Sequence.rank
+        self.decoders = Decoders(config.block_size)
+        self._walkers: list[Sequence] = []  # running requests that are not lazy, in order
+        self._flights: deque[Batch] = deque()  # scheduled, result not handled
+        self._number = self._handled = 0  # of the next batch; results handled
+        self._every_token = every_token
         self._sequences: dict[str, Sequence] = {}
         self._chains = HashChains(config.block_size)
         self._watermark_blocks = int(config.watermark * config.num_blocks)
-        self._added = 0
+        self._blocked: tuple[Sequence, int] | None = None  # head of the queue, and the free blocks that it lacks
+        self._blocked_chain: set[int] = set()
+        self._added = self._admitted = 0
         self._queued_tokens = 0  # prompt tokens of requests without a first token
         self._preemptions = self._queries = self._hits = self._prompt_tokens = self._generated = 0
 
@@ -102,27 +122,53 @@ class Scheduler:
 
     def abort(self, request_id: str) -> bool:
         """Drop a request and free its blocks. False if it is not there (any more)."""
-        sequence = self._sequences.pop(request_id, None)
+        sequence = self._sequences.get(request_id)
         if sequence is None:
             return False
-        sequence.finished = True
-        (self.running if sequence.is_running else self.waiting).remove(sequence)
-        self.kv.release(sequence.table)
+        if sequence.lazy:
+            self.decoders.forget(sequence)
+            for batch in self._flights:
+                if sequence.joined <= batch.number <= sequence.last:
+                    _withdraw(batch, sequence)
         if not sequence.has_first:
             self._queued_tokens -= sequence.prompt_tokens
+        self._drop(sequence)
         return True
+
+    def _drop(self, sequence: Sequence) -> None:
+        """Forget a request that is finished or aborted."""
+        del self._sequences[sequence.id]
+        sequence.finished = True
+        if sequence.is_running:
+            self.running.remove(sequence)
+            if not sequence.lazy:
+                self._walkers.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+        self.kv.release(sequence.table)
 
     # One step
 
     def schedule(self) -> Batch | None:
-        """Decide one step; None when nothing is computed and nobody preempted. A batch that only preempts has no parts."""
-        batch = Batch()
-        budget = self._schedule_running(batch, self.config.max_num_batched_tokens)
-        if not batch.preempted:
+        """Decide one step; None when nothing is computed and nobody preempted. A batch that only preempts is empty.
+
+        At most two steps may be on their way: handle the result of the first before a third.
+        """
+        if len(self._flights) > 1:
+            raise ValueError("two steps are on their way: update() the first of them before a third is scheduled")
+        number = self._number
+        batch = Batch(number)
+        for sequence in self.decoders.ends.get(number - 1, ()):
+            self.decoders.leave(sequence)
+        budget = self._schedule_together(batch)
+        if budget is None:
+            self._settle_all()
+            budget = self._schedule_one_by_one(batch, self.config.max_num_batched_tokens)
+        if self.waiting and not batch.preempted:
             self._schedule_waiting(batch, budget)
         batch.running, batch.waiting, batch.kv_cache_usage = len(self.running), len(self.waiting), self.kv.usage
-        if not batch.parts and not batch.preempted:
-            return None
+        if not len(batch):
+            return batch if batch.preempted else None
         for part in batch.parts:
             sequence = part.sequence
             sequence.computed += part.tokens
@@ -130,39 +176,139 @@ class Scheduler:
             if sequence.computed >= sequence.tokens + sequence.placeholders:
                 sequence.placeholders += 1
                 part.samples = True
+                self._walkers.remove(sequence)
+                self.decoders.join(sequence, number)
+        self._flights.append(batch)
+        self._number += 1
         return batch
 
     def update(self, batch: Batch) -> list[Output]:
-        """The step is done: the tokens that came out, in the batch's order. Finished requests free their blocks."""
-        outputs = []
+        """The step is done: the tokens that came out. Finished requests free their blocks. Steps end in the order of scheduling."""
+        if not self._flights or self._flights[0] is not batch:
+            raise ValueError(
+                "this is not the oldest step on its way: steps end in the order in which they were scheduled"
+            )
+        self._flights.popleft()
+        self._handled += 1
+        self._generated += batch.decoders
+        outputs: list[Output] = []
+        last = self.decoders.ends.pop(batch.number, [])
+        brought = list(batch.members) if self._every_token else last
         for part in batch.parts:
-            sequence = part.sequence
-            sequence.in_flight -= part.tokens
-            stale = sequence.stale > 0
-            if stale:
-                sequence.stale -= part.tokens
-            if not part.samples or sequence.finished:
-                continue
+            if self._handle(part, batch.number) and not (part.sequence.lazy and part.sequence in brought):
+                brought.append(part.sequence)
+        brought.sort(key=_order)
+        for sequence in brought:
+            self._bring(sequence, batch.number, outputs)
+        return outputs
+
+    def _handle(self, part: Part, number: int) -> bool:
+        """Account for a walker's share; whether a token came out."""
+        sequence = part.sequence
+        sequence.in_flight -= part.tokens
+        stale = sequence.stale > 0
+        if stale:
+            sequence.stale -= part.tokens
+        if not part.samples or sequence.finished:
+            return False
+        self._generated += 1
+        if not sequence.lazy:
             sequence.tokens += 1
+            sequence.note(number, number)
             if not stale:
                 sequence.placeholders -= 1
             if sequence.is_running:
                 self._commit(sequence, sequence.computed - sequence.placeholders)
-            outputs.append(self._output(sequence))
-        return outputs
+        return True
 
-    def _output(self, sequence: Sequence) -> Output:
-        self._generated += 1
-        first = not sequence.has_first
+    def _bring(self, sequence: Sequence, number: int, outputs: list[Output]) -> None:
+        """A token of the sequence came out: the output, if anybody wants it."""
+        known, first = sequence.known(self._handled), not sequence.has_first
         if first:
             sequence.has_first = True
             self._queued_tokens -= sequence.prompt_tokens
             self._prompt_tokens += sequence.prompt_tokens
-        finished = sequence.tokens >= sequence.last_tokens
+        finished = known >= sequence.last_tokens
         if finished:
-            self.abort(sequence.id)
-        index = sequence.tokens - sequence.prompt_tokens - 1
-        return Output(sequence.id, index, first, finished, sequence.cached_tokens, sequence.preemptions)
+            if sequence.lazy:
+                self.decoders.leave(sequence)
+                sequence.note(sequence.since, number)
+            if sequence.is_running:
+                self._commit(sequence, known - 1)
+            self._drop(sequence)
+        elif not first and not self._every_token:
+            return
+        index = known - sequence.prompt_tokens - 1
+        spans = sequence.spans if finished else []
+        outputs.append(Output(sequence.id, index, first, finished, sequence.cached_tokens, sequence.preemptions, spans))
+
+    # Many steps
+
+    def ends_with(self, batch: Batch) -> bool:
+        """Whether a request ends with this batch, as far as is known."""
+        return bool(self.decoders.ends.get(batch.number)) or any(part.sequence.stale for part in batch.parts)
+
+    def runway(self) -> int:
+        """How many more steps, from the next on, are pure decode of the same requests: nobody comes, ends or is preempted.
+
+        Unless something is added or aborted. 0 where it cannot be told.
+        """
+        decoders, number = self.decoders, self._number
+        if self._walkers or not decoders.members or len(decoders) >= self.config.max_num_batched_tokens:
+            return 0
+        for batch in self._flights:
+            if batch.parts or batch.number in decoders.ends:
+                return 0
+        if self.waiting and len(self.running) < self.config.max_num_seqs and not self._still_blocked():
+            return 0
+        return decoders.steps_with_blocks(number, decoders.first_end() - number + 1, self.kv.free)
+
+    def run(self, steps: int) -> int:
+        """Schedule up to `steps` steps of the runway and handle all results but the newest ones, as many as are on their way now
+        plus one. Returns the steps scheduled: fewer if the head of the queue may have become admissible."""
+        flights = len(self._flights)
+        edges, size, blocked, done = self.decoders.edges, self.config.block_size, self._blocked, 0
+        while done < steps and self._blocked is blocked:
+            number = self._number + done
+            done += 1
+            if edges[number % size] or not flights:
+                self._cross_edges(number, flights)
+        count = len(self.decoders)
+        self._number += done
+        self._handled += done - 1
+        self._generated += count * (done - 1)
+        self._flights.clear()
+        for number in range(self._number - 1 - flights, self._number):
+            batch = Batch(number)
+            batch.decoders = count
+            if self._every_token:
+                batch.members = list(self.decoders.members)
+            self._flights.append(batch)
+        return done
+
+    @property
+    def flights(self) -> tuple[Batch, ...]:
+        """The steps on their way, oldest first."""
+        return tuple(self._flights)
+
+    @property
+    def decode_shape(self) -> BatchShape:
+        """The next step's make-up, if it is pure decode."""
+        count = len(self.decoders)
+        return BatchShape(0, count, self.decoders.context_tokens(self._number), 0.0, count)
+
+    def _cross_edges(self, number: int, flights: int) -> None:
+        """Blocks for the decoders that begin one in this batch, hashes for those that fill one."""
+        size, edges, kv = self.config.block_size, self.decoders.edges, self.kv
+        due = [(sequence, 1, (sequence.offset + number) // size) for sequence in edges[number % size]]
+        if not flights:  # its last token is known, too
+            due += [(sequence, 0, (sequence.offset + number + 1) // size) for sequence in edges[(number + 1) % size]]
+        if len(due) > 1:
+            due.sort(key=_first_order)
+        for sequence, blocks, full in due:
+            if blocks:
+                kv.grow(sequence.table, blocks)
+            self._fill(sequence, full)
 
     # Running requests
 
@@ -171,14 +317,67 @@ class Scheduler:
         threshold = self.config.long_prefill_token_threshold
         return threshold if threshold and len(self) > 1 else self.config.max_num_batched_tokens
 
-    def _schedule_running(self, batch: Batch, budget: int) -> int:
+    def _schedule_together(self, batch: Batch) -> int | None:
+        """The running requests' share where all get what they want, or only the last of them less. The budget left, else None."""
+        decoders, number, size = self.decoders, batch.number, self.config.block_size
+        budget = self.config.max_num_batched_tokens - len(decoders)
+        blocks = len(decoders.edges[number % size])
+        if budget < 0:
+            return None
+        shares: list[tuple[Sequence, int, int]] = []
+        for sequence in self._walkers:
+            wanted = min(_wanted(sequence), self._long_prefill_limit())
+            if wanted > budget:
+                if self._decoder_behind(sequence):
+                    return None
+                wanted = budget
+            if wanted:
+                new = max(0, -(-(sequence.computed + wanted) // size) - sequence.table.blocks)
+                shares.append((sequence, wanted, new))
+                blocks += new
+                budget -= wanted
+        if blocks > self.kv.free:
+            return None
+        if decoders.members:
+            if blocks or not self._flights:
+                self._cross_edges(number, len(self._flights))
+            batch.decoders = len(decoders)
+            batch.context_tokens = decoders.context_tokens(number)
+            if self._every_token:
+                batch.members = list(decoders.members)
+        for sequence, tokens, new in shares:
+            self._give(batch, sequence, tokens, new)
+        return budget
+
+    def _decoder_behind(self, sequence: Sequence) -> bool:
+        place = self.running.index(sequence)
+        return any(other in self.decoders.members for other in self.running[place + 1 :])
+
+    def _settle_all(self) -> None:
+        """Make walkers of all running requests."""
+        for sequence in self.running:
+            if sequence.lazy:
+                self.decoders.forget(sequence)
+                sequence.settle(self._number, self._handled)
+                for batch in self._flights:
+                    if sequence.joined <= batch.number <= sequence.last:
+                        _withdraw(batch, sequence)
+                        start = sequence.offset + batch.number
+                        batch.parts.append(Part(sequence, start, 1, True, True))
+                        sequence.in_flight += 1
+        self._walkers = list(self.running)
+
+    def _give(self, batch: Batch, sequence: Sequence, tokens: int, blocks: int) -> None:
+        """A running request computes `tokens` in this batch and takes `blocks` new blocks for them."""
+        decode = sequence.computed >= sequence.prompt_tokens and _wanted(sequence) == 1
+        batch.parts.append(Part(sequence, sequence.computed, tokens, decode))
+        self._take(sequence, blocks, sequence.computed + tokens)
+
+    def _schedule_one_by_one(self, batch: Batch, budget: int) -> int:
         longest, at = self._long_prefill_limit(), 0
         while at < len(self.running) and budget > 0:
             sequence = self.running[at]
-            wanted = sequence.tokens + sequence.placeholders - sequence.computed
-            if sequence.tokens + sequence.placeholders >= sequence.last_tokens and sequence.placeholders:
-                wanted = 0  # its last token is on its way
-            tokens = min(wanted, longest, budget)
+            tokens = min(_wanted(sequence), longest, budget)
             if tokens == 0:
                 at += 1
                 continue
@@ -192,9 +391,7 @@ class Scheduler:
                 batch.preempted.append(victim.id)
                 if victim is sequence:
                     return budget
-            decode = sequence.computed >= sequence.prompt_tokens and wanted == 1
-            batch.add(Part(sequence, sequence.computed, tokens, decode))
-            self._take(sequence, blocks, sequence.computed + tokens)
+            self._give(batch, sequence, tokens, blocks)
             budget -= tokens
             at += 1
         return budget
@@ -208,6 +405,7 @@ class Scheduler:
 
     def _preempt(self, victim: Sequence) -> None:
         self.kv.release(victim.table)
+        self._walkers.remove(victim)
         victim.is_running = False
         victim.computed = victim.placeholders = 0
         victim.stale = victim.in_flight  # results on their way still count, but not against what is computed
@@ -221,31 +419,44 @@ class Scheduler:
     # Waiting requests
 
     def _schedule_waiting(self, batch: Batch, budget: int) -> None:
-        config, longest = self.config, self._long_prefill_limit()
+        config, size, longest = self.config, self.config.block_size, self._long_prefill_limit()
         skipped: list[Sequence] = []
         while self.waiting and budget > 0 and len(self.running) < config.max_num_seqs:
             sequence = self.waiting[0]
             if sequence.stale:  # a token of it is still on its way: one step later
                 skipped.append(self.waiting.popleft())
                 continue
-            sequence.extend_chain(config.block_size)
-            hit = self.kv.lookup(sequence.chain, (sequence.tokens - 1) // config.block_size)
-            need = -(-sequence.tokens // config.block_size) - hit.blocks + hit.free
-            if need + (self._watermark_blocks if self.running else 0) > self.kv.free:
+            if self._still_blocked():
                 break
+            full = (sequence.tokens - 1) // size
+            hit = self.kv.lookup(sequence.hashes(full, size) if config.prefix_caching else [], full)
+            lacking = -(-sequence.tokens // size) - hit.blocks + hit.free
+            lacking += self._watermark_blocks if self.running else 0
+            if lacking > self.kv.free:
+                self._blocked, self._blocked_chain = (sequence, lacking), set(sequence.chain)
+                break
+            self._blocked = None
             self.waiting.popleft()
-            computed = hit.blocks * config.block_size
+            computed = hit.blocks * size
             tokens = min(sequence.tokens - computed, longest, budget)
             self.kv.hold(sequence.table, hit)
             batch.cached[sequence.id] = sequence.computed = computed
             self._admit(sequence, computed)
-            self._take(sequence, -(-(computed + tokens) // config.block_size) - hit.blocks, computed + tokens)
-            batch.add(Part(sequence, computed, tokens, False))
+            self._take(sequence, -(-(computed + tokens) // size) - hit.blocks, computed + tokens)
+            batch.parts.append(Part(sequence, computed, tokens, False))
             budget -= tokens
         self.waiting.extendleft(reversed(skipped))
 
+    def _still_blocked(self) -> bool:
+        """Whether the head of the queue was found to lack blocks, and nothing has changed since that could help it."""
+        blocked = self._blocked
+        return bool(blocked and self.running and blocked[0] is self.waiting[0] and blocked[1] > self.kv.free)
+
     def _admit(self, sequence: Sequence, hits: int) -> None:
+        self._admitted += 1
+        sequence.order = self._admitted
         self.running.append(sequence)
+        self._walkers.append(sequence)
         sequence.is_running = True
         if sequence.preemptions == 0:
             sequence.cached_tokens = hits
@@ -259,11 +470,32 @@ class Scheduler:
         self._commit(sequence, min(tokens, sequence.tokens))
 
     def _commit(self, sequence: Sequence, tokens: int) -> None:
-        full = tokens // self.config.block_size
-        if full > sequence.table.cached and self.config.prefix_caching:
-            sequence.extend_chain(self.config.block_size)
-            self.kv.commit(sequence.table, sequence.chain, full)
+        """The blocks that hold the first `tokens` tokens have been computed: hash those that are full."""
+        self._fill(sequence, tokens // self.config.block_size)
+
+    def _fill(self, sequence: Sequence, full: int) -> None:
+        table = sequence.table
+        if full > table.cached and self.config.prefix_caching:
+            chain = sequence.hashes(full, self.config.block_size)
+            if self._blocked is not None and not self._blocked_chain.isdisjoint(chain[table.cached : full]):
+                self._blocked = None  # the head of the queue may now hit what others hold
+            self.kv.commit(table, chain, full)
 
 
-def _rank(sequence: Sequence) -> tuple[int, float, int]:
-    return sequence.rank
+def _wanted(sequence: Sequence) -> int:
+    """Tokens that a walker could compute now; none when its last token is on its way."""
+    known = sequence.tokens + sequence.placeholders
+    if sequence.placeholders and known >= sequence.last_tokens:
+        return 0
+    return known - sequence.computed
+
+
+def _withdraw(batch: Batch, sequence: Sequence) -> None:
+    """Take a decoder out of a batch on its way."""
+    batch.decoders -= 1
+    if sequence in batch.members:
+        batch.members.remove(sequence)
+
+
+def _first_order(due: tuple[Sequence, int, int]) -> int:
+    return due[0].order

@@ -1,0 +1,154 @@
+"""How fast the engine runs: an hour of agent traffic on one replica, in virtual time, on one core.
+
+usage: python benchmarks/engine_speed.py [--requests N] [--profile NAME] [--step-by-step]
+
+Half of the queries are 12-step tool chains whose context grows (shared system text and tool schemas), half are debates of four agents,
+two rounds and a judge (shared question and answers). Queries arrive at random over an hour; a call starts when those it needs have
+ended. Printed: what the traffic was, and the seconds of processor time that simulating it took (making the prompts apart).
+"""
+
+import argparse
+import random
+import time
+from collections.abc import Iterator
+from heapq import heappop, heappush
+
+from fanmark.servers.engine.batch import EngineConfig
+from fanmark.servers.engine.replica import Replica
+from fanmark.servers.engine.request import Request
+from fanmark.servers.profiles import load_profile
+
+CALLS_A_QUERY = (12 + 9) / 2
+HOUR_S = 3600.0
+
+Wave = tuple[float, list[tuple[list[int], list[int]]]]  # seconds to wait, then (prompt, output) of calls made at once
+
+
+class Texts:
+    """Fresh token ids."""
+
+    def __init__(self, seed: int) -> None:
+        self._draw = random.Random(seed)
+        self._fresh = 0
+
+    def of(self, tokens: int) -> list[int]:
+        self._fresh += 1
+        start = self._draw.randrange(100_000)
+        return [self._fresh, *range(start, start + tokens - 1)]
+
+    def length(self, mean: float) -> int:
+        """Lognormal, coefficient of variation 0.5."""
+        return max(16, int(mean * self._draw.lognormvariate(-0.1116, 0.4724)))
+
+
+def tool_chain(texts: Texts, system: list[int]) -> Iterator[Wave]:
+    prompt = system + texts.of(texts.length(500))
+    for _ in range(12):
+        output = texts.of(texts.length(400))
+        yield 0.2, [(prompt, output)]
+        prompt = prompt + output + texts.of(texts.length(350))
+
+
+def debate(texts: Texts, system: list[int]) -> Iterator[Wave]:
+    shared = system + texts.of(texts.length(1500))
+    roles = [texts.of(20) for _ in range(4)]
+    answers = [texts.of(texts.length(400)) for _ in roles]
+    yield 0.0, [(shared + role, answer) for role, answer in zip(roles, answers, strict=True)]
+    shared = shared + [token for answer in answers for token in answer]
+    answers = [texts.of(texts.length(400)) for _ in roles]
+    yield 0.0, [(shared + role, answer) for role, answer in zip(roles, answers, strict=True)]
+    yield 0.0, [(shared + [token for answer in answers for token in answer], texts.of(texts.length(400)))]
+
+
+class Hour:
+    """The traffic: queries by arrival, calls by due time."""
+
+    def __init__(self, requests: int, seed: int = 7) -> None:
+        draw, texts = random.Random(seed), Texts(seed)
+        system, schemas = texts.of(1500), texts.of(1800)
+        self._due: list[tuple[float, int, Iterator[Wave], list[tuple[list[int], list[int]]]]] = []
+        self._open: dict[str, tuple[int, Iterator[Wave]]] = {}
+        self._left: dict[int, int] = {}
+        for query in range(round(requests / CALLS_A_QUERY)):
+            calls = tool_chain(texts, system + schemas) if query % 2 else debate(texts, system)
+            heappush(self._due, (draw.random() * HOUR_S, query, calls, []))
+        self.made_s = 0.0
+        self.requests = self.input_tokens = self.output_tokens = 0
+
+    def next_at(self) -> float:
+        return self._due[0][0] if self._due else float("inf")
+
+    def take(self) -> list[Request]:
+        """The calls that are due next; making them is timed apart."""
+        began = time.process_time()
+        at, query, calls, due = heappop(self._due)
+        if not due:
+            _, due = next(calls)
+        self._left[query] = len(due)
+        made = []
+        for prompt, output in due:
+            self.requests += 1
+            self.input_tokens += len(prompt)
+            self.output_tokens += len(output)
+            request = Request(str(self.requests), prompt, output, arrived_at=at)
+            self._open[request.id] = (query, calls)
+            made.append(request)
+        self.made_s += time.process_time() - began
+        return made
+
+    def done(self, request_id: str, at: float) -> None:
+        began = time.process_time()
+        query, calls = self._open.pop(request_id)
+        self._left[query] -= 1
+        if not self._left[query]:
+            wave = next(calls, None)
+            if wave is not None:
+                heappush(self._due, (at + wave[0], query, calls, wave[1]))
+        self.made_s += time.process_time() - began
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--requests", type=int, default=23_600)
+    options.add_argument("--profile", default="qwen3-30b-a3b@h100")
+    options.add_argument("--step-by-step", action="store_true", help="an event for every token, no jumps")
+    given = options.parse_args()
+    profile = load_profile(given.profile)
+    settings = profile.settings
+    config = EngineConfig(
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        num_blocks=settings.num_blocks,
+        block_size=settings.block_size,
+    )
+    replica, hour = Replica(config, profile.law, stream=given.step_by_step), Hour(given.requests)
+    began, calls, now = time.process_time(), 0, 0.0
+    while True:
+        due = replica.next_at()
+        arrival = hour.next_at()
+        if due is None and arrival == float("inf"):
+            break
+        calls += 1
+        if due is not None and due <= arrival:
+            now = due
+            for event in replica.advance(due):
+                if event.finished:
+                    hour.done(event.id, event.at)
+        else:
+            now = arrival
+            for request in hour.take():
+                replica.add(request, arrival)
+    spent = time.process_time() - began
+    state = replica.statistics()
+    engine = state.engines[0]
+    n = hour.requests
+    print(f"{n:,} requests in {now:,.0f} s of virtual time, {profile.name}, {config.num_blocks:,} KV blocks")
+    print(f"tokens a request: {hour.input_tokens / n:,.0f} in, {hour.output_tokens / n:,.0f} out; ", end="")
+    print(f"prefix hits {100 * engine.prefix_cache_hits / engine.prefix_cache_queries:.1f} %", end="")
+    print(f"; {engine.num_preemptions:,} preemptions, busy {100 * state.busy_s / now:.0f} %")
+    print(f"{state.steps:,} steps, {state.busy_s / state.steps * 1e3:.2f} ms a step, {calls:,} wake-ups")
+    print(f"engine {spent - hour.made_s:.2f} s of processor time, prompts {hour.made_s:.2f} s")
+
+
+if __name__ == "__main__":
+    main()

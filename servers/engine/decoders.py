@@ -1,0 +1,77 @@
+"""Requests of which every step computes one token: advanced together, by counting steps, not one by one.
+
+Batches are numbered. With n the number of the next batch and u the number of results handled, a member has `offset + n` tokens
+computed and `base + max(0, u - since)` tokens known; it needs a block whenever the first is a multiple of the block size, and batch
+`last` is its last. So a step costs what its block edges cost, and a run of steps can be taken at once.
+"""
+
+from heapq import heappop, heappush
+
+from fanmark.servers.engine.batch import Sequence
+
+
+class Decoders:
+    def __init__(self, block_size: int) -> None:
+        self.members: dict[Sequence, None] = {}
+        self.edges: list[dict[Sequence, None]] = [{} for _ in range(block_size)]  # by number of batch modulo block size
+        self.ends: dict[int, list[Sequence]] = {}  # by number of the last batch, until its result is handled
+        self._end_numbers: list[int] = []  # heap of the keys of `ends`, some of them gone
+        self._size = block_size
+        self._offsets = 0
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def context_tokens(self, number: int) -> int:
+        """Sum of the members' contexts in a batch, the token being computed included."""
+        return self._offsets + len(self.members) * (number + 1)
+
+    def join(self, sequence: Sequence, number: int) -> None:
+        """Batch `number` was scheduled with a token to sample for it (and maybe the one before, too): let it go on by itself."""
+        sequence.lazy = True
+        sequence.base = sequence.tokens
+        sequence.since = number + 1 - sequence.placeholders
+        sequence.joined = number + 1
+        sequence.offset = sequence.computed - (number + 1)
+        sequence.last = sequence.since + sequence.last_tokens - sequence.tokens - 1
+        if sequence.last not in self.ends:
+            self.ends[sequence.last] = []
+            heappush(self._end_numbers, sequence.last)
+        self.ends[sequence.last].append(sequence)
+        if sequence.last > number:
+            self.members[sequence] = None
+            self.edges[-sequence.offset % self._size][sequence] = None
+            self._offsets += sequence.offset
+
+    def leave(self, sequence: Sequence) -> None:
+        """Take a member out; nothing happens if it is none. Its end stays."""
+        if sequence in self.members:
+            del self.members[sequence]
+            del self.edges[-sequence.offset % self._size][sequence]
+            self._offsets -= sequence.offset
+
+    def forget(self, sequence: Sequence) -> None:
+        """Take a lazy sequence out altogether."""
+        self.leave(sequence)
+        self.ends[sequence.last].remove(sequence)
+
+    def first_end(self) -> int:
+        """Number of the batch that is the last one of a member; there must be one."""
+        numbers = self._end_numbers
+        while not self.ends.get(numbers[0]):
+            self.ends.pop(heappop(numbers), None)
+        return numbers[0]
+
+    def steps_with_blocks(self, number: int, steps: int, free: int) -> int:
+        """How many of `steps` batches from `number` on `free` blocks last for."""
+        count, size = len(self.members), self._size
+        if (steps // size + 1) * count <= free:
+            return steps
+        cycles = min(free // count, steps // size)
+        left, done = free - cycles * count, cycles * size
+        while done < steps:
+            left -= len(self.edges[(number + done) % size])
+            if left < 0:
+                break
+            done += 1
+        return done
