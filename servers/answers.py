@@ -95,7 +95,7 @@ class Speaker:
         return self._plain(ask, rng, limit)
 
     def _plain(self, ask: Ask, rng: Random, limit: int) -> Answer:
-        end = None if ask.ignore_eos else self._lengths.draw(rng, ask.max_tokens)
+        end = None if ask.ignore_eos else ask.answer_tokens or self._lengths.draw(rng, ask.max_tokens)
         if end is not None:
             end = max(end, ask.min_tokens)
         ends = end is not None and end <= limit

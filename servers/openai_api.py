@@ -6,13 +6,14 @@ Rules of the file:
 
 Ways to ask the stub for what only a model can decide (all optional, ignored by a real vLLM or used as it does):
 - reasoning: `chat_template_kwargs.enable_thinking = true`, `reasoning_effort` or `thinking_token_budget` (tokens of reasoning exactly);
+- an end of its own: `vllm_xargs.answer_tokens` (the end-of-sequence token included; `ignore_eos` and `max_tokens` go first);
 - tool calls under `tool_choice` "auto": `vllm_xargs.tool_calls` (how many in the whole conversation; the tool messages in it
   are counted) and `vllm_xargs.tools_per_turn` (how many in one reply).
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from fanmark.servers.body_fields import ApiError, Fields, bad_value
@@ -85,7 +86,8 @@ class Ask:
     form: Form | None = None
     thinking: Thinking | None = None
     reports_reasoning: bool = False
-    prompt_tokens: int = field(default=0)
+    answer_tokens: int | None = None
+    prompt_tokens: int = 0
 
 
 def decode_body(raw: bytes, content_type: str) -> dict[str, Any]:
@@ -169,7 +171,9 @@ def completion_prompts(prompt: Any, tokenizer: Tokenizer) -> list[Sequence[int]]
             isinstance(part, list) and part and type(part[0]) is list for part in prompt
         ):
             return [ids for part in prompt for ids in completion_prompts(part, tokenizer)]
-    raise bad_value("prompt must be a text, a list of token ids from 0 to 2^31 - 1, or a list of either, and not empty.", "prompt")
+    raise bad_value(
+        "prompt must be a text, a list of token ids from 0 to 2^31 - 1, or a list of either, and not empty.", "prompt"
+    )
 
 
 def _refuse_logprobs(asked: int) -> None:
@@ -197,6 +201,7 @@ class _Common:
         self._stop = fields.texts("stop")
         self._stop_ids = fields.ints("stop_token_ids")
         self._stream_options = fields.mapping("stream_options")
+        self._answer_tokens: int | None = None
 
     def integers(self, *names: str) -> None:
         self._ints.update((name, self._fields.integer(name)) for name in names)
@@ -213,6 +218,7 @@ class _Common:
         if self._salt == "":
             text = "Parameter 'cache_salt' must be a non-empty string if provided. (parameter=cache_salt)"
             raise bad_value(text, "cache_salt")
+        self._answer_tokens = _extra_int(body, "answer_tokens", 0) or None
         known = self._limits.model
         if self._model and self._model != known:
             text = f"The model `{self._model}` does not exist. Valid aliases: {known}."
@@ -242,6 +248,7 @@ class _Common:
             continuous_usage=bool(options.get("include_usage") and options.get("continuous_usage_stats")),
             return_token_ids=flags["return_token_ids"],
             request_id=self._request_id,
+            answer_tokens=self._answer_tokens,
             prompt_tokens=sum(map(len, prompts)),
             **more,
         )

@@ -134,13 +134,15 @@ class RealTime:
         if self._replica is None:
             return
         now, moment = self.now(), -1.0
-        for event in self._replica.advance(now + _EARLY_S / self.time_scale):
-            if event.at != moment:
-                moment = event.at
-                self._on_late(max(0.0, (now - moment) * self.time_scale))
-            sink = self._sinks.get(event.id)
-            if sink is not None:
-                if event.finished:
-                    del self._sinks[event.id]
-                sink.take(event)
-        self._set_timer()
+        try:
+            for event in self._replica.advance(now + _EARLY_S / self.time_scale):
+                if event.at != moment:
+                    moment = event.at
+                    self._on_late(max(0.0, (now - moment) * self.time_scale))
+                sink = self._sinks.get(event.id)
+                if sink is not None:
+                    if event.finished:
+                        del self._sinks[event.id]
+                    sink.take(event)
+        finally:  # a sink that fails must not stop the clock for the others
+            self._set_timer()

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from fanmark.servers.faults import KINDS, Fault, FaultError, FaultPlan, parse_fault
 
@@ -84,10 +84,14 @@ _KINDS: dict[str, type] = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise StubError(message)
+
+
 def parse_options(argv: Sequence[str]) -> StubOptions:
-    """The options of a command line. Ends the process with exit code 2 and one line for a wrong one."""
-    parser = argparse.ArgumentParser(prog="fanmark serve stub", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.exit_on_error = False
+    """The options of a command line. Raises StubError for a wrong one."""
+    parser = _Parser(prog="fanmark serve stub", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     for field in fields(StubOptions):
         flag = "--" + field.name.replace("_", "-")
         if field.name == "scheduling_policy":
@@ -109,7 +113,7 @@ def parse_options(argv: Sequence[str]) -> StubOptions:
         given = vars(parser.parse_args(argv))
         given["faults"] = tuple(parse_fault(text) for text in given["faults"])
         return StubOptions(**given)
-    except (argparse.ArgumentError, FaultError) as error:
+    except FaultError as error:
         raise StubError(str(error)) from None
 
 
@@ -134,7 +138,7 @@ def build(options: StubOptions) -> "StubApp":
         profile = load_profile(options.profile)
         config = engine_config(profile, overrides)
         if options.max_model_len is None:
-            overrides["max_model_len"] = min(config.max_model_len, (config.num_blocks - 1) * config.block_size)
+            overrides["max_model_len"] = max(1, min(config.max_model_len, (config.num_blocks - 1) * config.block_size))
             config = engine_config(profile, overrides)
         replica_of(profile, config)
     except (ProfileError, ValueError) as error:

@@ -7,7 +7,6 @@ Rules of the file:
 """
 
 import asyncio
-import json
 import random
 import socket
 import time
@@ -93,7 +92,7 @@ class StubApp:
         route = self._routes.get(request.path)
         key = self.options.api_key
         if key and request.path.startswith("/v1") and request.headers.get("Authorization") != f"Bearer {key}":
-            return web.json_response({"error": "Unauthorized"}, status=401, dumps=json.dumps)
+            return web.Response(body=b'{"error":"Unauthorized"}', status=401, content_type=_JSON)
         if route is None:
             return self._json(request, {"detail": "Not Found"}, 404)
         handler = route.get(request.method)

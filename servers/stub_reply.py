@@ -44,7 +44,8 @@ class Choice:
         first, self.sent = self.sent, self.sent + event.tokens
         self.ended = event.finished
         if event.finished:
-            self.reply.metrics.finished(lived, event.at, self.answer.finish)
+            reason = "length" if self.answer.finish == "length" else "stop"
+            self.reply.metrics.finished(lived, event.at, reason)
         self.reply.emit(self, first)
 
     def fail(self) -> None:

@@ -1,3 +1,21 @@
 """Fixtures for all tests."""
 
+from collections.abc import Iterator
+
+import pytest
+from stub_process import Stub, running_stub
+
 pytest_plugins = ["mcp_peers"]
+
+
+@pytest.fixture(scope="session")
+def stub() -> Iterator[Stub]:
+    """A stub with default settings that all tests share: count differences, not totals."""
+    with running_stub() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def stub_url(stub: Stub) -> str:
+    """Its address, without /v1."""
+    return stub.url
