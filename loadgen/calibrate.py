@@ -19,8 +19,6 @@ import msgspec
 
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.traces import Served, Trace, load_run, load_trace, replay
-from fanmark.servers.engine.batch import EngineConfig
-from fanmark.servers.engine.replica import Replica, Step
 from fanmark.servers.engine.request import Request
 from fanmark.servers.engine.step_time import BatchShape, StepLaw
 from fanmark.servers.profiles import (
@@ -36,6 +34,7 @@ from fanmark.servers.profiles import (
     prior_settings,
     profile_toml,
 )
+from fanmark.servers.replica_of import engine_config, replica_of
 
 HOST = "host_s"  # ingress_s + egress_s: a client cannot tell them apart
 INGRESS_SHARE = 0.6
@@ -226,8 +225,9 @@ def _is_starved(grid: Grid, row: GridRow, settings: Settings) -> bool:
 def fit_grid(grid: Grid, model: Model, chip: Chip, kv_blocks: int | None = None) -> Profile:
     """The law from a grid: decode rows are steps of batch `b`, prefill rows are the steps of one request and the host's cost."""
     settings = _grid_settings(grid, model, chip, kv_blocks)
-    prior = replace(prior_law(model, chip, settings), fixed_s=0.0)
+    prior = prior_law(model, chip, settings)
     bounds = _bounds(prior, _ideal(model, chip, settings))
+    bounds["fixed_s"] = (1e-5, prior.fixed_s, 0.05)
     bounds[HOST] = (5e-4, 8e-3, 0.1)
     bounds["eager_launch_s"] = (1e-3, max(2e-3, prior.eager_launch_s), 0.5)
     decode = [(row, grid.output_tokens(row)) for row in grid.decode if not _is_starved(grid, row, settings)]
@@ -241,8 +241,9 @@ def fit_grid(grid: Grid, model: Model, chip: Chip, kv_blocks: int | None = None)
         return found
 
     fitted = _least_squares(prior, bounds, residuals, iterations=400, step=1e-4, pull=0.05)
-    law = fit_power(fitted.law, grid, settings) if any(row.joules for row in grid.decode) else fitted.law
-    profile = Profile(f"{model.id}@{chip.id}", model, chip, settings, law, "fitted", intervals=fitted.intervals)
+    profile = Profile(f"{model.id}@{chip.id}", model, chip, settings, fitted.law, "fitted", intervals=fitted.intervals)
+    if any(row.joules for row in grid.decode):
+        profile = replace(profile, law=fit_power(profile, grid))
     return replace(profile, fit=_eta(profile))
 
 
@@ -262,48 +263,40 @@ def lone_ttft_s(law: StepLaw, settings: Settings, prompt_tokens: int) -> float:
     return total
 
 
-def run_row(row: GridRow, output_tokens: int, config: EngineConfig, law: StepLaw, steps: list[Step]) -> list[float]:
-    """Serve a decode row by the engine model: all gaps between tokens at the client, in order; the steps are appended."""
-    replica = Replica(config, law, ingress_s=law.ingress_s, token_s=law.egress_s, on_step=steps.append)
+def run_row(row: GridRow, output_tokens: int, profile: Profile) -> tuple[list[float], float, float]:
+    """Serve a decode row by the engine model: its gaps between tokens and the wall time at the client (s), and the joules.
+
+    The chip idles while the host works on the first and the last token.
+    """
+    law = profile.law
+    replica = replica_of(profile, engine_config(profile))
     for i in range(row.b):
         start = (i + 1) << 24
         replica.add(Request(str(i), range(start, start + row.ctx), range(start - output_tokens, start)), 0.0)
     last: dict[str, float] = {}
-    gaps = []
+    gaps, wall_s = [], 0.0
     for event in replica.advance(math.inf):
         if event.id in last:
             gaps.append(event.at - last[event.id])
-        last[event.id] = event.at
-    return sorted(gaps)
+        last[event.id] = wall_s = event.at
+    statistics = replica.statistics()
+    return gaps, wall_s, statistics.joules + law.idle_w * max(0.0, wall_s - statistics.busy_s)
 
 
-def fit_power(law: StepLaw, grid: Grid, settings: Settings) -> StepLaw:
+def fit_power(profile: Profile, grid: Grid) -> StepLaw:
     """Idle, memory and compute watts from the joules of the decode rows, by non-negative least squares on relative errors."""
     import numpy as np
     from scipy.optimize import nnls
 
-    config = EngineConfig(
-        settings.max_num_seqs, settings.max_num_batched_tokens, settings.num_blocks, settings.block_size
-    )
-    memory = replace(law, idle_w=0.0, memory_w=1.0, compute_w=0.0)
-    compute = replace(law, idle_w=0.0, memory_w=0.0, compute_w=1.0)
+    units = [{"idle_w": 0.0, "memory_w": 0.0, "compute_w": 0.0} | {name: 1.0} for name in ("memory_w", "compute_w")]
+    laws = [replace(profile, law=_set(profile.law, unit)) for unit in units]
     rows = []
     for row in grid.decode:
-        if row.joules <= 0.0 or row.wall <= 0.0:
-            continue
-        steps: list[Step] = []
-        run_row(row, grid.output_tokens(row), config, law, steps)
-        rows.append(
-            [row.wall / row.joules, *(sum(_joules(w, s) for s in steps) / row.joules for w in (memory, compute))]
-        )
+        if row.joules > 0.0 and row.wall > 0.0:
+            parts = [run_row(row, grid.output_tokens(row), law)[2] for law in laws]
+            rows.append([row.wall / row.joules, *(part / row.joules for part in parts)])
     watts = nnls(np.array(rows), np.ones(len(rows)))[0]
-    return replace(law, idle_w=float(watts[0]), memory_w=float(watts[1]), compute_w=float(watts[2]))
-
-
-def _joules(law: StepLaw, step: Step) -> float:
-    if step.steps == 1:
-        return law.joules(step.shape, step.end_at - step.start_at)
-    return law.decode_run_joules(step.shape, step.steps, step.end_at - step.start_at)
+    return replace(profile.law, idle_w=float(watts[0]), memory_w=float(watts[1]), compute_w=float(watts[2]))
 
 
 # A request trace or a run

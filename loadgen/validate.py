@@ -86,3 +86,50 @@ def trace_table(result: dict[str, Any]) -> str:
         )
         lines.append(f"{metric:8}{cells}{r['mape_pct']:>17.1f}%")
     return "\n".join(lines)
+
+
+def validate_grid(grid_path: Path, profile: Profile) -> dict[str, Any]:
+    """A calibration grid against the profile: each decode row is served by the engine model, all its requests at once.
+
+    `{"decode": [{"b", "ctx", "p50": {"real", "predicted", "off_pct"}, "wall": ..., "joules": ...}], "prefill": [{"tokens",
+    "ttft_s": {...}}]}`; prefill rows are means of the repeats. Raises ScenarioError.
+    """
+    from fanmark.loadgen.calibrate import load_grid, lone_ttft_s, run_row
+
+    grid = load_grid(grid_path)
+    decode = []
+    for row in grid.decode:
+        gaps, wall_s, joules = run_row(row, grid.output_tokens(row), profile)
+        p50 = _distribution(gaps)["p50"] or 0.0
+        cells = {"p50": (row.p50, p50), "wall": (row.wall, wall_s), "joules": (row.joules, joules)}
+        decode.append({"b": row.b, "ctx": row.ctx} | {name: _cell(*pair) for name, pair in cells.items()})
+    prefill = [
+        {"tokens": tokens, "ttft_s": _cell(seconds, lone_ttft_s(profile.law, profile.settings, tokens))}
+        for tokens, seconds in grid.prefill_means().items()
+    ]
+    return {"profile": profile.name, "decode": decode, "prefill": prefill}
+
+
+def _cell(real: float, predicted: float) -> dict[str, float | None]:
+    return {"real": real, "predicted": predicted, "off_pct": _off_pct(predicted, real)}
+
+
+def grid_table(result: dict[str, Any]) -> str:
+    """A result of `validate_grid` as text: measured, predicted, how far off."""
+    lines = [
+        f"{result['profile']}: measured and predicted",
+        f"{'b':>5}{'context':>9}{'gap p50, ms':>26}{'wall, s':>26}{'joules':>26}",
+    ]
+    for row in result["decode"]:
+        cells = _shown(row["p50"], 1e3) + _shown(row["wall"]) + _shown(row["joules"])
+        lines.append(f"{row['b']:>5}{row['ctx']:>9}{cells}")
+    lines.append(f"{'prompt':>14}{'first token, ms':>26}")
+    lines += [f"{row['tokens']:>14}{_shown(row['ttft_s'], 1e3)}" for row in result["prefill"]]
+    return "\n".join(lines)
+
+
+def _shown(cell: dict[str, float | None], factor: float = 1.0) -> str:
+    real, predicted, off = cell["real"], cell["predicted"], cell["off_pct"]
+    if real is None or predicted is None or off is None:
+        return f"{'-':>26}"
+    return f"{real * factor:>9.2f} {predicted * factor:>8.2f} {off:>+6.1f}%"
