@@ -275,7 +275,7 @@ def run_row(row: GridRow, output_tokens: int, profile: Profile) -> tuple[list[fl
         replica.add(Request(str(i), range(start, start + row.ctx), range(start - output_tokens, start)), 0.0)
     last: dict[str, float] = {}
     gaps, wall_s = [], 0.0
-    for event in replica.advance(math.inf):
+    for event in replica.advance(1e9):
         if event.id in last:
             gaps.append(event.at - last[event.id])
         last[event.id] = wall_s = event.at

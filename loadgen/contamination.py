@@ -1,42 +1,57 @@
 """Which cached tokens a run's own traffic can explain: more than that, and somebody else's traffic warmed the cache."""
 
+from collections import Counter
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 _WITHIN_BLOCK_TOKENS = 15  # two texts may share the start of their wording, but not a block of 16 tokens
 
 
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt that was sent: for each of its prefixes that end with a message, where it is counted, its hash and the message's tokens."""
+
+    query: Hashable
+    salt: Hashable
+    prefixes: Sequence[tuple[Counter[Hashable], Hashable, int]]
+
+
 class Explained:
-    """Remembers the prompts sent under each salt, message by message, as hashes of their prefixes. What belongs to one query alone is
-    forgotten when it ends."""
+    """Counts the prompts sent under each salt, prefix by prefix. What belongs to one query alone is forgotten when it ends."""
 
     def __init__(self) -> None:
-        self._shared: set[Hashable] = set()
-        self._own: dict[Hashable, set[Hashable]] = {}
+        self._shared: Counter[Hashable] = Counter()
+        self._own: dict[Hashable, Counter[Hashable]] = {}
 
-    def limit(
-        self, salt: str, query: Hashable, prompt: Sequence[tuple[Hashable, int]], first_own: int
-    ) -> tuple[int, Hashable]:
-        """(the most tokens of `prompt` that earlier traffic under this salt can have left in the cache, the prompt's own hash).
-
-        `prompt` lists (message, tokens); from message number `first_own` on, its prefixes belong to `query` alone. To be called when
-        the prompt is sent; `replied` then adds what the server keeps of the reply.
-        """
-        own = self._own.setdefault(query, set())
+    def sent(self, salt: Hashable, query: Hashable, messages: Sequence[tuple[Hashable, int]], first_own: int) -> Prompt:
+        """Registers a prompt, a list of (message, tokens); from message number `first_own` on its prefixes belong to `query` alone."""
+        own = self._own.setdefault(query, Counter())
         prefix: Hashable = salt
-        tokens, matching = 0, True
-        known = prefix in self._shared
-        self._shared.add(prefix)
-        for i, (message, size) in enumerate(prompt):
+        self._shared[salt] += 1
+        prefixes = []
+        for i, (message, tokens) in enumerate(messages):
             prefix = hash((prefix, message))
             seen = own if i >= first_own else self._shared
-            matching = matching and prefix in seen
-            tokens += size if matching else 0
-            seen.add(prefix)
-        return tokens + (_WITHIN_BLOCK_TOKENS if known else 0), prefix
+            seen[prefix] += 1
+            prefixes.append((seen, prefix, tokens))
+        return Prompt(query, salt, prefixes)
 
-    def replied(self, query: Hashable, prompt: Hashable, reply: Hashable) -> None:
-        """The reply stays in the cache behind its prompt (`limit` gave its hash)."""
-        self._own.setdefault(query, set()).add(hash((prompt, reply)))
+    def limit(self, prompt: Prompt) -> int:
+        """The most tokens that other prompts sent until now can have left in the cache. To be asked when the reply is there: siblings that
+        were sent a moment later may have been computed first."""
+        if self._shared[prompt.salt] < 2:
+            return 0
+        tokens = 0
+        for seen, prefix, size in prompt.prefixes:
+            if seen[prefix] < 2:
+                break
+            tokens += size
+        return tokens + _WITHIN_BLOCK_TOKENS
+
+    def replied(self, prompt: Prompt, reply: Hashable) -> None:
+        """The reply stays in the cache behind its prompt."""
+        last = prompt.prefixes[-1][1] if prompt.prefixes else prompt.salt
+        self._own.setdefault(prompt.query, Counter())[hash((last, reply))] += 1
 
     def forget(self, query: Hashable) -> None:
         """Drops what belongs to one query."""

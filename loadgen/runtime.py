@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fanmark.agents.runtime import Author, Key, Message
-from fanmark.loadgen.contamination import Explained
+from fanmark.loadgen.contamination import Explained, Prompt
 from fanmark.loadgen.demand import SYSTEM, Demand
 from fanmark.loadgen.errors import CallError
 from fanmark.loadgen.lanes.http import HttpError, Sent
@@ -175,7 +175,7 @@ class QueryRuntime:
                 salt=salt,
                 tools=tools,
             )
-            limit, prefix = self._explain(salt, prompt, endpoint.tool_part if tools else None)
+            traffic = self._traffic(salt, prompt, endpoint.tool_part if tools else None)
             sent = Sent()
             try:
                 reply = await endpoint.send(body, self._headers(call), sent)
@@ -185,10 +185,12 @@ class QueryRuntime:
                 raise
             finally:
                 call.sent_at = sent.at
-            self._count(call, reply, limit)
-            if limit is not None:
+            self._count(call, reply)
+            if traffic is not None:
+                limit = self.world.explained.limit(traffic)
+                self.unexplained_tokens += max(0, (call.cached_tokens or 0) - limit)
                 content = reply.token_ids if endpoint.config.api == "completions" else reply.text
-                self.world.explained.replied(self._owner, prefix, ("assistant", str(content)))
+                self.world.explained.replied(traffic, ("assistant", str(content)))
             return reply
 
     async def _parts(
@@ -221,17 +223,13 @@ class QueryRuntime:
     def _reply_ids(self, message: Message) -> list[int] | None:
         return self._ids.get(message.key[1:] if message.key[0] == "quoted" else message.key)
 
-    @property
-    def _owner(self) -> tuple[str, int]:
-        return (self.demand.arm, self.demand.query)
-
-    def _explain(
+    def _traffic(
         self, salt: str | None, prompt: Sequence[tuple[Key, Author, Part]], tools: Part | None
-    ) -> tuple[int | None, Any]:
-        """The most cached tokens that the run's own traffic explains; None where there is no salt. In a chat prompt the tools' schemas
-        are no message, but they lead the prompt."""
+    ) -> Prompt | None:
+        """The prompt as the cache sees it; None where there is no salt. In a chat prompt the tools' schemas are no message, but they lead
+        the prompt."""
         if salt is None:
-            return None, None
+            return None
         listed: list[tuple[Hashable, int]] = []
         if tools is not None and not any(key == ("tools",) for key, _, _ in prompt):
             listed.append(("tools", tools.size or 0))
@@ -239,9 +237,9 @@ class QueryRuntime:
         first_own = next((i for i, (key, _, _) in enumerate(prompt) if key[0] not in shared), len(prompt)) + len(listed)
         for _, author, part in prompt:
             listed.append(((author, str(part.content)), len(part.content) if part.size is None else part.size))
-        return self.world.explained.limit(salt, self._owner, listed, first_own)
+        return self.world.explained.sent(salt, (self.demand.arm, self.demand.query), listed, first_own)
 
-    def _count(self, call: Call, reply: Reply, limit: int | None) -> None:
+    def _count(self, call: Call, reply: Reply) -> None:
         usage = reply.usage
         if usage is None:
             return
@@ -250,8 +248,6 @@ class QueryRuntime:
             call.cached_tokens = usage.prompt_tokens_details.cached_tokens
         details = usage.completion_tokens_details
         call.reasoning_tokens = details.reasoning_tokens if details is not None else None
-        if limit is not None and call.cached_tokens is not None:
-            self.unexplained_tokens += max(0, call.cached_tokens - limit)
 
     def _headers(self, call: Call) -> Mapping[str, str]:
         """X-Request-Id and X-Session-Id for servers and routers, traceparent for traces: the trace is the query."""

@@ -31,6 +31,9 @@ from fanmark.servers.profiles import (
 from fanmark.servers.replica_of import engine_config, replica_of
 
 
+_END_S = 1e9  # later than any replay ends
+
+
 class Served(NamedTuple):
     """Times of one request in seconds; `tpot_s` is None where there is only one token."""
 
@@ -73,7 +76,7 @@ def replay(profile: Profile, law: StepLaw, trace: Trace) -> list[Served]:
         replica.add(Request("shared", range(trace.shared_tokens), range(1)), 0.0)
     for request in trace.requests:
         replica.add(request, request.arrived_at)
-    for event in replica.advance(float("inf")):
+    for event in replica.advance(_END_S):
         done[event.id] = event
     served = []
     for request in trace.requests:

@@ -59,7 +59,8 @@ def arguments_for(schema: Mapping[str, Any], rng: random.Random) -> dict[str, An
     """Arguments that fit `schema`, a tool's inputSchema: its required properties, drawn from `rng`.
 
     Takes a value that the schema itself names before one that it only describes: const, enum, default, examples, then
-    type with its bounds, format or name. A `pattern` is met by a few tries, not by solving it. `$ref` within the schema.
+    type with its bounds, format or name. A `pattern` is met by a few tries, not by solving it. `$ref` works within the
+    schema.
     """
     drawn = _draw(schema, "", rng, schema, 0)
     return drawn if isinstance(drawn, dict) else {}

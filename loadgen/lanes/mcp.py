@@ -26,6 +26,7 @@ from fanmark.loadgen.errors import CallError, UnreachableError
 from fanmark.loadgen.lanes.arguments import arguments_for
 
 if TYPE_CHECKING:
+    import httpx2
     from mcp import Client
 
 __all__ = [
@@ -45,6 +46,8 @@ CLOSE_S = 5.0
 CANCEL_S = 1.0
 LAST_LINES = 8
 MAX_PAGES = 1_000
+# The SDK's words for an HTTP error without JSON-RPC in it, and for status 404 within a session.
+HTTP_ERROR, SESSION_ENDED = "Server returned an error response", "Session terminated"
 
 
 class ToolServerError(UnreachableError):
@@ -150,10 +153,7 @@ def _translated(error: BaseException, where: str) -> ToolTransportError | ToolPr
 
     message = f"{where}: {_reason(error)}"
     if isinstance(error, MCPError):
-        # Beside a closed connection: what the SDK makes of an HTTP error without JSON-RPC in it, and of a session that
-        # the server (restarted, or tired of it) no longer knows.
-        text = error.message.lower()
-        is_lost = error.code == CONNECTION_CLOSED or text in ("server returned an error response", "session terminated")
+        is_lost = error.code == CONNECTION_CLOSED or str(error) in (HTTP_ERROR, SESSION_ENDED)
     else:
         lost = (anyio.ClosedResourceError, anyio.BrokenResourceError, httpx2.TransportError, OSError)
         is_lost = any(isinstance(leaf, lost) for leaf in _leaves(error))
@@ -167,10 +167,11 @@ class _Connection:
     spec: ToolServerSpec
     tools: list[Any] = field(default_factory=list)  # as the SDK has them, from the first listing
     _attempt: "asyncio.Future[Client]" = field(init=False)  # done when there is a client; replaced when it is lost
-    _leave: asyncio.Event = field(init=False)  # set to end the client that lives now
-    _closing: asyncio.Event = field(init=False)
+    _leave: asyncio.Event = field(default_factory=asyncio.Event)  # set to end the client that lives now
+    _closing: asyncio.Event = field(default_factory=asyncio.Event)
     _calls: set["asyncio.Task[Any]"] = field(default_factory=set)
-    _supervisor: "asyncio.Task[None]" = field(init=False)
+    _supervisor: "asyncio.Task[None] | None" = None
+    _session_refused: bool = False
     _stderr: IO[bytes] | None = None
     _failure: str = ""  # why the last attempt to connect brought no client
 
@@ -180,7 +181,7 @@ class _Connection:
         A URL is tried again until then, as its server may be starting; a command that ends is not.
         """
         loop = asyncio.get_running_loop()
-        self._attempt, self._leave, self._closing = loop.create_future(), asyncio.Event(), asyncio.Event()
+        self._attempt = loop.create_future()
         if self.spec.command:
             self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         deadline = loop.time() + ready_timeout_s
@@ -238,6 +239,7 @@ class _Connection:
 
     async def _live(self, attempt: "asyncio.Future[Client]") -> None:
         """One client from connecting to its end. Lists the tools each time: the SDK checks results against the list."""
+        self._session_refused = False
         async with self._connect() as client:
             tools: list[Any] = []
             cursor: str | None = None
@@ -263,15 +265,22 @@ class _Connection:
             program, *arguments = self.spec.command or ()
             parameters = StdioServerParameters(command=program, args=arguments, env=dict(os.environ))
             # the SDK only hands this on to the process, which needs no more of it than fileno()
-            async with Client(stdio_client(parameters, errlog=self._stderr), cache=None) as client:  # type: ignore[arg-type]
+            transport = stdio_client(parameters, errlog=self._stderr)  # type: ignore[arg-type]
+            async with Client(transport, cache=None) as client:
                 yield client
             return
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_ALIVE_S)
         timeout = httpx2.Timeout(30.0, read=None)  # how long a call may take is its caller's business
-        async with httpx2.AsyncClient(limits=limits, timeout=timeout) as http:
+        hooks = {"response": [self._note_refusal]}
+        async with httpx2.AsyncClient(limits=limits, timeout=timeout, event_hooks=hooks) as http:
             transport = streamable_http_client(self.spec.url, http_client=http, max_sse_event_size=None)
             async with Client(transport, cache=None) as client:
                 yield client
+
+    async def _note_refusal(self, response: "httpx2.Response") -> None:
+        """Servers answer a session that they do not know with 404, as the protocol wants, or with 400."""
+        if response.status_code in (400, 404) and "mcp-session-id" in response.request.headers:
+            self._session_refused = True
 
     async def _connected(self, timeout_s: float) -> "asyncio.Future[Client]":
         """The attempt that is under way, once it has brought a client; ToolTransportError if it brings none in time."""
@@ -303,7 +312,8 @@ class _Connection:
             raise ToolTransportError(f"{where}: connection lost")
         if error := task.exception():
             failure = _translated(error, where)
-            if isinstance(failure, ToolTransportError):
+            answered = str(error) == HTTP_ERROR  # by a status, a busy server's perhaps: the others may go on
+            if isinstance(failure, ToolTransportError) and (self._session_refused or not answered):
                 self._give_up(attempt)
             raise failure from None
         result = task.result()
@@ -314,6 +324,8 @@ class _Connection:
         """End the client and, for a command, its process; takes a few seconds at most."""
         self._closing.set()
         self._leave.set()
+        if self._supervisor is None:
+            return
         if self._attempt.done():  # the client takes its leave; one that is still connecting cannot hear of it
             await asyncio.wait({self._supervisor}, timeout=CLOSE_S)
         self._supervisor.cancel()
