@@ -1,1 +1,30 @@
-PY ?= python3
+# Everything from a fresh clone: each target sets up what it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: run test lint test-vllm constraints
+
+run: .venv/ready
+	$(BIN)/fanmark run
+
+test: .venv/ready
+	$(BIN)/pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# A real vLLM on the CPU, in a virtual environment of its own (Python 3.11), with a tiny model of random weights; both are kept.
+test-vllm: .venv/ready
+	$(PYTHON) tests/vllm/setup_vllm.py
+	$(BIN)/pytest -m vllm tests/vllm
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# After a change of the dependencies: pins what is installed.
+constraints: .venv/ready
+	$(BIN)/pip freeze --exclude-editable > constraints.txt
