@@ -202,7 +202,9 @@ async def _serve(options: StubOptions) -> None:
         try:
             await web.TCPSite(runner, options.host, options.port, backlog=4096).start()
         except OSError as error:
-            raise StubError(f"cannot listen on {options.host}:{options.port}: {error.strerror or error}") from None
+            raise StubError(
+                f"cannot listen on {options.host}:{options.port}: {os.strerror(error.errno) if error.errno else error}"
+            ) from None
         port = runner.addresses[0][1]
         host = f"[{options.host}]" if ":" in options.host else options.host
         print(json.dumps({"url": f"http://{host}:{port}", "pid": os.getpid()}), flush=True)

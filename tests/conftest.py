@@ -10,8 +10,8 @@ pytest_plugins = ["mcp_peers"]
 
 @pytest.fixture(scope="session")
 def stub() -> Iterator[Stub]:
-    """A stub with default settings that all tests share: count differences, not totals."""
-    with running_stub() as server:
+    """A stub five times as fast as its profile that all tests share: count differences, not totals."""
+    with running_stub("--time-scale", "0.2") as server:
         yield server
 
 

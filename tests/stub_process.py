@@ -4,6 +4,7 @@ import http.client
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,16 +50,22 @@ class Stub:
         finally:
             connection.close()
 
-    def chat(self, text: str, headers: Mapping[str, str] | None = None, **more: Any) -> HttpReply:
+    def chat(self, text: str, **more: Any) -> HttpReply:
         """A chat request with one user message."""
-        body = {"messages": [{"role": "user", "content": text}], **more}
-        return self.send("POST", "/v1/chat/completions", body, headers)
+        return self.send("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": text}], **more})
 
     def metrics(self) -> dict[str, float]:
         """Samples of a scrape by their name and labels, as written."""
         lines = self.send("GET", "/metrics").body.decode().splitlines()
         samples = (line.rpartition(" ") for line in lines if not line.startswith("#"))
         return {name: float(value) for name, _, value in samples}
+
+    def until(self, sample: str, value: float, timeout_s: float = 10.0) -> dict[str, float]:
+        """The first scrape that shows this value; fails after the time-out."""
+        deadline = time.monotonic() + timeout_s
+        while (seen := self.metrics())[sample] != value:
+            assert time.monotonic() < deadline, f"{sample} is {seen[sample]}, not {value}"
+        return seen
 
 
 @contextmanager
