@@ -11,6 +11,7 @@ latency and returns text of exactly N tokens by fanmark.servers.tokenizer. Two k
 import argparse
 import asyncio
 import json
+import logging
 import os
 import signal
 import socket
@@ -131,6 +132,15 @@ def listen(host: str, port: int) -> socket.socket:
 
 async def _serve(sock: socket.socket, host: str, behaviour: Behaviour) -> None:
     import uvicorn
+    from starlette.requests import ClientDisconnect
+
+    def is_news(record: logging.LogRecord) -> bool:
+        """A client that goes away while it asks is no error of the server, though uvicorn and the SDK log it as one."""
+        return not (record.exc_info and isinstance(record.exc_info[1], ClientDisconnect))
+
+    errors = logging.StreamHandler()
+    errors.addFilter(is_news)
+    logging.basicConfig(level=logging.WARNING, handlers=[errors])
 
     class Announcing(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import signal
+import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -24,6 +25,24 @@ from fanmark.loadgen.lanes.mcp import (
     arguments_for,
 )
 from fanmark.servers.tool_specs import TOOLS
+from fanmark.servers.vllm import free_port
+
+# Our server, but calls of one tool are turned away by status 503, as an overloaded gateway does.
+BUSY_SERVER = """
+import sys, uvicorn
+from fanmark.servers.tools import Behaviour, build_server
+
+app = build_server(Behaviour(latency_s=0.5, result_tokens=3)).streamable_http_app()
+
+async def gateway(scope, receive, send):
+    if (b"mcp-name", b"calculator") in scope.get("headers", []):
+        await send({"type": "http.response.start", "status": 503, "headers": []})
+        await send({"type": "http.response.body", "body": b"busy"})
+    else:
+        await app(scope, receive, send)
+
+uvicorn.run(gateway, port=int(sys.argv[1]), log_level="critical")
+"""
 
 T = TypeVar("T")
 TIME_SERVER = str(Path(sys.executable).with_name("mcp-server-time"))
@@ -173,6 +192,40 @@ def test_a_call_out_of_time_or_cancelled_costs_no_other(start_tools: StartTools)
         assert len((await outcome(servers, "search", {"query": "x"})).split()) == 3
 
     with_servers(use, ToolServerSpec(url=server.url))
+
+
+def test_a_call_refused_by_a_status_costs_no_other() -> None:
+    port = free_port("127.0.0.1")
+    with subprocess.Popen([sys.executable, "-c", BUSY_SERVER, str(port)], stdin=subprocess.DEVNULL) as process:
+
+        async def use(servers: ToolServers) -> None:
+            other = asyncio.create_task(outcome(servers, "search", {"query": "x"}))
+            await asyncio.sleep(0)
+            assert await outcome(servers, "calculator", {"expression": "1"}) == "ToolTransportError"
+            assert not other.done()
+            assert len((await other).split()) == 3
+
+        try:
+            with_servers(use, ToolServerSpec(url=f"http://127.0.0.1:{port}/mcp"))
+        finally:
+            process.kill()
+
+
+def test_opening_can_be_cancelled_at_any_time(tools_url: str) -> None:
+    """Cancelled before its first step, or while it connects: CancelledError, and nothing is left behind."""
+
+    async def run() -> None:
+        for steps in range(12):
+            specs = [ToolServerSpec(url=tools_url), ToolServerSpec(command=["cat"])]
+            opening = asyncio.create_task(ToolServers.open(specs, READY_S))
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            opening.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await opening
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize(

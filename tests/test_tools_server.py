@@ -143,6 +143,19 @@ def test_ends_at_once_and_silently_with_a_call_in_flight(start_tools: StartTools
     assert server.process.stderr.read() == b""
 
 
+@pytest.mark.parametrize("header", ["", "MCP-Protocol-Version: 2026-07-28\r\nMcp-Method: tools/list\r\n"])
+def test_a_client_that_goes_away_while_it_asks_is_not_reported(start_tools: StartTools, header: str) -> None:
+    server = start_tools()
+    address = ("127.0.0.1", int(server.port))
+    with socket.create_connection(address) as leaving:
+        leaving.sendall(
+            f"POST /mcp HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nContent-Type: application/json\r\n"
+            f"Accept: application/json, text/event-stream\r\n{header}Content-Length: 100\r\n\r\n{{".encode()
+        )
+    with_client(server.url, "auto", lambda client: client.list_tools())
+    assert server.stop() == ""
+
+
 def run_tools(*flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "fanmark.servers.tools", *flags]
     return subprocess.run(command, capture_output=True, text=True, timeout=30)
