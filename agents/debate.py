@@ -9,7 +9,7 @@ judge:          S, Q, the answers of the last round (or of all rounds), its inst
 from dataclasses import dataclass
 from typing import Literal
 
-from fanmark.agents.runtime import Author, Expected, Key, Message, Runtime, Topology, at_least, place, together
+from fanmark.agents.runtime import Author, Drawn, Expected, Key, Message, Runtime, Topology, at_least, place, together
 
 ROLES = (
     "You are the careful analyst: check every step, define your terms and say how sure you are of each.",
@@ -70,7 +70,7 @@ async def run(rt: Runtime, p: Params) -> None:
         await rt.infer(prompt, writes=("judge_answer",), role="judge", round=p.rounds + 1)
 
 
-def expected(p: Params) -> Expected:
+def expected(p: Params, _: Drawn) -> Expected:
     """N R calls (+1 judge), depth R (+1), width N. Each round r < R: its answers are read by all N agents in the next round ("last"), or
     once in each of the R - r later rounds, by their writer as its own and by the N - 1 others as quotes ("full")."""
     n, last = p.agents, p.rounds

@@ -7,7 +7,7 @@ which gives every call's dependencies without asking the topology.
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
 T = TypeVar("T")
@@ -21,16 +21,28 @@ Author = Literal["system", "user", "assistant"]
 @dataclass(frozen=True, slots=True)
 class Message:
     """One message of a prompt. `tokens` is its length as drawn (0: there is no such message); `text` is the instruction that the
-    length is filled up from, or a reply's own text; `source` is the number of the call or tool call that produced it."""
+    length is filled up from, or a reply's own text; `source` is the number of the call or tool call that produced it. `per_query`: it
+    is not the same in every query."""
 
     key: Key
     author: Author
     text: str
     tokens: int
     source: int | None = None
+    per_query: bool = False
 
 
-class Runtime(Protocol):
+class Drawn(Protocol):
+    """What was drawn for one query: known to its topology while it runs, and to the closed form of what it must cost."""
+
+    def tokens(self, key: Key) -> int:
+        """How long a message of the query is: as it came, if it is there, else as drawn. ("tools",) are the tools' schemas."""
+
+    def chance(self, *name: str | int) -> float:
+        """A number in [0, 1) out of the query's seed, the same whenever it is asked for by this name."""
+
+
+class Runtime(Drawn, Protocol):
     """The world of one query, as its topology sees it."""
 
     @property
@@ -41,8 +53,9 @@ class Runtime(Protocol):
     def question(self) -> Message:
         """The user's question."""
 
-    def message(self, key: Key, text: str, author: Author = "user") -> Message:
-        """A message of kind `key[0]`, as long as the workload says: `text`, cut or filled up with words."""
+    def message(self, key: Key, text: str, author: Author = "user", *, per_query: bool = False) -> Message:
+        """A message of kind `key[0]`, as long as the workload says: `text`, cut or filled up with words. It is the same in all queries,
+        but with `per_query`: then its start already differs, so that queries share no part of it."""
 
     def quote(self, reply: Message) -> Message:
         """Another agent's reply as a user message; its key is ("quoted", *reply.key)."""
@@ -56,14 +69,16 @@ class Runtime(Protocol):
         round: int = 1,
         tools: bool = False,
         times: int = 1,
+        samples: int = 1,
         reasoning: bool = False,
         after: Iterable[Message] = (),
     ) -> Message:
         """One call. The reply is `times` the length of kind `writes[0]`; with `reasoning`, all but the last share of it are reasoning
-        tokens. `tools`: the tools' schemas stand in the prompt. `after`: messages it waited for but does not read."""
+        tokens. `samples`: so many replies to one reading of the prompt, as one. `tools`: the tools' schemas stand in the prompt.
+        `after`: messages it waited for but does not read."""
 
     async def call_tool(self, *, writes: Key, request: Message, role: str, round: int = 1) -> Message:
-        """One tool call that the agent asked for in `request`; the tool's own result comes back as a user message."""
+        """One tool call that `request` led to; the tool's own result comes back as a user message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +86,9 @@ class Expected:
     """What one query must cost, by formula.
 
     `writes`: how often each kind's length is written by a call (output tokens = sum of count x length). `reads`: in how many prompts
-    each message stands (input tokens = sum of count x size); the tools' schemas are the message ("tools",). `depth` counts calls on
-    the longest chain of dependencies, `width` is the largest number of calls at one depth.
+    each message stands (input tokens = sum of count x size); the tools' schemas are the message ("tools",). `times`: how many lengths
+    of its kind a message has, where it is not one. `depth` counts calls on the longest chain of dependencies, `width` is the largest
+    number of calls at one depth.
     """
 
     calls: int
@@ -81,6 +97,7 @@ class Expected:
     writes: Mapping[str, int]
     reads: Mapping[Key, int]
     tool_calls: int = 0
+    times: Mapping[Key, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +109,7 @@ class Topology:
     summary: str
     params: type[Any]
     run: Callable[[Runtime, Any], Coroutine[Any, Any, None]]
-    expected: Callable[[Any], Expected] | None = None
+    expected: Callable[[Any, Drawn], Expected] | None = None
 
 
 async def together(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

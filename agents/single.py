@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fanmark.agents.runtime import Expected, Runtime, Topology
+from fanmark.agents.runtime import Drawn, Expected, Runtime, Topology
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +14,7 @@ async def run(rt: Runtime, p: Params) -> None:
     await rt.infer([rt.system, rt.question], writes=("answer",), role="agent")
 
 
-def expected(p: Params) -> Expected:
+def expected(p: Params, _: Drawn) -> Expected:
     """1 call: reads S + Q, writes O."""
     return Expected(calls=1, depth=1, width=1, writes={"answer": 1}, reads={("system",): 1, ("question",): 1})
 

@@ -5,9 +5,10 @@
 S system, D the tools' schemas, Q question. With `tools_per_step` > 1 the tool calls of a step run at once.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from fanmark.agents.runtime import Expected, Key, Message, Runtime, Topology, at_least, together
+from fanmark.agents.runtime import Drawn, Expected, Key, Message, Runtime, Topology, at_least, together
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,25 +37,32 @@ async def run(rt: Runtime, p: Params) -> None:
     await rt.infer(context, writes=("answer",), role="agent", round=len(p.steps()) + 1, tools=True)
 
 
-async def act(rt: Runtime, context: list[Message], step: int, numbers: range, role: str) -> list[Message]:
+async def act(
+    rt: Runtime, context: list[Message], round: int, numbers: range, role: str, after: Iterable[Message] = ()
+) -> list[Message]:
     """One step: the agent writes one action for each of `numbers`, the tools run at once; gives the context grown by all of it."""
     action = await rt.infer(
-        context, writes=("action", numbers[0]), role=role, round=step, tools=True, times=len(numbers)
+        context, writes=("action", numbers[0]), role=role, round=round, tools=True, times=len(numbers), after=after
     )
     results = await together(
-        rt.call_tool(writes=("tool_result", n), request=action, role=role, round=step) for n in numbers
+        rt.call_tool(writes=("tool_result", n), request=action, role=role, round=round) for n in numbers
     )
     return [*context, action, *results]
 
 
-def expected(p: Params) -> Expected:
-    """t tool calls in s steps: s + 1 calls, one after another. What step k of s adds is read by the s - k later steps and the answer."""
+def reads_of(steps: Sequence[range]) -> dict[Key, int]:
+    """How often a chain's actions and results are read: what step k of s adds, by the s - k later steps and by the call at its end."""
+    reads: dict[Key, int] = {}
+    for k, numbers in enumerate(steps):
+        reads["action", numbers[0]] = len(steps) - k
+        reads |= {("tool_result", n): len(steps) - k for n in numbers}
+    return reads
+
+
+def expected(p: Params, _: Drawn) -> Expected:
+    """t tool calls in s steps: s + 1 calls, one after another, all of which read S, D and Q."""
     steps = p.steps()
-    reads: dict[Key, int] = {(kind,): len(steps) + 1 for kind in ("system", "tools", "question")}
-    for k, numbers in enumerate(steps, start=1):
-        later = len(steps) - k + 1
-        reads["action", numbers[0]] = later
-        reads |= {("tool_result", n): later for n in numbers}
+    reads: dict[Key, int] = {(kind,): len(steps) + 1 for kind in ("system", "tools", "question")} | reads_of(steps)
     return Expected(
         calls=len(steps) + 1,
         tool_calls=p.tool_calls,
@@ -62,6 +70,7 @@ def expected(p: Params) -> Expected:
         width=1,
         writes={"action": p.tool_calls, "answer": 1},
         reads=reads,
+        times={("action", numbers[0]): len(numbers) for numbers in steps},
     )
 
 

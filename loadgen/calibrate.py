@@ -98,6 +98,10 @@ def _set(law: StepLaw, fitted: dict[str, float]) -> StepLaw:
     return replace(law, **values)
 
 
+def _get(law: StepLaw, name: str) -> float:
+    return law.ingress_s + law.egress_s if name == HOST else float(getattr(law, name))
+
+
 def _least_squares(
     law: StepLaw,
     bounds: dict[str, tuple[float, float, float]],
@@ -312,10 +316,9 @@ def fit_trace(trace: Trace, requests: int | None = None, iterations: int = 8) ->
     real = trace.served[:requests]
     settings, known = trace.settings, not any("efficiencies mean nothing" in line for line in trace.caveats)
     ideal = _ideal(trace.model, trace.chip, settings)
-    law = replace(profile.law, fixed_s=profile.law.fixed_s / 2)
+    law = _scaled_to(profile, replace(profile.law, fixed_s=profile.law.fixed_s / 2), trace, real)
     if not known:
-        law = _scaled_to(profile, law, trace, real)
-        ideal = replace(law)
+        ideal = law
     bounds = _bounds(law, ideal, slack=1.0 if known else 10.0)
     bounds["mixed_s"] = (1e-5, 1e-3, 0.1)
     if trace.client_side:
@@ -324,7 +327,11 @@ def fit_trace(trace: Trace, requests: int | None = None, iterations: int = 8) ->
     def residuals(candidate: StepLaw) -> list[float]:
         return _trace_residuals(real, replay(profile, candidate, trace)[: len(real)])
 
-    fitted = _least_squares(law, bounds, residuals, iterations=iterations, step=0.03, pull=1.0)
+    # Wide differences first: where the cache overflows, times jump with the least change of the law.
+    for step in (0.06, 0.02):
+        fitted = _least_squares(law, bounds, residuals, iterations=iterations, step=step, pull=1.0)
+        law = fitted.law
+        bounds = {name: (low, _get(law, name), high) for name, (low, _, high) in bounds.items()}
     profile = replace(
         profile,
         name=f"fitted on {trace.name}",
@@ -351,7 +358,7 @@ def _trace_residuals(real: Sequence[Served], predicted: Sequence[Served]) -> lis
 
 
 def _scaled_to(profile: Profile, law: StepLaw, trace: Trace, real: Sequence[Served]) -> StepLaw:
-    """The law slowed down or sped up as a whole until the mean end-to-end time is about right: a start for an unknown chip."""
+    """The law slowed down or sped up as a whole until the mean end-to-end time is about right: where the fit starts."""
     names = ("dense_s", "expert_s", "token_s", "context_s", "attention_s", "fixed_s", "eager_launch_s", "sequence_s")
     target = math.fsum(r.e2e_s for r in real)
     for _ in range(6):

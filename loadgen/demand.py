@@ -1,10 +1,11 @@
 """What one query asks for: lengths and parameters drawn from (seed, query index), the same in every arm. Pure."""
 
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fanmark.agents.runtime import Expected, Key, Topology
+from fanmark.agents.runtime import Author, Expected, Key, Message, Topology
 from fanmark.loadgen.lengths import draw_int
 from fanmark.loadgen.scenario import KINDS, RUN_KINDS, Arm, Scenario
 from fanmark.loadgen.scenario_check import resolve_params
@@ -37,8 +38,27 @@ class Demand:
 
     @property
     def question(self) -> str:
-        """The question; its number comes first, so that no two queries share a block from here on."""
-        return f"Question {self.query}. {QUESTIONS[self.query % len(QUESTIONS)]} Use the tools you have, if any."
+        """The question."""
+        return f"{QUESTIONS[self.query % len(QUESTIONS)]} Use the tools you have, if any."
+
+    def message(self, key: Key, text: str, author: Author = "user", *, per_query: bool = False) -> Message:
+        """A message as the topology asks for it; see agents' Runtime."""
+        if per_query:  # the number comes first, so that no two queries share a block from here on
+            text = f"Question {self.query}. {text}"
+        return Message(key, author, text, self.lengths[str(key[0])], per_query=per_query)
+
+    def tokens(self, key: Key) -> int:
+        """How long a message is as drawn; what cannot be drawn, the tools' schemas, is 0."""
+        return self.lengths.get(str(unquoted(key)[0]), 0)
+
+    def chance(self, *name: str | int) -> float:
+        """A number in [0, 1) out of the query's seed, by name."""
+        return random.Random("/".join(map(str, (self.seed, "chance", *name)))).random()
+
+
+def unquoted(key: Key) -> Key:
+    """The key of the message that a quote repeats, or of the message itself."""
+    return key[1:] if key[0] == "quoted" else key
 
 
 def draw_demand(scenario: Scenario, arm: Arm, topology: Topology, query: int) -> Demand:
@@ -62,8 +82,8 @@ def expected_tokens(
     output = sum(count * lengths[kind] for kind, count in expected.writes.items())
     total = 0
     for key, count in expected.reads.items():
-        kind = key[1] if key[0] == "quoted" else key[0]
-        size = sizes[key] if key in sizes else lengths.get(str(kind), 0)
+        written = unquoted(key)
+        size = sizes[key] if key in sizes else lengths.get(str(written[0]), 0) * expected.times.get(written, 1)
         if size is None:
             return output, None
         total += count * size

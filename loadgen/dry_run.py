@@ -1,17 +1,17 @@
 """`--dry-run`: what a run would send, from the closed forms alone. Nothing is sent. Pure."""
 
 import asyncio
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-from fanmark.agents.runtime import Author, Key, Message, Topology
+from fanmark.agents.runtime import Topology
 from fanmark.loadgen.arrivals import open_loop
-from fanmark.loadgen.demand import Demand, draw_demand, expected_tokens
+from fanmark.loadgen.demand import draw_demand, expected_tokens
 from fanmark.loadgen.records import Call
 from fanmark.loadgen.run import dollars
 from fanmark.loadgen.scenario import Arm, Scenario
 from fanmark.loadgen.table import columns, number
+from fanmark.loadgen.walk import walk
 
 _SAMPLE = 200  # queries looked at where a closed loop's duration leaves their number open
 
@@ -38,12 +38,13 @@ def _arm(scenario: Scenario, arm: Arm, topology: Topology, place: int) -> dict[s
     calls = tool_calls = read = written = longest = width = 0
     for i in range(n):
         demand = draw_demand(scenario, arm, topology, i)
-        form = topology.expected(demand.params)
+        form = topology.expected(demand.params, demand)
         output, total = expected_tokens(form, demand.lengths, {("tools",): 0})
         calls, tool_calls = calls + form.calls, tool_calls + form.tool_calls
         read, written = read + (total or 0), written + output
         if i < _WALKED:
-            longest = max(longest, asyncio.run(longest_context(topology, demand)))
+            calls_made = asyncio.run(walk(topology, demand))
+            longest = max(longest, *(made.context_tokens for made in calls_made), 0)
         width = max(width, form.width)
     if queries is None:
         return found
@@ -60,43 +61,6 @@ def _arm(scenario: Scenario, arm: Arm, topology: Topology, place: int) -> dict[s
         "peak_calls_in_flight": at_once * width,
         "dollars": dollars([bill], {"t": target.prices if target else None}),
     }
-
-
-@dataclass
-class _Walk:
-    """A Runtime whose calls and tool calls end at once, as long as drawn."""
-
-    demand: Demand
-    longest: int = 0
-
-    @property
-    def system(self) -> Message:
-        return self.message(("system",), "", "system")
-
-    @property
-    def question(self) -> Message:
-        return self.message(("question",), "")
-
-    def message(self, key: Key, text: str, author: Author = "user") -> Message:
-        return Message(key, author, text, self.demand.lengths[str(key[0])])
-
-    def quote(self, reply: Message) -> Message:
-        return reply
-
-    async def infer(self, prompt: Iterable[Message], *, writes: Key, times: int = 1, **_: Any) -> Message:
-        reply = self.message(writes, "", "assistant")
-        self.longest = max(self.longest, sum(message.tokens for message in prompt) + reply.tokens * times)
-        return Message(writes, "assistant", "", reply.tokens * times)
-
-    async def call_tool(self, *, writes: Key, **_: Any) -> Message:
-        return self.message(writes, "")
-
-
-async def longest_context(topology: Topology, demand: Demand) -> int:
-    """Tokens of the longest prompt with its reply, found by walking through the query without sending anything."""
-    walk = _Walk(demand)
-    await topology.run(walk, demand.params)
-    return walk.longest
 
 
 def lines(planned: Mapping[str, Any]) -> list[str]:

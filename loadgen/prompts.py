@@ -120,7 +120,7 @@ class _Kept:
 
     def forget(self, seed: str) -> None:
         """Drops the texts of one query."""
-        for text in [text for text in self._parts if text.seed == seed]:
+        for text in [text for text in self._parts if text.seed.startswith(f"{seed}/")]:
             del self._parts[text]
 
 

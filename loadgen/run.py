@@ -18,6 +18,7 @@ from fanmark.loadgen.runtime import QueryRuntime, ToolUse, World
 from fanmark.loadgen.scenario import Arm, Prices, Scenario
 from fanmark.loadgen.tally import Tally
 from fanmark.loadgen.target import Endpoint
+from fanmark.loadgen.walk import walk
 
 GRACE_S = 5.0  # what running queries get after the first interrupt
 
@@ -128,6 +129,7 @@ class Run:
 
     async def _schedule(self) -> None:
         arms = list(self.scenario.arms)
+        await self._together(self._make_texts(arm) for arm in arms)
         if self.scenario.load.arms == "interleaved":
             await self._together(self._warm_up(arm) for arm in arms)
             start_at = self._now()
@@ -192,11 +194,17 @@ class Run:
     def _demand(self, arm: Arm, query: int) -> Demand:
         return draw_demand(self.scenario, arm, self._topologies[arm.topology], query)
 
+    async def _make_texts(self, arm: Arm) -> None:
+        """Makes the texts that all queries of an arm share before the first is due, so that none waits for them."""
+        demand = self._demand(arm, 0)
+        runtime = QueryRuntime(self._world, demand)
+        for made in await walk(self._topologies[arm.topology], demand):
+            await runtime.prepare([self._endpoint(arm.name, made.role)], made.prompt)
+
     async def _prepare(self, arm: Arm, runtime: QueryRuntime) -> None:
         """Makes the query's own texts before it is due, so that its first call does not wait for them."""
-        await runtime.prepare(
-            {self._endpoint(arm.name, role) for role in arm.targets} or {self._endpoint(arm.name, "")}
-        )
+        endpoints = {self._endpoint(arm.name, role) for role in arm.targets} or {self._endpoint(arm.name, "")}
+        await runtime.prepare(endpoints, [runtime.system, runtime.question])
 
     async def _query(self, arm: Arm, runtime: QueryRuntime, due_at: float) -> None:
         """One query, from its due time to its record. The only place where any exception becomes an outcome."""
@@ -252,7 +260,7 @@ class Run:
         """The closed form with the real sizes of what could not be drawn: replies and tool results as they are read again."""
         if topology.expected is None:
             return {}
-        form = topology.expected(runtime.demand.params)
+        form = topology.expected(runtime.demand.params, runtime)
         for key, count in form.reads.items():
             base = key[1:] if key[0] == "quoted" else key
             if count and runtime.sizes.get(key) is None and base in runtime.replies:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from fanmark.agents.runtime import Author, Key, Message
 from fanmark.loadgen.contamination import Explained, Prompt
-from fanmark.loadgen.demand import SYSTEM, Demand
+from fanmark.loadgen.demand import SYSTEM, Demand, unquoted
 from fanmark.loadgen.errors import CallError
 from fanmark.loadgen.lanes.http import HttpError, Sent
 from fanmark.loadgen.lanes.sse import Reply
@@ -65,6 +65,7 @@ class QueryRuntime:
     sizes: dict[Key, int | None] = field(default_factory=dict)
     replies: dict[Key, tuple[Endpoint, Author, str]] = field(default_factory=dict)
     numbers: dict[Key, int] = field(default_factory=dict)
+    written: dict[Key, int] = field(default_factory=dict)
     unexplained_tokens: int = 0
     _ids: dict[Key, list[int] | None] = field(default_factory=dict)
 
@@ -74,18 +75,26 @@ class QueryRuntime:
 
     @property
     def question(self) -> Message:
-        return self.message(("question",), self.demand.question)
+        return self.message(("question",), self.demand.question, per_query=True)
 
-    def message(self, key: Key, text: str, author: Author = "user") -> Message:
-        return Message(key, author, text, self.demand.lengths[str(key[0])])
+    def tokens(self, key: Key) -> int:
+        if key == ("tools",):
+            return self.sizes.get(key) or 0
+        return self.written.get(unquoted(key), self.demand.tokens(key))
+
+    def chance(self, *name: str | int) -> float:
+        return self.demand.chance(*name)
+
+    def message(self, key: Key, text: str, author: Author = "user", *, per_query: bool = False) -> Message:
+        return self.demand.message(key, text, author, per_query=per_query)
 
     def quote(self, reply: Message) -> Message:
         return Message(("quoted", *reply.key), "user", reply.text, reply.tokens, reply.source)
 
-    async def prepare(self, endpoints: Iterable[Endpoint]) -> None:
-        """Makes the texts of system and question ahead."""
+    async def prepare(self, endpoints: Iterable[Endpoint], prompt: Sequence[Message]) -> None:
+        """Makes a prompt's own texts ahead; replies have none."""
         for endpoint in endpoints:
-            await self._parts(endpoint, [self.system, self.question], False, "")
+            await self._parts(endpoint, [m for m in prompt if m.source is None], False, "")
 
     async def infer(
         self,
@@ -96,6 +105,7 @@ class QueryRuntime:
         round: int = 1,
         tools: bool = False,
         times: int = 1,
+        samples: int = 1,
         reasoning: bool = False,
         after: Iterable[Message] = (),
     ) -> Message:
@@ -103,7 +113,8 @@ class QueryRuntime:
         endpoint = self.world.endpoint(self.demand.arm, role)
         call = self._start("call", role, round, [*messages, *after], target=endpoint.name, lane=endpoint.lane.name)
         try:
-            reply = await self._infer(endpoint, call, messages, self.demand.lengths[str(writes[0])] * times, tools)
+            length = self.demand.lengths[str(writes[0])] * times
+            reply = await self._infer(endpoint, call, messages, length, tools, samples)
         except BaseException as e:
             self._end(call, e)
             raise
@@ -114,7 +125,8 @@ class QueryRuntime:
         self._ids[writes] = reply.token_ids
         self.replies[writes] = (endpoint, "assistant", reply.text)
         self.numbers[writes] = call.call
-        return Message(writes, "assistant", reply.text, call.output_tokens or 0, call.call)
+        self.written[writes] = call.output_tokens or 0
+        return Message(writes, "assistant", reply.text, self.written[writes], call.call)
 
     async def call_tool(self, *, writes: Key, request: Message, role: str, round: int = 1) -> Message:
         if self.world.tools is None:
@@ -159,7 +171,7 @@ class QueryRuntime:
         self.world.tally.call_finished(call)
 
     async def _infer(
-        self, endpoint: Endpoint, call: Call, messages: Sequence[Message], max_tokens: int, tools: bool
+        self, endpoint: Endpoint, call: Call, messages: Sequence[Message], max_tokens: int, tools: bool, samples: int
     ) -> Reply:
         """Makes the prompt and sends it; once more without each parameter that the target refuses."""
         while True:
@@ -174,6 +186,7 @@ class QueryRuntime:
                 forced=self.world.forced,
                 salt=salt,
                 tools=tools,
+                samples=samples,
             )
             traffic = self._traffic(salt, prompt, endpoint.tool_part if tools else None)
             sent = Sent()
@@ -205,8 +218,8 @@ class QueryRuntime:
                     self.sizes[message.key] = part.size
             elif message.tokens > 0:
                 first = not prompt
-                per_query = message.key[0] == "question"
-                seed = self.demand.seed if per_query else f"{self.world.seed}/{'/'.join(map(str, message.key))}"
+                owner = self.demand.seed if message.per_query else self.world.seed
+                seed = "/".join(map(str, (owner, *message.key)))
                 text = Text(message.author, message.text, message.tokens, seed, first, opening if first else "")
                 part = await endpoint.prompts.part(text)
                 self.sizes[message.key] = part.size
@@ -221,7 +234,7 @@ class QueryRuntime:
         return prompt
 
     def _reply_ids(self, message: Message) -> list[int] | None:
-        return self._ids.get(message.key[1:] if message.key[0] == "quoted" else message.key)
+        return self._ids.get(unquoted(message.key))
 
     def _traffic(
         self, salt: str | None, prompt: Sequence[tuple[Key, Author, Part]], tools: Part | None

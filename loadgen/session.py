@@ -15,7 +15,7 @@ import msgspec
 
 from fanmark.agents.runtime import Topology
 from fanmark.loadgen import embedded, reconcile, summary, table
-from fanmark.loadgen.demand import draw_demand
+from fanmark.loadgen.demand import Demand, draw_demand
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.health import Health
 from fanmark.loadgen.lengths import Dist
@@ -106,10 +106,12 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
 
 
 def _tool_users(topologies: Mapping[str, Topology]) -> set[str]:
-    """Topologies whose closed form reads the tools' schemas."""
+    """Topologies that by their closed form call tools or read their schemas."""
     users = set()
     for name, topology in topologies.items():
-        if topology.expected is None or ("tools",) in topology.expected(topology.params()).reads:
+        params = topology.params()
+        form = topology.expected(params, Demand("", 0, {}, params, "")) if topology.expected is not None else None
+        if form is None or form.tool_calls or ("tools",) in form.reads:
             users.add(name)
     return users
 
@@ -152,7 +154,9 @@ def check_lengths(scenario: Scenario, topologies: Mapping[str, Topology], endpoi
         load = scenario.load_of(arm)
         for i in range(min(load.queries or 200, 200)):
             demand = draw_demand(scenario, arm, topology, i)
-            kinds = {str(key[0]) for key in topology.expected(demand.params).reads} & scenario_kinds(demand.lengths)
+            kinds = {str(key[0]) for key in topology.expected(demand.params, demand).reads} & scenario_kinds(
+                demand.lengths
+            )
             for kind in kinds:
                 author = "system" if kind == "system" else "user"
                 first = kind == "system" or (kind == "question" and demand.lengths["system"] == 0)

@@ -103,6 +103,7 @@ class Endpoint:
         forced: bool,
         salt: str | None,
         tools: bool,
+        samples: int,
     ) -> dict[str, Any]:
         """The request, as a JSON object. Parameters that the target refused before are left out."""
         fields: dict[str, Any] = {"model": self.model}
@@ -114,6 +115,8 @@ class Endpoint:
             if tools and self._tools:
                 fields |= {"tools": self._tools, "tool_choice": "none"}
         fields |= {"max_tokens": max_tokens, "stream": True, "stream_options": {"include_usage": True}}
+        if samples > 1:
+            fields["n"] = samples
         if forced:
             fields["ignore_eos"] = True
         if salt is not None:

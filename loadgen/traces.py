@@ -30,7 +30,6 @@ from fanmark.servers.profiles import (
 )
 from fanmark.servers.replica_of import engine_config, replica_of
 
-
 _END_S = 1e9  # later than any replay ends
 
 
