@@ -1,10 +1,10 @@
-"""How fast the engine runs: an hour of agent traffic on one replica, in virtual time, on one core.
+"""How fast the engine runs: an hour of agent traffic on some replicas, in virtual time, on one core.
 
-usage: python benchmarks/engine_speed.py [--requests N] [--profile NAME] [--step-by-step]
+usage: python benchmarks/engine_speed.py [--requests N] [--replicas N] [--profile NAME] [--step-by-step]
 
 Half of the queries are 12-step tool chains whose context grows (shared system text and tool schemas), half are debates of four agents,
 two rounds and a judge (shared question and answers). Queries arrive at random over an hour; a call starts when those it needs have
-ended. Printed: what the traffic was, and the seconds of processor time that simulating it took (making the prompts apart).
+ended. A query's calls all go to one replica. Printed: what the traffic was, and the seconds of processor time that simulating it took (making the prompts apart).
 """
 
 import argparse
@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Iterator
 from heapq import heappop, heappush
+from math import inf
 
 from fanmark.servers.engine.batch import EngineConfig
 from fanmark.servers.engine.replica import Replica
@@ -76,10 +77,10 @@ class Hour:
         self.requests = self.input_tokens = self.output_tokens = 0
 
     def next_at(self) -> float:
-        return self._due[0][0] if self._due else float("inf")
+        return self._due[0][0] if self._due else inf
 
-    def take(self) -> list[Request]:
-        """The calls that are due next; making them is timed apart."""
+    def take(self) -> tuple[int, list[Request]]:
+        """A query and its calls that are due next; making them is timed apart."""
         began = time.process_time()
         at, query, calls, due = heappop(self._due)
         if not due:
@@ -94,7 +95,7 @@ class Hour:
             self._open[request.id] = (query, calls)
             made.append(request)
         self.made_s += time.process_time() - began
-        return made
+        return query, made
 
     def done(self, request_id: str, at: float) -> None:
         began = time.process_time()
@@ -110,6 +111,7 @@ class Hour:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--requests", type=int, default=23_600)
+    options.add_argument("--replicas", type=int, default=6)
     options.add_argument("--profile", default="qwen3-30b-a3b@h100")
     options.add_argument("--step-by-step", action="store_true", help="an event for every token, no jumps")
     given = options.parse_args()
@@ -121,33 +123,51 @@ def main() -> None:
         num_blocks=settings.num_blocks,
         block_size=settings.block_size,
     )
-    replica, hour = Replica(config, profile.law, stream=given.step_by_step), Hour(given.requests)
-    began, calls, now = time.process_time(), 0, 0.0
+    replicas = [Replica(config, profile.law, stream=given.step_by_step) for _ in range(given.replicas)]
+    hour = Hour(given.requests)
+    began = time.process_time()
+    now, wake_ups = drive(replicas, hour)
+    spent = time.process_time() - began
+    report(profile.name, replicas, hour, now)
+    print(f"engine {spent - hour.made_s:.2f} s of processor time, {wake_ups:,} wake-ups; prompts {hour.made_s:.2f} s")
+
+
+def drive(replicas: list[Replica], hour: Hour) -> tuple[float, int]:
+    """Run the traffic to its end; the virtual time it took, and how often an engine was woken."""
+    wakes: list[float | None] = [None] * len(replicas)
+    wake_ups, now = 0, 0.0
     while True:
-        due = replica.next_at()
+        due, which = min((at, i) if at is not None else (inf, i) for i, at in enumerate(wakes))
         arrival = hour.next_at()
-        if due is None and arrival == float("inf"):
-            break
-        calls += 1
-        if due is not None and due <= arrival:
+        if due == arrival == inf:
+            return now, wake_ups
+        wake_ups += 1
+        if due <= arrival:
             now = due
-            for event in replica.advance(due):
+            for event in replicas[which].advance(due):
                 if event.finished:
                     hour.done(event.id, event.at)
         else:
             now = arrival
-            for request in hour.take():
-                replica.add(request, arrival)
-    spent = time.process_time() - began
-    state = replica.statistics()
-    engine = state.engines[0]
-    n = hour.requests
-    print(f"{n:,} requests in {now:,.0f} s of virtual time, {profile.name}, {config.num_blocks:,} KV blocks")
-    print(f"tokens a request: {hour.input_tokens / n:,.0f} in, {hour.output_tokens / n:,.0f} out; ", end="")
-    print(f"prefix hits {100 * engine.prefix_cache_hits / engine.prefix_cache_queries:.1f} %", end="")
-    print(f"; {engine.num_preemptions:,} preemptions, busy {100 * state.busy_s / now:.0f} %")
-    print(f"{state.steps:,} steps, {state.busy_s / state.steps * 1e3:.2f} ms a step, {calls:,} wake-ups")
-    print(f"engine {spent - hour.made_s:.2f} s of processor time, prompts {hour.made_s:.2f} s")
+            query, requests = hour.take()
+            which = query % len(replicas)
+            for request in requests:
+                replicas[which].add(request, arrival)
+        wakes[which] = replicas[which].next_at()
+
+
+def report(name: str, replicas: list[Replica], hour: Hour, now: float) -> None:
+    states = [replica.statistics() for replica in replicas]
+    engines = [engine for state in states for engine in state.engines]
+    n, steps, busy_s = hour.requests, sum(state.steps for state in states), sum(state.busy_s for state in states)
+    hits = sum(engine.prefix_cache_hits for engine in engines) / sum(engine.prefix_cache_queries for engine in engines)
+    print(f"{n:,} requests in {now:,.0f} s of virtual time on {len(replicas)} x {name}")
+    print(
+        f"{hour.input_tokens / n:,.0f} tokens in, {hour.output_tokens / n:,.0f} out, prefix hits {100 * hits:.1f} %",
+        end="",
+    )
+    print(f", {sum(engine.num_preemptions for engine in engines):,} preemptions")
+    print(f"{steps:,} steps of {busy_s / steps * 1e3:.2f} ms, busy {100 * busy_s / now / len(replicas):.0f} %")
 
 
 if __name__ == "__main__":

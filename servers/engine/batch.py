@@ -91,6 +91,7 @@ class Sequence:
         "prompt_tokens",
         "rank",
         "request",
+        "root",
         "since",
         "spans",
         "stale",
@@ -101,6 +102,7 @@ class Sequence:
     def __init__(self, request: Request, chain: list[int], max_model_len: int, number: int) -> None:
         self.request = request
         self.id = request.id
+        self.root = salt_root(request.salt)  # what the first block's hash goes on from
         self.chain = chain  # block hashes, of the prompt and as far into the output as was needed
         self.table = Table()
         self.rank = (request.priority, request.arrived_at, number)
@@ -118,13 +120,20 @@ class Sequence:
         self.is_running = self.has_first = self.finished = self.lazy = False
         self.base = self.since = self.joined = self.offset = self.last = 0
 
+    @property
+    def last_hash(self) -> int:
+        """The hash of its last block that has one; of the salt if none has."""
+        cached = self.table.cached
+        return self.chain[cached - 1] if cached else self.root
+
     def known(self, handled: int) -> int:
         """Tokens known when the results of `handled` batches are in."""
         return self.base + max(0, handled - self.since) if self.lazy else self.tokens
 
-    def settle(self, number: int, handled: int) -> None:
+    def settle(self, number: int, handled: int, block_size: int) -> None:
         """Stop being lazy: `number` is that of the next batch."""
         done = min(number, self.last + 1)
+        self.table.blocks = -(-(self.offset + done) // block_size)
         self.tokens = self.known(handled)
         self.computed = self.offset + done
         self.placeholders = done - max(handled, self.since)
@@ -143,7 +152,7 @@ class Sequence:
         chain = self.chain
         if len(chain) < blocks:
             prompt, output = self.request.prompt, self.request.output
-            parent = chain[-1] if chain else salt_root(self.request.salt)
+            parent = chain[-1] if chain else self.root
             for at in range(len(chain) * block_size - len(prompt), blocks * block_size - len(prompt), block_size):
                 of_prompt = prompt[at:] if at < 0 else ()
                 parent = hash((parent, (*of_prompt, *output[max(0, at) : at + block_size])))

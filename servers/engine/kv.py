@@ -152,9 +152,8 @@ class KVCache:
             table.runs.append(run)
         table.blocks = table.cached = hit.blocks
 
-    def grow(self, table: Table, blocks: int) -> None:
-        """Give the table new blocks, taken from the front of the free queue; there must be as many."""
-        table.blocks += blocks
+    def take(self, blocks: int) -> None:
+        """Take new blocks from the front of the free queue, for a table that counts them itself; there must be as many."""
         self.free -= blocks
         blank = min(blocks, self._blank)
         self._blank -= blank

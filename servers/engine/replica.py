@@ -280,7 +280,8 @@ class Replica:
             steps = 1
         if steps < 2:
             return False
-        self._take_run(shape, scheduler.run(min(steps, most)), start_at)
+        scheduler.run(min(steps, most))
+        self._take_run(shape, min(steps, most), start_at)
         return True
 
     def _undisturbed(self, at: float, until: float) -> bool:

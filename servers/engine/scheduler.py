@@ -21,7 +21,7 @@ from operator import attrgetter
 
 from fanmark.servers.engine.batch import Batch, EngineConfig, Output, Part, Rejected, Sequence, Statistics
 from fanmark.servers.engine.decoders import Decoders
-from fanmark.servers.engine.kv import HashChains, KVCache
+from fanmark.servers.engine.kv import HashChains, Hit, KVCache
 from fanmark.servers.engine.request import Request
 from fanmark.servers.engine.step_time import BatchShape
 
@@ -44,6 +44,7 @@ class Scheduler:
         self._walkers: list[Sequence] = []  # running requests that are not lazy, in order
         self._flights: deque[Batch] = deque()  # scheduled, result not handled
         self._number = self._handled = 0  # of the next batch; results handled
+        self._lag = 0  # steps that were on their way when the last one was scheduled
         self._every_token = every_token
         self._sequences: dict[str, Sequence] = {}
         self._chains = HashChains(config.block_size)
@@ -126,10 +127,8 @@ class Scheduler:
         if sequence is None:
             return False
         if sequence.lazy:
-            self.decoders.forget(sequence)
-            for batch in self._flights:
-                if sequence.joined <= batch.number <= sequence.last:
-                    _withdraw(batch, sequence)
+            for batch in self._settle(sequence):
+                _withdraw(batch, sequence)
         if not sequence.has_first:
             self._queued_tokens -= sequence.prompt_tokens
         self._drop(sequence)
@@ -164,10 +163,12 @@ class Scheduler:
         if budget is None:
             self._settle_all()
             budget = self._schedule_one_by_one(batch, self.config.max_num_batched_tokens)
+        lag, self._lag = self._lag, len(self._flights)
         if self.waiting and not batch.preempted:
             self._schedule_waiting(batch, budget)
         batch.running, batch.waiting, batch.kv_cache_usage = len(self.running), len(self.waiting), self.kv.usage
         if not len(batch):
+            self._lag = lag
             return batch if batch.preempted else None
         for part in batch.parts:
             sequence = part.sequence
@@ -178,6 +179,8 @@ class Scheduler:
                 part.samples = True
                 self._walkers.remove(sequence)
                 self.decoders.join(sequence, number)
+                if self._blocked and sequence.last_hash in self._blocked_chain:
+                    self._blocked = None
         self._flights.append(batch)
         self._number += 1
         return batch
@@ -231,10 +234,7 @@ class Scheduler:
         finished = known >= sequence.last_tokens
         if finished:
             if sequence.lazy:
-                self.decoders.leave(sequence)
-                sequence.note(sequence.since, number)
-            if sequence.is_running:
-                self._commit(sequence, known - 1)
+                self._become_walker(sequence, known - 1)
             self._drop(sequence)
         elif not first and not self._every_token:
             return
@@ -263,28 +263,21 @@ class Scheduler:
             return 0
         return decoders.steps_with_blocks(number, decoders.first_end() - number + 1, self.kv.free)
 
-    def run(self, steps: int) -> int:
-        """Schedule up to `steps` steps of the runway and handle all results but the newest ones, as many as are on their way now
-        plus one. Returns the steps scheduled: fewer if the head of the queue may have become admissible."""
-        flights = len(self._flights)
-        edges, size, blocked, done = self.decoders.edges, self.config.block_size, self._blocked, 0
-        while done < steps and self._blocked is blocked:
-            number = self._number + done
-            done += 1
-            if edges[number % size] or not flights:
-                self._cross_edges(number, flights)
+    def run(self, steps: int) -> None:
+        """Schedule `steps` steps of the runway and handle all results but the newest: as many as are on their way now, and one."""
+        self._lag = len(self._flights)
+        self.kv.take(self.decoders.blocks(self._number, steps))
         count = len(self.decoders)
-        self._number += done
-        self._handled += done - 1
-        self._generated += count * (done - 1)
+        self._number += steps
+        self._handled += steps - 1
+        self._generated += count * (steps - 1)
         self._flights.clear()
-        for number in range(self._number - 1 - flights, self._number):
+        for number in range(self._number - 1 - self._lag, self._number):
             batch = Batch(number)
             batch.decoders = count
             if self._every_token:
                 batch.members = list(self.decoders.members)
             self._flights.append(batch)
-        return done
 
     @property
     def flights(self) -> tuple[Batch, ...]:
@@ -297,19 +290,6 @@ class Scheduler:
         count = len(self.decoders)
         return BatchShape(0, count, self.decoders.context_tokens(self._number), 0.0, count)
 
-    def _cross_edges(self, number: int, flights: int) -> None:
-        """Blocks for the decoders that begin one in this batch, hashes for those that fill one."""
-        size, edges, kv = self.config.block_size, self.decoders.edges, self.kv
-        due = [(sequence, 1, (sequence.offset + number) // size) for sequence in edges[number % size]]
-        if not flights:  # its last token is known, too
-            due += [(sequence, 0, (sequence.offset + number + 1) // size) for sequence in edges[(number + 1) % size]]
-        if len(due) > 1:
-            due.sort(key=_first_order)
-        for sequence, blocks, full in due:
-            if blocks:
-                kv.grow(sequence.table, blocks)
-            self._fill(sequence, full)
-
     # Running requests
 
     def _long_prefill_limit(self) -> int:
@@ -321,7 +301,7 @@ class Scheduler:
         """The running requests' share where all get what they want, or only the last of them less. The budget left, else None."""
         decoders, number, size = self.decoders, batch.number, self.config.block_size
         budget = self.config.max_num_batched_tokens - len(decoders)
-        blocks = len(decoders.edges[number % size])
+        edges = blocks = decoders.edges[number % size]
         if budget < 0:
             return None
         shares: list[tuple[Sequence, int, int]] = []
@@ -339,8 +319,8 @@ class Scheduler:
         if blocks > self.kv.free:
             return None
         if decoders.members:
-            if blocks or not self._flights:
-                self._cross_edges(number, len(self._flights))
+            if edges:
+                self.kv.take(edges)
             batch.decoders = len(decoders)
             batch.context_tokens = decoders.context_tokens(number)
             if self._every_token:
@@ -357,15 +337,27 @@ class Scheduler:
         """Make walkers of all running requests."""
         for sequence in self.running:
             if sequence.lazy:
-                self.decoders.forget(sequence)
-                sequence.settle(self._number, self._handled)
-                for batch in self._flights:
-                    if sequence.joined <= batch.number <= sequence.last:
-                        _withdraw(batch, sequence)
-                        start = sequence.offset + batch.number
-                        batch.parts.append(Part(sequence, start, 1, True, True))
-                        sequence.in_flight += 1
+                for batch in self._settle(sequence):
+                    _withdraw(batch, sequence)
+                    batch.parts.append(Part(sequence, sequence.offset + batch.number, 1, True, True))
+                    sequence.in_flight += 1
         self._walkers = list(self.running)
+
+    def _settle(self, sequence: Sequence) -> list[Batch]:
+        """A lazy request stops being lazy, with the blocks and hashes that it has by now; the batches that count it as a decoder."""
+        tokens = self._committed(sequence, self._number - 1)
+        self._become_walker(sequence, tokens)
+        return [batch for batch in self._flights if sequence.joined <= batch.number <= sequence.last]
+
+    def _become_walker(self, sequence: Sequence, tokens: int) -> None:
+        self.decoders.forget(sequence)
+        self._fill(sequence, tokens // self.config.block_size, self._number - 1)
+        sequence.settle(self._number, self._handled, self.config.block_size)
+        self._walkers.append(sequence)
+
+    def _committed(self, sequence: Sequence, number: int) -> int:
+        """Tokens of a lazy request whose blocks have hashes once batch `number` is scheduled: those known by then."""
+        return sequence.offset + min(number, sequence.last) + 1 - self._lag
 
     def _give(self, batch: Batch, sequence: Sequence, tokens: int, blocks: int) -> None:
         """A running request computes `tokens` in this batch and takes `blocks` new blocks for them."""
@@ -429,11 +421,12 @@ class Scheduler:
             if self._still_blocked():
                 break
             full = (sequence.tokens - 1) // size
-            hit = self.kv.lookup(sequence.hashes(full, size) if config.prefix_caching else [], full)
+            hit, settled = self._lookup(sequence, full)
             lacking = -(-sequence.tokens // size) - hit.blocks + hit.free
             lacking += self._watermark_blocks if self.running else 0
             if lacking > self.kv.free:
-                self._blocked, self._blocked_chain = (sequence, lacking), set(sequence.chain)
+                if settled:
+                    self._blocked, self._blocked_chain = (sequence, lacking), {*sequence.chain, sequence.root}
                 break
             self._blocked = None
             self.waiting.popleft()
@@ -446,6 +439,24 @@ class Scheduler:
             batch.parts.append(Part(sequence, computed, tokens, False))
             budget -= tokens
         self.waiting.extendleft(reversed(skipped))
+
+    def _lookup(self, sequence: Sequence, full: int) -> tuple[Hit, bool]:
+        """Its longest cached prefix, of at most `full` blocks; and whether no running request may go on just where the hit ends."""
+        if not self.config.prefix_caching:
+            return self.kv.lookup((), 0), True
+        chain = sequence.hashes(full, self.config.block_size)
+        while True:
+            hit = self.kv.lookup(chain, full)
+            others = self.decoders.on_chain(chain, sequence.root, hit.blocks) if hit.blocks < full else []
+            if not any([self._catch_up(other, self._number) for other in others]):
+                return hit, not others
+
+    def _catch_up(self, sequence: Sequence, number: int) -> bool:
+        """Hash the blocks that a lazy request has filled once batch `number` is scheduled; whether there are any."""
+        before = sequence.table.cached
+        self._fill(sequence, self._committed(sequence, number) // self.config.block_size, number)
+        self.decoders.lazy[sequence] = sequence.last_hash
+        return sequence.table.cached > before
 
     def _still_blocked(self) -> bool:
         """Whether the head of the queue was found to lack blocks, and nothing has changed since that could help it."""
@@ -466,20 +477,37 @@ class Scheduler:
     def _take(self, sequence: Sequence, blocks: int, tokens: int) -> None:
         """Blocks for `tokens` tokens; those that are full of known tokens get their hashes."""
         if blocks > 0:
-            self.kv.grow(sequence.table, blocks)
-        self._commit(sequence, min(tokens, sequence.tokens))
+            sequence.table.blocks += blocks
+            self.kv.take(blocks)
+        full = min(tokens, sequence.tokens) // self.config.block_size
+        self._fill(sequence, full, self._number, scheduling=True)
 
     def _commit(self, sequence: Sequence, tokens: int) -> None:
-        """The blocks that hold the first `tokens` tokens have been computed: hash those that are full."""
-        self._fill(sequence, tokens // self.config.block_size)
+        """A walker's first `tokens` tokens are computed and known: hash the blocks that are full."""
+        self._fill(sequence, tokens // self.config.block_size, self._number - 1)
 
-    def _fill(self, sequence: Sequence, full: int) -> None:
+    def _fill(self, sequence: Sequence, full: int, number: int, *, scheduling: bool = False) -> None:
+        """Hash the first `full` blocks of a request, after those of lazy ones that had the same before.
+
+        Those have what they have once batch `number` is scheduled; while it is being scheduled, only those admitted before.
+        """
         table = sequence.table
-        if full > table.cached and self.config.prefix_caching:
-            chain = sequence.hashes(full, self.config.block_size)
-            if self._blocked is not None and not self._blocked_chain.isdisjoint(chain[table.cached : full]):
-                self._blocked = None  # the head of the queue may now hit what others hold
-            self.kv.commit(table, chain, full)
+        if full <= table.cached or not self.config.prefix_caching:
+            return
+        chain = sequence.hashes(full, self.config.block_size)
+        for other in self.decoders.on_chain(chain, sequence.root, full - 1):
+            if other is not sequence and _was_before(other, sequence):
+                self._catch_up(other, number - (scheduling and other.order > sequence.order))
+        if self._blocked is not None and not self._blocked_chain.isdisjoint(chain[table.cached : full]):
+            self._blocked = None  # the head of the queue may now hit what others hold
+        self.kv.commit(table, chain, full)
+
+
+def _was_before(other: Sequence, sequence: Sequence) -> bool:
+    """Whether `other`, which is lazy, filled each block before `sequence` did, if they have the same ones."""
+    if not sequence.lazy:
+        return True
+    return other.offset > sequence.offset or (other.offset == sequence.offset and other.order < sequence.order)
 
 
 def _wanted(sequence: Sequence) -> int:
@@ -495,7 +523,3 @@ def _withdraw(batch: Batch, sequence: Sequence) -> None:
     batch.decoders -= 1
     if sequence in batch.members:
         batch.members.remove(sequence)
-
-
-def _first_order(due: tuple[Sequence, int, int]) -> int:
-    return due[0].order
