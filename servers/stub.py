@@ -185,10 +185,12 @@ def _api_key(variable: str | None) -> str | None:
 
 async def _serve(options: StubOptions) -> None:
     import asyncio
+    import gc
 
     from aiohttp import web
 
     app = build(options)
+    gc.freeze()  # what start-up made stays: no collection walks it again
     for line in app.options.caveats:
         print(f"note: {line}", file=sys.stderr)
     loop = asyncio.get_running_loop()
@@ -215,12 +217,9 @@ async def _serve(options: StubOptions) -> None:
 
 def serve_stub(options: StubOptions) -> int:
     """Serve until a signal or the end of the parent's pipe; returns the exit code, and writes one line on an error."""
-    import gc
-
     if options.parent_pipe:
         _end_with_parent()
     try:
-        gc.freeze()  # start-up's objects stay: no collection walks them again
         _run(options)
     except StubError as error:
         print(f"fanmark serve stub: {error}", file=sys.stderr)

@@ -291,6 +291,7 @@ class StubApp:
         joules, busy = sum(life.joules for life in lives), sum(life.busy_s for life in lives)
         steps = sum(life.steps for life in lives)
         extra = [
+            *own_counter("process_cpu_seconds_total", "Processor time of the server.", [({}, time.process_time())]),
             *own_gauge("fanmark_stub_time_scale", "Wall seconds to a second of the engine.", self.engine.time_scale),
             *own_counter("fanmark_stub_steps_total", "Steps of the engine.", [({}, steps)]),
             *own_counter("fanmark_stub_busy_seconds_total", "Engine seconds in which a step ran.", [({}, busy)]),
