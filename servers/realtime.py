@@ -135,7 +135,12 @@ class RealTime:
             return
         now, moment = self.now(), -1.0
         try:
-            for event in self._replica.advance(now + _EARLY_S / self.time_scale):
+            events = self._replica.advance(now + _EARLY_S / self.time_scale)
+        except BaseException:
+            self.die()  # a broken engine must not keep its clients waiting
+            raise
+        try:
+            for event in events:
                 if event.at != moment:
                     moment = event.at
                     self._on_late(max(0.0, (now - moment) * self.time_scale))

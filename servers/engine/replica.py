@@ -233,7 +233,7 @@ class Replica:
     def _pairs(self, flight: _Flight) -> list[tuple[Scheduler, Batch]]:
         """The engines that take part in a step, each with its batch."""
         pairs = zip(self.schedulers, flight.batches, strict=True)
-        return [(scheduler, batch) for scheduler, batch in pairs if batch]
+        return [(scheduler, batch) for scheduler, batch in pairs if batch is not None]
 
     def _run(self, until: float) -> None:
         while True:
@@ -371,7 +371,7 @@ class Replica:
 
     def _handle(self, flight: _Flight, now: float) -> None:
         for engine, (scheduler, batch) in enumerate(zip(self.schedulers, flight.batches, strict=True)):
-            if not batch:
+            if batch is None:  # one that aborts have emptied has a length of 0, and its result is due all the same
                 continue
             if not self._stream:
                 self._timelines[engine].add(1, now)
