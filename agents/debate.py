@@ -45,6 +45,7 @@ async def run(rt: Runtime, p: Params) -> None:
     author: Author = "system" if p.role_position == "head" else "user"
     roles = [rt.message(("role", i), ROLES[i % len(ROLES)], author) for i in range(p.agents)]
     histories = [[rt.system, rt.question] for _ in roles]
+    revise = rt.message(("instruction",), REVISE)
     rounds: list[list[Message]] = []
 
     async def answer(i: int, r: int, prompt: list[Message]) -> Message:
@@ -53,7 +54,6 @@ async def run(rt: Runtime, p: Params) -> None:
 
     for r in range(1, p.rounds + 1):
         if r > 1:
-            revise = rt.message(("instruction", r), REVISE)
             before = rounds[-1]
             quoted = [rt.quote(reply) for reply in before]
             if p.transcript == "last":
@@ -77,10 +77,9 @@ def expected(p: Params, _: Drawn) -> Expected:
     judge = p.judge != "none"
     reads: dict[Key, int] = {("system",): n * last + judge, ("question",): n * last + judge}
     reads |= {("role", i): last for i in range(n)}
+    reads["instruction",] = n * last * (last - 1) // 2 if p.transcript == "full" else n * (last - 1)
     for r in range(1, last + 1):
         later = last - r
-        if r > 1:
-            reads["instruction", r] = n * (later + 1 if p.transcript == "full" else 1)
         judged = p.judge == "all" or (p.judge == "last" and r == last)
         for i in range(n):
             if p.transcript == "full":

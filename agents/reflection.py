@@ -1,0 +1,41 @@
+"""Reflection (Self-Refine, Madaan et al. 2023, arXiv 2303.17651): a writer drafts, a critic objects, the writer revises.
+
+draft:     the writer reads S, Q
+critic k:  reads S, Q, the latest draft
+writer k:  reads S, Q, the latest draft as its own, the critique of it
+"""
+
+from dataclasses import dataclass
+
+from fanmark.agents.runtime import Drawn, Expected, Key, Runtime, Topology, at_least
+
+
+@dataclass(frozen=True, slots=True)
+class Params:
+    """`rounds` of critique and revision after the first draft."""
+
+    rounds: int = 2
+
+    def __post_init__(self) -> None:
+        at_least(0, rounds=self.rounds)
+
+
+async def run(rt: Runtime, p: Params) -> None:
+    task = [rt.system, rt.question]
+    draft = await rt.infer(task, writes=("answer", 0), role="writer", round=0)
+    for k in range(1, p.rounds + 1):
+        critique = await rt.infer([*task, rt.quote(draft)], writes=("critique", k), role="critic", round=k)
+        draft = await rt.infer([*task, draft, rt.quote(critique)], writes=("answer", k), role="writer", round=k)
+
+
+def expected(p: Params, _: Drawn) -> Expected:
+    """1 + 2k calls, one after another. A draft but the last is read by the critic and by its writer, a critique once."""
+    calls = 1 + 2 * p.rounds
+    reads: dict[Key, int] = {("system",): calls, ("question",): calls}
+    for k in range(p.rounds):
+        reads |= {("answer", k): 1, ("quoted", "answer", k): 1, ("quoted", "critique", k + 1): 1}
+    writes = {"answer": p.rounds + 1, "critique": p.rounds}
+    return Expected(calls=calls, depth=calls, width=1, writes=writes, reads=reads)
+
+
+TOPOLOGY = Topology("reflection", "a writer drafts, a critic objects, the writer revises", Params, run, expected)

@@ -1,0 +1,58 @@
+"""Two-sided debate (MAD, Liang et al. 2023, arXiv 2305.19118): two sides argue in turn, a judge ends it as soon as it is satisfied.
+
+round r:  affirmative, negative, judge, one after another; each reads S, Q and all that was said so far: its own words as its own,
+          the others' as messages to it
+"""
+
+from dataclasses import dataclass
+
+from fanmark.agents.runtime import Drawn, Expected, Key, Message, Runtime, Topology, at_least
+
+SPEAKERS = {"affirmative": "answer", "negative": "answer", "judge": "judge_answer"}
+"""Who speaks in a round, in this order, and the kind of what they say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Params:
+    """At most `rounds`. After each but the last, the judge ends the debate with `stop_probability`, drawn from the query's seed."""
+
+    rounds: int = 3
+    stop_probability: float = 0.0
+
+    def __post_init__(self) -> None:
+        at_least(1, rounds=self.rounds)
+        if not 0 <= self.stop_probability <= 1:
+            raise ValueError(f"stop_probability = {self.stop_probability}: must be from 0 to 1")
+
+
+def satisfied(p: Params, drawn: Drawn, r: int) -> bool:
+    """Whether the judge ends the debate after round r."""
+    return r == p.rounds or drawn.chance("stop", r) < p.stop_probability
+
+
+async def run(rt: Runtime, p: Params) -> None:
+    said: list[tuple[str, Message]] = []
+    for r in range(1, p.rounds + 1):
+        for speaker, kind in SPEAKERS.items():
+            heard = [words if by == speaker else rt.quote(words) for by, words in said]
+            prompt = [rt.system, rt.question, *heard]
+            said.append((speaker, await rt.infer(prompt, writes=(kind, speaker, r), role=speaker, round=r)))
+        if satisfied(p, rt, r):
+            return
+
+
+def expected(p: Params, drawn: Drawn) -> Expected:
+    """3 calls a round, one after another, R rounds until the judge is satisfied. What is said as number j of 3R is read 3R - j times,
+    R - r of them by its own speaker."""
+    last = next(r for r in range(1, p.rounds + 1) if satisfied(p, drawn, r))
+    calls = 3 * last
+    reads: dict[Key, int] = {("system",): calls, ("question",): calls}
+    for r in range(1, last + 1):
+        for place, (speaker, kind) in enumerate(SPEAKERS.items(), start=1):
+            own, all_told = last - r, calls - 3 * (r - 1) - place
+            reads |= {(kind, speaker, r): own, ("quoted", kind, speaker, r): all_told - own}
+    writes = {"answer": 2 * last, "judge_answer": last}
+    return Expected(calls=calls, depth=calls, width=1, writes=writes, reads=reads)
+
+
+TOPOLOGY = Topology("two-sided-debate", "two sides argue in turn until the judge is satisfied", Params, run, expected)
