@@ -321,6 +321,7 @@ def fit_trace(trace: Trace, requests: int | None = None, iterations: int = 8) ->
         ideal = law
     bounds = _bounds(law, ideal, slack=1.0 if known else 10.0)
     bounds["mixed_s"] = (1e-5, 1e-3, 0.1)
+    bounds["eager_launch_s"] = (1e-3, max(2e-3, law.eager_launch_s), 0.5)
     if trace.client_side:
         bounds[HOST] = (5e-4, 8e-3, 0.2)
 
@@ -329,7 +330,7 @@ def fit_trace(trace: Trace, requests: int | None = None, iterations: int = 8) ->
 
     # Wide differences first: where the cache overflows, times jump with the least change of the law.
     for step in (0.06, 0.02):
-        fitted = _least_squares(law, bounds, residuals, iterations=iterations, step=step, pull=1.0)
+        fitted = _least_squares(law, bounds, residuals, iterations=iterations, step=step, pull=0.3)
         law = fitted.law
         bounds = {name: (low, _get(law, name), high) for name, (low, _, high) in bounds.items()}
     profile = replace(

@@ -13,7 +13,9 @@ from fanmark.servers.profiles import Profile
 STATISTICS = ("mean", "p50", "p90", "p99")
 
 
-def validate_trace(trace_dir: Path, profile: Profile | None = None, *, fit_on_half: bool = False) -> dict[str, Any]:
+def validate_trace(
+    trace_dir: Path, profile: Profile | None = None, *, fit_on_half: bool = False, iterations: int = 8
+) -> dict[str, Any]:
     """Replay a trace's arrivals and lengths in virtual time and compare.
 
     With `profile`, all requests are compared. With `fit_on_half`, a law is fitted on the first half of the requests (all are
@@ -28,7 +30,7 @@ def validate_trace(trace_dir: Path, profile: Profile | None = None, *, fit_on_ha
         from fanmark.loadgen.calibrate import fit_trace
 
         fitted_on = len(trace.requests) // 2
-        profile = fit_trace(trace, requests=fitted_on)
+        profile = fit_trace(trace, requests=fitted_on, iterations=iterations)
     return {
         "requests": len(trace.requests) - fitted_on,
         "fitted_on": fitted_on,
