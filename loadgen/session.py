@@ -13,9 +13,9 @@ from typing import Any, TextIO
 
 import msgspec
 
-from fanmark.agents.runtime import Topology
+from fanmark.agents.runtime import Topology, Undrawn
 from fanmark.loadgen import embedded, reconcile, summary, table
-from fanmark.loadgen.demand import Demand, draw_demand
+from fanmark.loadgen.demand import draw_demand
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.health import Health
 from fanmark.loadgen.lengths import Dist
@@ -109,8 +109,7 @@ def _tool_users(topologies: Mapping[str, Topology]) -> set[str]:
     """Topologies that by their closed form call tools or read their schemas."""
     users = set()
     for name, topology in topologies.items():
-        params = topology.params()
-        form = topology.expected(params, Demand("", 0, {}, params, "")) if topology.expected is not None else None
+        form = topology.expected(topology.params(), Undrawn()) if topology.expected is not None else None
         if form is None or form.tool_calls or ("tools",) in form.reads:
             users.add(name)
     return users
