@@ -201,8 +201,8 @@ def test_a_stop_text_is_found_wherever_it_falls(texts: list[str], stops: list[st
         before = said.removesuffix(stop) if include else said
         assert whole.startswith(before + stop)
         assert "".join(texts[: len(pieces)]).startswith(before + stop)
-        if not include:
-            assert not any(text in said for text in stops)
+        if not include:  # of two that end in one token, the first of the list counts, as in vLLM
+            assert stop not in said
 
 
 def test_stop_ids_end_an_answer_from_min_tokens_on() -> None:
