@@ -20,8 +20,8 @@ class Dist(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max: float = math.inf
 
     def __post_init__(self) -> None:
-        if self.mean < 0 or self.cv < 0 or self.min < 0 or self.max < self.min:
-            raise ValueError("mean, cv and min must be at least 0, max at least min")
+        if not (0 <= self.mean < math.inf and 0 <= self.cv < math.inf and 0 <= self.min <= self.max):
+            raise ValueError("mean, cv and min must be numbers of at least 0, max at least min")
 
 
 def draw(value: float | Dist, rng: random.Random) -> float:

@@ -7,7 +7,7 @@ import msgspec
 from fanmark.loadgen.lengths import Dist
 
 Tokens = Annotated[int, msgspec.Meta(ge=0)] | Dist
-Positive = Annotated[float, msgspec.Meta(gt=0)]
+Positive = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
 

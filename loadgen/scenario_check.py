@@ -1,8 +1,6 @@
 """TOML -> a checked Scenario. Every mistake is one ScenarioError that names the file, the key, the value and the mend."""
 
 import dataclasses
-import difflib
-import math
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +13,10 @@ import msgspec
 from fanmark.agents.runtime import Topology
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.lengths import Dist
+from fanmark.loadgen.mistakes import convert, nearest, show
 from fanmark.loadgen.scenario import ANSWER_KINDS, Arm, Load, Objective, Scenario, Stub, Table, Target, Tools, Workload
+
+_CLEARS = {"load.queries": "duration", "load.duration": "queries"}  # what --set KEY=VALUE puts out of force
 
 
 class _File(Table, frozen=True, kw_only=True):
@@ -24,7 +25,7 @@ class _File(Table, frozen=True, kw_only=True):
     name: str = "scenario"
     seed: int = 1
     target: Target | None = None
-    targets: dict[str, Target] = {}
+    targets: dict[str, dict[str, Any]] = {}
     stub: Stub | None = None
     workload: Workload = Workload()
     arm: list[dict[str, Any]]
@@ -60,16 +61,19 @@ def read(name_or_file: str) -> tuple[dict[str, Any], str]:
 
 def check(raw: Mapping[str, Any], source: str, topologies: Mapping[str, Topology]) -> Scenario:
     """The typed scenario. Raises ScenarioError at the first mistake; `source` is named in it."""
-    file: _File = _convert(dict(raw), _File, source)
+    file = convert(raw, _File, source)
     if file.target is not None and file.targets:
         raise ScenarioError(f"{source}: both [target] and [targets.NAME]: give one target or several named ones")
-    targets = {"default": file.target} if file.target is not None else dict(file.targets)
+    if file.target is not None:
+        targets = {"default": file.target}
+    else:
+        targets = {name: convert(table, Target, source, ("targets", name)) for name, table in file.targets.items()}
     if targets and file.stub is not None:
         raise ScenarioError(f"{source}: both a target and [stub]: the stub stands in only where there is no target")
     for name, target in targets.items():
         if not re.match(r"https?://[^/\s]+", target.url):
             raise ScenarioError(
-                f"{source}: {_target_key(name)} url = {target.url!r}: must be http://HOST:PORT/v1 or https://..."
+                f"{source}: {_target_key(name)} url = {show(target.url)}: must be http://HOST:PORT/v1 or https://..."
             )
     _check_tools(file.tools, source)
     arms = [_arm(raw_arm, i, source, topologies) for i, raw_arm in enumerate(file.arm)]
@@ -77,7 +81,7 @@ def check(raw: Mapping[str, Any], source: str, topologies: Mapping[str, Topology
     load = file.load
     if load.queries is not None and load.duration is not None:
         raise ScenarioError(
-            f"{source}: [load] queries = {load.queries} and duration = {load.duration}: give one of the two"
+            f"{source}: [load] queries = {load.queries} and duration = {load.duration:g}: give one of the two"
         )
     if load.queries is None and load.duration is None:
         load = msgspec.structs.replace(load, queries=20)
@@ -128,109 +132,50 @@ def _check_arms(arms: Sequence[Arm], targets: Mapping[str, Target], source: str)
 
 
 def _check_lengths(scenario: Scenario, source: str) -> None:
+    """A call writes at least one token: no length of a reply may be, or come out as, 0."""
     for arm in scenario.arms:
-        try:
-            workload = scenario.workload_of(arm)
-        except msgspec.ValidationError as e:
-            raise _error(e, arm.workload, Workload, f"{source}: arm {arm.name!r} workload") from None
+        workload = scenario.workload_of(arm)
         for kind in ANSWER_KINDS:
             length = getattr(workload, kind)
-            if (length if isinstance(length, int) else math.floor(length.min)) < 1 and length != 0:
-                workload_key = f"{source}: [workload] {kind} may come out as 0"
-                raise ScenarioError(f"{workload_key}: a call writes at least 1 token: give the distribution min = 1")
-            if length == 0:
-                raise ScenarioError(
-                    f"{source}: [workload] {kind} = 0 (arm {arm.name!r}): a call writes at least 1 token"
-                )
+            if round(length.min if isinstance(length, Dist) else length) >= 1:
+                continue
+            place = f"arm {arm.name!r}: [workload]" if kind in arm.workload else "[workload]"
+            given = show(msgspec.to_builtins(length))
+            mend = "give the distribution min = 1" if isinstance(length, Dist) else "give 1 or more"
+            raise ScenarioError(f"{source}: {place} {kind} = {given}: a call writes at least 1 token: {mend}")
 
 
 def _arm(raw: dict[str, Any], i: int, source: str, topologies: Mapping[str, Topology]) -> Arm:
     where = f"{source}: arm {raw.get('name', i + 1)!r}"
-    name = str(raw.get("topology"))
-    if name not in topologies:
-        raise ScenarioError(f"{where} topology = {name!r}: must be one of {', '.join(topologies)}")
-    own = {f.name for f in dataclasses.fields(topologies[name].params)}
+    known = ", ".join(topologies)
+    if "topology" not in raw:
+        raise ScenarioError(f"{where}: topology is missing: it must be one of {known}")
+    topology = topologies.get(str(raw["topology"]))
+    if topology is None:
+        raise ScenarioError(f"{where}: topology = {show(raw['topology'])}: must be one of {known}")
+    own = {f.name for f in dataclasses.fields(topology.params)}
     keys = {f.name for f in msgspec.structs.fields(Arm)} - {"params"}
     for key in raw:
         if key not in own | keys:
-            raise ScenarioError(f"{where}: unknown key {key!r}{_nearest(key, own | keys)}")
+            raise ScenarioError(f"{where}: unknown key {key!r}{nearest(key, [*own, *keys])}")
     given = {k: v for k, v in raw.items() if k in own}
-    arm: Arm = _convert({k: v for k, v in raw.items() if k in keys} | {"params": given}, Arm, source, f"arm {i + 1}")
-    resolve_params(topologies[name], given, where, lambda _, dist: round(dist.mean))
+    arm = convert({k: v for k, v in raw.items() if k in keys} | {"params": given}, Arm, where)
+    convert(arm.workload, Workload, where, ("workload",))
+    resolve_params(topology, given, where, lambda _, dist: round(dist.mean))
+    try:
+        resolve_params(topology, given, where, lambda _, dist: round(dist.min))
+    except ScenarioError as e:
+        raise ScenarioError(f"{e}: give the distribution a larger min") from None
     return arm
 
 
 def resolve_params(topology: Topology, given: Mapping[str, Any], where: str, drawn: Callable[[str, Dist], int]) -> Any:
     """The topology's params; a distribution goes through `drawn(key, dist)`. Raises ScenarioError."""
-    values = {}
-    for key, value in given.items():
-        if isinstance(value, Dist | dict):
-            try:
-                value = drawn(key, msgspec.convert(value, Dist))
-            except msgspec.ValidationError as e:
-                raise ScenarioError(f"{where}: {key} = {value!r}: {str(e).split(' - at ')[0]}") from None
-        values[key] = value
-    try:
-        return msgspec.convert(values, topology.params)
-    except msgspec.ValidationError as e:
-        found = re.search(r"`\$\.(\w+)`", str(e))
-        text = str(e).split(" - at ")[0]
-        if found:
-            text = f"{found[1]} = {values[found[1]]!r}: {text}"
-        raise ScenarioError(f"{where}: {text}") from None
-
-
-def _convert(raw: dict[str, Any], kind: type[Any], source: str, prefix: str = "") -> Any:
-    try:
-        return msgspec.convert(raw, kind)
-    except msgspec.ValidationError as e:
-        raise _error(e, raw, kind, f"{source}: {prefix}".rstrip(": ")) from None
-
-
-def _error(e: msgspec.ValidationError, raw: Any, kind: type[Any], where: str) -> ScenarioError:
-    """msgspec's message and path turned into one line in the file's own words."""
-    text, _, path = str(e).partition(" - at ")
-    steps = re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", path)
-    names, value = [], raw
-    for name, index in steps:
-        if name:
-            names.append(name)
-        try:
-            value = value[name] if name else value[int(index)]
-        except (KeyError, IndexError, TypeError, ValueError):
-            value = None
-    unknown = re.search(r"unknown field `(\w+)`", text)
-    if unknown:
-        table = f" [{'.'.join(names)}]" if names else ""
-        return ScenarioError(f"{where}{table}: unknown key {unknown[1]!r}{_nearest(unknown[1], _fields(kind, names))}")
-    missing = re.search(r"missing required field `(\w+)`", text)
-    if missing:
-        table = f" [{'.'.join(names)}]" if names else ""
-        wanted = "[[arm]]" if missing[1] == "arm" and not names else missing[1]
-        return ScenarioError(f"{where}{table}: {wanted} is missing")
-    table, key = ".".join(names[:-1]), names[-1] if names else ""
-    at = f" [{table}]" if table else ""
-    return ScenarioError(f"{where}{at} {key} = {value!r}: {text[0].lower()}{text[1:]}")
-
-
-def _fields(kind: Any, names: Sequence[str]) -> set[str]:
-    """The keys of the table that `names` leads to, as far as it is a plain path of tables."""
-    for name in names:
-        found = {f.name: f.type for f in msgspec.structs.fields(kind)}.get(name) if _is_struct(kind) else None
-        options = getattr(found, "__args__", (found,))
-        kind = next((t for t in options if _is_struct(t)), None)
-    return {f.name for f in msgspec.structs.fields(kind)} if _is_struct(kind) else set()
-
-
-def _is_struct(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
-
-
-def _nearest(key: str, allowed: set[str]) -> str:
-    close = difflib.get_close_matches(key, allowed, 1)
-    if close:
-        return f": did you mean {close[0]!r}?"
-    return f": allowed are {', '.join(sorted(allowed))}" if allowed else ""
+    values = {
+        key: drawn(key, convert(value, Dist, where, (key,))) if isinstance(value, dict) else value
+        for key, value in given.items()
+    }
+    return convert(values, topology.params, where, shown=given)
 
 
 def _target_key(name: str) -> str:
@@ -249,20 +194,25 @@ def override(raw: dict[str, Any], settings: Sequence[str]) -> None:
         except tomllib.TOMLDecodeError:
             value = text
         table: Any = raw
-        for i, key in enumerate(keys[:-1]):
-            if key == "arm" and i == 0 and len(keys) > 2:
-                continue
-            if keys[0] == "arm" and i == 1:
-                found = [arm for arm in raw.get("arm", []) if arm.get("name") == key]
-                if not found:
-                    known = ", ".join(str(arm.get("name")) for arm in raw.get("arm", []))
-                    raise ScenarioError(f"--set {setting}: there is no arm {key!r}, but {known}")
-                table = found[0]
-                continue
+        if keys[0] == "arm" and len(keys) > 2:
+            arms = {str(arm.get("name")): arm for arm in _arms(raw)}
+            if keys[1] not in arms:
+                raise ScenarioError(f"--set {setting}: there is no arm {keys[1]!r}, but {', '.join(arms) or 'none'}")
+            table, keys = arms[keys[1]], keys[2:]
+        for key in keys[:-1]:
             table = table.setdefault(key, {})
             if not isinstance(table, dict):
                 raise ScenarioError(f"--set {setting}: {key} is not a table")
         table[keys[-1]] = value
+        clears = _CLEARS.get(path.strip())
+        if clears is not None and not any(other.partition("=")[0].strip() == f"load.{clears}" for other in settings):
+            raw["load"].pop(clears, None)
+
+
+def _arms(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The arms' tables, as far as they are tables: what else stands there is for `check` to refuse."""
+    arms = raw.get("arm")
+    return [arm for arm in arms if isinstance(arm, dict)] if isinstance(arms, list) else []
 
 
 def override_target(
@@ -281,10 +231,10 @@ def override_target(
     for key, value in (("model", model), ("api", api), ("api_key_env", api_key_env)):
         if value is None:
             continue
-        if "target" in raw:
+        if isinstance(raw.get("target"), dict):
             raw["target"][key] = value
-        elif key == "api" and "targets" not in raw:
-            raw.setdefault("stub", {})["api"] = value
+        elif key == "api" and "targets" not in raw and isinstance(raw.setdefault("stub", {}), dict):
+            raw["stub"]["api"] = value
         else:
             raise ScenarioError(f"--{key.replace('_', '-')} {value}: there is no one target: give --target URL")
 
@@ -304,8 +254,12 @@ def override_load(
         raise ScenarioError(
             f"--rate {rate:g} and --concurrency {concurrency}: a loop is open or closed, give one of the two"
         )
+    if seed is not None:
+        raw["seed"] = seed
     load = raw.setdefault("load", {})
-    arms = [arm for arm in raw.get("arm", []) if isinstance(arm, dict)]
+    if not isinstance(load, dict):
+        return  # for `check` to refuse
+    arms = _arms(raw)
     given = {"queries": queries, "duration": duration, "rate": rate, "concurrency": concurrency}
     for key, value in given.items():
         if value is not None:
@@ -320,5 +274,3 @@ def override_load(
             table.pop("queries", None)
     if rate is not None or concurrency is not None:
         load["mode"] = "open" if rate is not None else "closed"
-    if seed is not None:
-        raw["seed"] = seed
