@@ -44,8 +44,8 @@ def calibrate(source: Path, model: str, chip: str, kv_blocks: int | None = None,
     """Fit a profile of `model` on `chip` (ids of bundled parts) to `source`.
 
     `source`: a grid (`*.calib.json`), a trace folder (requests.jsonl, meta.json) or a run's folder (calls.jsonl). `kv_blocks`:
-    vLLM's num_gpu_blocks; left out, the trace's own or the memory formula's. `as_of`: month of the measurement, default this one.
-    Raises ScenarioError and ProfileError, each in one line.
+    vLLM's num_gpu_blocks; left out, the trace's own, what a grid's starved rows say, or the memory formula's. `as_of`: month of
+    the measurement, default this one. Raises ScenarioError and ProfileError, each in one line.
     """
     model_, chip_ = load_model(model), load_chip(chip)
     if source.is_file():
@@ -54,8 +54,8 @@ def calibrate(source: Path, model: str, chip: str, kv_blocks: int | None = None,
         settings = prior_settings(model_, chip_)
         profile = fit_trace(load_run(source, model_, chip_, _with_blocks(settings, kv_blocks)))
     else:
-        trace = replace(load_trace(source), model=model_, chip=chip_)
-        profile = fit_trace(replace(trace, settings=_with_blocks(trace.settings, kv_blocks), caveats=[]))
+        trace = load_trace(source, model_, chip_)
+        profile = fit_trace(replace(trace, settings=_with_blocks(trace.settings, kv_blocks)))
     name = f"{model_.id}@{chip_.id}"
     month = as_of or datetime.date.today().strftime("%Y-%m")
     profile = replace(
@@ -246,9 +246,27 @@ def fit_grid(grid: Grid, model: Model, chip: Chip, kv_blocks: int | None = None)
 
     fitted = _least_squares(prior, bounds, residuals, iterations=400, step=1e-4, pull=0.05)
     profile = Profile(f"{model.id}@{chip.id}", model, chip, settings, fitted.law, "fitted", intervals=fitted.intervals)
+    starved = [row for row in grid.decode if _is_starved(grid, row, settings)]
+    if kv_blocks is None and starved:
+        profile = replace(profile, settings=replace(settings, num_blocks=_starved_blocks(profile, grid, starved)))
     if any(row.joules for row in grid.decode):
         profile = replace(profile, law=fit_power(profile, grid))
     return replace(profile, fit=_eta(profile))
+
+
+def _starved_blocks(profile: Profile, grid: Grid, rows: Sequence[GridRow]) -> int:
+    """KV blocks at which the engine model serves rows that do not fit the cache with the gaps and in the time measured."""
+    formula, best = profile.settings.num_blocks, (math.inf, 0)
+    for percent in range(70, 162, 2):
+        blocks = formula * percent // 100
+        candidate = replace(profile, settings=replace(profile.settings, num_blocks=blocks))
+        off = 0.0
+        for row in rows:
+            gaps, wall_s, _ = run_row(row, grid.output_tokens(row), candidate)
+            off += (sorted(gaps)[len(gaps) // 2] / row.p50 - 1.0) ** 2
+            off += (wall_s / row.wall - 1.0) ** 2 if row.wall else 0.0
+        best = min(best, (off, blocks))
+    return best[1]
 
 
 def decode_gap_s(law: StepLaw, seqs: int, prompt_tokens: int, output_tokens: int) -> float:

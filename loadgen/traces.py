@@ -85,10 +85,10 @@ def replay(profile: Profile, law: StepLaw, trace: Trace) -> list[Served]:
     return served
 
 
-def load_trace(folder: Path) -> Trace:
-    """A trace folder. Raises ScenarioError naming what is missing."""
+def load_trace(folder: Path, model: Model | None = None, chip: Chip | None = None) -> Trace:
+    """A trace folder; model and chip are those of its meta.json unless given. Raises ScenarioError naming what is missing."""
     if (folder / "requests.jsonl").is_file() and (folder / "meta.json").is_file():
-        return _engine_trace(folder)
+        return _engine_trace(folder, model, chip)
     raise ScenarioError(f"{folder}: no trace: give a folder with requests.jsonl and meta.json")
 
 
@@ -113,7 +113,7 @@ def _lines(path: Path, kind: type[Any]) -> list[Any]:
     return found
 
 
-def _engine_trace(folder: Path) -> Trace:
+def _engine_trace(folder: Path, model: Model | None, chip: Chip | None) -> Trace:
     try:
         meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
         flags: dict[str, Any] = meta["engine_kwargs"]
@@ -121,7 +121,10 @@ def _engine_trace(folder: Path) -> Trace:
         raise ScenarioError(
             f"{folder / 'meta.json'}: {error!r}: it must be JSON with engine_kwargs, vLLM's flags"
         ) from None
-    model, chip, caveats = _parts(meta, folder.name)
+    caveats: list[str] = []
+    if model is None or chip is None:
+        found_model, found_chip, caveats = _parts(meta, folder.name)
+        model, chip = model or found_model, chip or found_chip
     lines: list[_Line] = sorted(_lines(folder / "requests.jsonl", _Line), key=lambda r: r.arrival_time)
     offset = min(r.queued_ts - r.arrival_time for r in lines)
     start_at = lines[0].arrival_time

@@ -51,6 +51,11 @@ def test_bundled_profiles_are_what_the_fitter_writes_and_meet_the_bars(name: str
     assert len(prefill) == 5 and max(prefill) < 10.0, grid_table(result)
 
 
+def test_a_grid_with_starved_rows_tells_its_kv_blocks() -> None:
+    profile = calibrate(DATA / "h100" / "dense32b.calib.json", "qwen3-32b", "h100")
+    assert 3430 <= profile.settings.num_blocks <= 3690
+
+
 def test_a_grid_made_by_a_known_law_gives_the_law_back() -> None:
     base = prior_profile("x", load_model("qwen3-30b-a3b"), load_chip("h100"))
     true = replace(
