@@ -256,17 +256,19 @@ def fit_grid(grid: Grid, model: Model, chip: Chip, kv_blocks: int | None = None)
 
 def _starved_blocks(profile: Profile, grid: Grid, rows: Sequence[GridRow]) -> int:
     """KV blocks at which the engine model serves rows that do not fit the cache with the gaps and in the time measured."""
-    formula, best = profile.settings.num_blocks, (math.inf, 0)
-    for percent in range(70, 162, 2):
-        blocks = formula * percent // 100
+
+    def off(blocks: int) -> float:
         candidate = replace(profile, settings=replace(profile.settings, num_blocks=blocks))
-        off = 0.0
+        total = 0.0
         for row in rows:
             gaps, wall_s, _ = run_row(row, grid.output_tokens(row), candidate)
-            off += (sorted(gaps)[len(gaps) // 2] / row.p50 - 1.0) ** 2
-            off += (wall_s / row.wall - 1.0) ** 2 if row.wall else 0.0
-        best = min(best, (off, blocks))
-    return best[1]
+            total += (sorted(gaps)[len(gaps) // 2] / row.p50 - 1.0) ** 2
+            total += (wall_s / row.wall - 1.0) ** 2 if row.wall else 0.0
+        return total
+
+    formula = profile.settings.num_blocks
+    coarse = min((formula * percent // 100 for percent in range(70, 165, 8)), key=off)
+    return min((coarse * percent // 100 for percent in range(94, 108, 2)), key=off)
 
 
 def decode_gap_s(law: StepLaw, seqs: int, prompt_tokens: int, output_tokens: int) -> float:

@@ -104,7 +104,7 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.attention is None or self.ffn is None:
             raise ProfileError(f"model {self.id}: needs [attention] and [ffn], or [parametric] with its totals")
         counted = self.embedding_params + self.resident_params + self.expert_params
-        if abs(counted / self.total_params - 1.0) > 0.02 if self.total_params > 0 else True:
+        if abs(counted - self.total_params) > 0.02 * self.total_params:
             raise ProfileError(
                 f"model {self.id}: its dimensions give {counted / 1e9:.2f}e9 parameters, total_params says "
                 f"{self.total_params / 1e9:.2f}e9; they may differ by 2 %: correct one of them"
