@@ -69,18 +69,21 @@ def _explained(text: str, raw: Any, kind: type[Any], where: str, path: Sequence[
     if key and key[1] == "unknown":
         return ScenarioError(f"{_table(where, names)}: unknown key {key[2]!r}{nearest(key[2], list(_fields(found)))}")
     if key:
-        return ScenarioError(
-            f"{_table(where, names)}: {key[2]} is missing: it must be {_allowed(_fields(found)[key[2]])}"
-        )
+        wanted = _allowed(_fields(found)[key[2]], ".".join([*names, key[2]]))
+        return ScenarioError(f"{_table(where, names)}: {key[2]} is missing: it must be {wanted}")
     own = not said.startswith(("Expected", "Invalid"))  # a check of ours, which says what is allowed
-    rule = said if own else f"must be {_allowed(found)}"
+    rule = said if own else f"must be {_allowed(found, '.'.join(names))}"
     if not names:
         return ScenarioError(f"{where}: {rule}")
     return ScenarioError(f"{_table(where, names[:-1])}{' ' if names[:-1] else ': '}{names[-1]} = {show(value)}: {rule}")
 
 
 def _table(where: str, names: Sequence[str]) -> str:
-    return f"{where}: [{'.'.join(names)}]" if names else where
+    path = ".".join(names)
+    listed = re.fullmatch(r"(.*)\[(\d+)\]", path)
+    if listed:
+        return f"{where}: [[{listed[1]}]] number {int(listed[2]) + 1}"
+    return f"{where}: [{path}]" if names else where
 
 
 def _options(found: inspect.Type) -> list[inspect.Type]:
@@ -97,9 +100,9 @@ def _item(found: inspect.Type) -> inspect.Type | None:
     return next((option.item_type for option in _options(found) if isinstance(option, inspect.ListType)), None)
 
 
-def _allowed(found: inspect.Type) -> str:
-    """What a key of this type may hold."""
-    return " or ".join(map(_one_allowed, _options(found)))
+def _allowed(found: inspect.Type, key: str) -> str:
+    """What `key`, of this type, may hold."""
+    return " or ".join(_one_allowed(option) for option in _options(found)).replace("[[...]]", f"[[{key}]]")
 
 
 def _one_allowed(found: inspect.Type) -> str:

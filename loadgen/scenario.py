@@ -9,6 +9,7 @@ from fanmark.loadgen.lengths import Dist
 Tokens = Annotated[int, msgspec.Meta(ge=0)] | Dist
 Positive = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
+Price = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 
 
 class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -18,9 +19,9 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 class Prices(Table, frozen=True):
     """Dollars per million tokens."""
 
-    input: float
-    output: float
-    cached_input: float | None = None
+    input: Price
+    output: Price
+    cached_input: Price | None = None
 
 
 class Target(Table, frozen=True):

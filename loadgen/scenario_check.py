@@ -161,8 +161,8 @@ def _arm(raw: dict[str, Any], i: int, source: str, topologies: Mapping[str, Topo
     given = {k: v for k, v in raw.items() if k in own}
     arm = convert({k: v for k, v in raw.items() if k in keys} | {"params": given}, Arm, where)
     convert(arm.workload, Workload, where, ("workload",))
-    resolve_params(topology, given, where, lambda _, dist: round(dist.mean))
-    try:
+    resolve_params(topology, given, where, lambda _, dist: round(max(dist.mean, dist.min)))
+    try:  # no query may draw what the topology refuses
         resolve_params(topology, given, where, lambda _, dist: round(dist.min))
     except ScenarioError as e:
         raise ScenarioError(f"{e}: give the distribution a larger min") from None
