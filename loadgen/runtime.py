@@ -203,7 +203,7 @@ class QueryRuntime:
                 limit = self.world.explained.limit(traffic)
                 self.unexplained_tokens += max(0, (call.cached_tokens or 0) - limit)
                 content = reply.token_ids if endpoint.config.api == "completions" else reply.text
-                self.world.explained.replied(traffic, ("assistant", str(content)))
+                self.world.explained.replied(traffic, str(content))
             return reply
 
     async def _parts(
@@ -240,7 +240,7 @@ class QueryRuntime:
         self, salt: str | None, prompt: Sequence[tuple[Key, Author, Part]], tools: Part | None
     ) -> Prompt | None:
         """The prompt as the cache sees it; None where there is no salt. In a chat prompt the tools' schemas are no message, but they lead
-        the prompt."""
+        the prompt. Who said a text does not tell: without a template it is the same tokens."""
         if salt is None:
             return None
         listed: list[tuple[Hashable, int]] = []
@@ -248,8 +248,8 @@ class QueryRuntime:
             listed.append(("tools", tools.size or 0))
         shared = ("system", "role", "tools")
         first_own = next((i for i, (key, _, _) in enumerate(prompt) if key[0] not in shared), len(prompt)) + len(listed)
-        for _, author, part in prompt:
-            listed.append(((author, str(part.content)), len(part.content) if part.size is None else part.size))
+        for _, _, part in prompt:
+            listed.append((str(part.content), len(part.content) if part.size is None else part.size))
         return self.world.explained.sent(salt, (self.demand.arm, self.demand.query), listed, first_own)
 
     def _count(self, call: Call, reply: Reply) -> None:
