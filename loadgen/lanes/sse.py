@@ -20,7 +20,7 @@ from fanmark.loadgen.records import gap_bucket
 
 Chunks = Sequence[tuple[float, bytes]]
 
-_EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
+_EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?!\n)){2}")  # an end of line of any kind, and an empty line
 
 
 class _Details(msgspec.Struct):
@@ -101,18 +101,20 @@ def events(chunks: Chunks) -> list[tuple[float, bytes]]:
 
 
 def parse_stream(chunks: Chunks) -> Reply:
-    """The reply of a whole stream. Raises CallError: "stream_cut" without [DONE] and finish, "bad_reply" for what cannot be read."""
+    """The reply of a whole stream. Raises CallError: "stream_cut" where neither [DONE] nor, after a finish, the closing usage is there,
+    "bad_reply" for what cannot be read."""
     text: list[str] = []
     ids: list[int] | None = None
     stamps: list[float] = []
     answer_at = usage = finish = None
-    done = False
+    done = closed = False
     for at, data in events(chunks):
         if data.strip() == b"[DONE]":
             done = True
             break
         chunk = _decode(data)
         usage = chunk.usage or usage
+        closed = chunk.usage is not None and not chunk.choices  # usage beside a choice may still lack its details
         for choice in chunk.choices:
             delta = choice.delta or _Message()
             said = choice.text if choice.text is not None else delta.content
@@ -126,7 +128,7 @@ def parse_stream(chunks: Chunks) -> Reply:
                 ids = ids or []
                 ids.extend(choice.token_ids)
             finish = choice.finish_reason or finish
-    if not done and (finish is None or usage is None):
+    if not done and (finish is None or not closed):
         raise CallError("stream_cut", f"the stream ended after {len(stamps)} chunks without [DONE]")
     if not stamps:
         raise CallError("bad_reply", "the stream holds no token")
@@ -147,7 +149,7 @@ def parse_body(body: bytes, done_at: float) -> Reply:
 def _decode(data: bytes) -> _Chunk:
     try:
         chunk = _decoder.decode(data)
-    except msgspec.DecodeError as e:
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:
         raise CallError("bad_reply", f"a malformed event: {e}: {data[:200]!r}") from None
     if chunk.error is not None or chunk.object == "error":
         raise CallError("bad_reply", f"an error in place of a reply: {data[:300].decode(errors='replace')}")
