@@ -82,9 +82,9 @@ def run(
     from fanmark.loadgen import scenario_check
 
     raw, source = scenario_check.read(scenario)
-    scenario_check.override(raw, set_ or [])
     scenario_check.override_target(raw, target, model, api, api_key_env, os.environ)
     scenario_check.override_load(raw, queries, duration, rate, concurrency, seed)
+    scenario_check.override(raw, set_ or [])
     table = topologies()
     checked = scenario_check.check(raw, source, table)
     if dry_run:

@@ -94,6 +94,7 @@ class Tools(Table, frozen=True):
     call: list[str] = []
     server: list[ToolServer] = []
     call_timeout_s: Positive = 120.0
+    ready_timeout_s: Positive = 30.0
 
 
 class Load(Table, frozen=True):

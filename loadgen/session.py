@@ -116,7 +116,13 @@ def _tool_users(topologies: Mapping[str, Topology]) -> set[str]:
 
 
 async def _stub(scenario: Scenario, stack: AsyncExitStack) -> Target:
+    from fanmark.servers.profiles import load_profile
+
     stub = scenario.stub
+    try:
+        load_profile(stub.profile)
+    except ValueError as e:
+        raise ScenarioError(f"{scenario.source}: [stub] profile = {stub.profile!r}: {e}") from None
     args = ["--port", "0", "--profile", stub.profile, "--time-scale", str(stub.time_scale)]
     server = await embedded.start("fanmark.servers.stub", args)
     stack.push_async_callback(server.close)
@@ -139,7 +145,7 @@ async def _tools(scenario: Scenario, stack: AsyncExitStack) -> ToolSet:
         server = await embedded.start("fanmark.servers.tools", args)
         stack.push_async_callback(server.close)
         specs = [ToolServerSpec(url=server.url)]
-    servers = await ToolServers.open(specs)
+    servers = await ToolServers.open(specs, config.ready_timeout_s)
     stack.push_async_callback(servers.close)
     return ToolSet(servers, servers.tools, config, embedded=not config.server)
 

@@ -240,8 +240,8 @@ def test_opening_can_be_cancelled_at_any_time(tools_url: str) -> None:
         pytest.param(
             ToolServerSpec(command=["sh", "-c", "for i in 1 2 3 4 5 6 7 8 9 10; do echo line $i >&2; done; exit 3"]),
             READY_S,
-            r"tool server sh -c .* does not start: .*\n  line 3\n  line 4\n  line 5\n  line 6\n  line 7\n  line 8\n  line 9"
-            r"\n  line 10$",
+            r"tool server sh -c .* does not start: .* \| line 3 \| line 4 \| line 5 \| line 6 \| line 7 \| line 8 \| line 9"
+            r" \| line 10$",
             id="ends with a message: its last eight lines",
         ),
         pytest.param(

@@ -197,12 +197,12 @@ class _Connection:
                     raise ToolServerError(text) from None
 
     def _last_lines(self) -> str:
-        """What the command wrote last on its standard error, on lines of its own."""
+        """What the command wrote last on its standard error, in the same line."""
         if self._stderr is None:
             return ""
         self._stderr.seek(0)
         lines = self._stderr.read().decode(errors="replace").splitlines()[-LAST_LINES:]
-        return "".join(f"\n  {line}" for line in lines)
+        return "".join(f" | {line.strip()}" for line in lines if line.strip())
 
     async def _supervise(self) -> None:
         """Keep one client alive after the other until `close`."""
