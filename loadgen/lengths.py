@@ -20,8 +20,8 @@ class Dist(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max: float = math.inf
 
     def __post_init__(self) -> None:
-        if not (0 <= self.mean < math.inf and 0 <= self.cv < math.inf and 0 <= self.min <= self.max):
-            raise ValueError("mean, cv and min must be numbers of at least 0, max at least min")
+        if not (0 <= self.mean < math.inf and 0 <= self.cv <= 1000 and 0 <= self.min <= self.max):
+            raise ValueError("mean, cv and min must be numbers of at least 0, cv at most 1000, max at least min")
 
 
 def draw(value: float | Dist, rng: random.Random) -> float:
@@ -33,7 +33,7 @@ def draw(value: float | Dist, rng: random.Random) -> float:
         drawn = mean
     elif value.dist == "exponential":
         drawn = rng.expovariate(1 / mean)
-    elif cv == 0:
+    elif cv < 1e-6:
         drawn = mean
     elif value.dist == "uniform":
         drawn = mean * (1 + math.sqrt(3) * cv * (2 * rng.random() - 1))

@@ -176,17 +176,17 @@ FILE_MISTAKES = {
     "a distribution with a negative mean": (
         '[workload]\nanswer = { dist = "gamma", mean = -3 }',
         'f.toml: [workload] answer = { dist = "gamma", mean = -3 }: mean, cv and min must be numbers of at least 0, '
-        "max at least min",
+        "cv at most 1000, max at least min",
     ),
     "a distribution without an end": (
         '[workload]\nquestion = { dist = "gamma", mean = inf }',
         'f.toml: [workload] question = { dist = "gamma", mean = inf }: mean, cv and min must be numbers of at least 0, '
-        "max at least min",
+        "cv at most 1000, max at least min",
     ),
     "a distribution of latency with max below min": (
         '[tools]\nlatency_s = { dist = "gamma", mean = 1, min = 2, max = 1 }',
         'f.toml: [tools] latency_s = { dist = "gamma", mean = 1, min = 2, max = 1 }: mean, cv and min must be numbers of '
-        "at least 0, max at least min",
+        "at least 0, cv at most 1000, max at least min",
     ),
     "an answer without a token": (
         "[workload]\nanswer = 0",
