@@ -7,11 +7,12 @@ import pytest
 
 from fanmark.loadgen.replay import replay_recording, replay_schedule
 
-RECORDINGS = sorted(Path(__file__).parent.joinpath("data/vllm_schedules").glob("*.json"))
+RECORDINGS = sorted(Path(__file__).parent.joinpath("data/vllm_schedules").rglob("*.json"))
+FIRST = Path(__file__).parent / "data/vllm_schedules/1.json"
 
 
 def test_all_recordings_are_there() -> None:
-    assert len(RECORDINGS) >= 40
+    assert len(RECORDINGS) >= 60
 
 
 @pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
@@ -33,7 +34,7 @@ def test_every_step_equals_vllms(path: Path) -> None:
     ],
 )
 def test_a_difference_is_found_and_named(field: str, value: object) -> None:
-    recording = json.loads(RECORDINGS[0].read_text())
+    recording = json.loads(FIRST.read_text())
     assert recording["steps"][0][field] != value
     recording["steps"][0][field] = value
     check = replay_recording(recording, "edited")
@@ -41,7 +42,7 @@ def test_a_difference_is_found_and_named(field: str, value: object) -> None:
 
 
 def test_a_recording_that_ends_too_early_is_no_success() -> None:
-    recording = json.loads(RECORDINGS[0].read_text())
+    recording = json.loads(FIRST.read_text())
     del recording["steps"][-1]
     assert not replay_recording(recording, "cut").equal
 
