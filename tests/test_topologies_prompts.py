@@ -235,6 +235,20 @@ def test_prompts_in_order(name: str, params: dict[str, Any], prompts: str) -> No
     assert seen == [line.strip() for line in prompts.strip().splitlines()]
 
 
+@pytest.mark.parametrize("votes, waited_for", [(0, {1, 2}), (1, {1, 3, 4})])
+def test_a_level_of_thoughts_waits_for_all_of_the_level_before(votes: int, waited_for: set[int]) -> None:
+    topology = topologies()["tree-of-thought"]
+    params = topology.params(depth=2, samples=2, beam=1, votes=votes)
+    recorder = record(topology, params, Recorder(dict.fromkeys(KINDS, 1)))
+    assert [m.after for m in recorder.made if m.role == "thinker" and m.round == 2] == [waited_for, waited_for]
+
+
+def test_only_extended_reasoning_reasons() -> None:
+    for name, topology in topologies().items():
+        recorder = record(topology, topology.params(), Recorder(dict.fromkeys(KINDS, 1)))
+        assert {m.reasoning for m in recorder.calls} <= {name == "reasoning"}
+
+
 @pytest.mark.parametrize("name", topologies())
 def test_messages_of_one_query_alone(name: str) -> None:
     """Question, chunks and workers' tasks open a prompt's own part, so they differ from query to query; nothing else of ours does."""

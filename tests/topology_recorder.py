@@ -27,6 +27,7 @@ class Made:
     input_tokens: int
     output_tokens: int
     is_call: bool = True
+    reasoning: bool = False
 
 
 @dataclass
@@ -75,7 +76,6 @@ class Recorder:
         reasoning: bool = False,
         after: Iterable[Message] = (),
     ) -> Message:
-        assert times > 1 or not reasoning
         messages = list(prompt)
         assert all(self.messages[m.key] == m for m in messages)
         size = sum(m.tokens for m in messages) + (self.lengths["tools"] if tools else 0)
@@ -83,7 +83,7 @@ class Recorder:
         keys[1:1] = [("tools",)] if tools else []
         waited = {m.source for m in (*messages, *after) if m.source is not None}
         tokens = self.lengths[str(writes[0])] * times * samples
-        number = self._made(Made(role, round, keys, writes, waited, size, tokens))
+        number = self._made(Made(role, round, keys, writes, waited, size, tokens, reasoning=reasoning))
         self.in_flight += 1
         self.peak = max(self.peak, self.in_flight)
         await asyncio.sleep(0)
