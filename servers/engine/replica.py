@@ -16,12 +16,14 @@ Rules of the file:
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
-from typing import NamedTuple, Protocol
+from math import inf, nextafter
+from typing import NamedTuple
 
 from fanmark.servers.engine.batch import Batch, EngineConfig, Output, Statistics
+from fanmark.servers.engine.decode_run import DecodeRun, StepTime
 from fanmark.servers.engine.request import Request
 from fanmark.servers.engine.scheduler import Scheduler
 from fanmark.servers.engine.step_time import BatchShape
@@ -29,17 +31,7 @@ from fanmark.servers.engine.timeline import Gaps, Timeline
 
 _GAP_STEPS = 32
 _LONG_TIMELINE = 1 << 16
-
-
-class StepTime(Protocol):
-    """What the replica asks of a step-time law (`step_time.StepLaw` is one); all in seconds and joules."""
-
-    def gpu_seconds(self, shape: BatchShape) -> float: ...
-    def launch_seconds(self, shape: BatchShape) -> float: ...
-    def lockstep_seconds(self, shapes: Sequence[BatchShape]) -> float: ...
-    def decode_run_seconds(self, shape: BatchShape, steps: int) -> float: ...
-    def joules(self, shape: BatchShape, seconds: float) -> float: ...
-    def decode_run_joules(self, shape: BatchShape, steps: int, seconds: float) -> float: ...
+_IDLE = BatchShape(0, 0, 0, 0.0, 0)
 
 
 @dataclass(slots=True)
@@ -84,7 +76,7 @@ class ReplicaStatistics:
 
 
 class _Flight(NamedTuple):
-    batches: list[Batch | None]  # one per engine
+    batches: list[tuple[int, Batch]]  # engine, what it computes
     end_at: float
 
 
@@ -128,6 +120,7 @@ class Replica:
         self._adds: deque[tuple[float, Request]] = deque()  # due at, in order: the ingress cost is constant
         self._aborts: deque[tuple[float, str]] = deque()
         self._flights: deque[_Flight] = deque()
+        self._ahead: DecodeRun | None = None  # the run that `next_at` foresaw
         self._filling = False  # the next decision schedules another step before a result is in
         self._due_at = 0.0  # the next decision, while anything is on its way
         self._chip_free_at = 0.0
@@ -220,20 +213,24 @@ class Replica:
     def _no_end_before(self) -> float:
         """A time before which no request ends, as far as steps are scheduled and can be foreseen."""
         for flight in self._flights:
-            if any(scheduler.ends_with(batch) for scheduler, batch in self._pairs(flight)):
+            if any(self.schedulers[engine].ends_with(batch) for engine, batch in flight.batches):
                 return flight.end_at
         end_at = self._flights[-1].end_at
-        if len(self.schedulers) == 1 and len(self._flights) == self._depth:
-            scheduler = self.schedulers[0]
-            steps = scheduler.runway()
-            if steps:
-                end_at += self.law.decode_run_seconds(scheduler.decode_shape, steps) * self.slowdown
-        return end_at
+        if self._stream or len(self.schedulers) > 1 or len(self._flights) < self._depth:
+            return end_at
+        run = self._foreseen()
+        return end_at + run.seconds(run.steps) if run is not None else end_at
 
-    def _pairs(self, flight: _Flight) -> list[tuple[Scheduler, Batch]]:
-        """The engines that take part in a step, each with its batch."""
-        pairs = zip(self.schedulers, flight.batches, strict=True)
-        return [(scheduler, batch) for scheduler, batch in pairs if batch is not None]
+    def _foreseen(self) -> DecodeRun | None:
+        """The run of pure-decode steps that comes next, if nothing arrives."""
+        scheduler, ahead = self.schedulers[0], self._ahead
+        steps = scheduler.runway()
+        if steps < 2:
+            return None
+        shape = scheduler.decode_shape
+        if ahead is None or (ahead.steps, ahead.slowdown, ahead.shape) != (steps, self.slowdown, shape):
+            ahead = self._ahead = DecodeRun(self.law, shape, steps, self.slowdown)
+        return ahead
 
     def _run(self, until: float) -> None:
         while True:
@@ -263,71 +260,48 @@ class Replica:
 
     def _jump(self, now: float, until: float) -> bool:
         """Schedule a run of pure-decode steps, the first of them now and all before the next arrival; False if there is none."""
-        scheduler, flying = self.schedulers[0], len(self._flights)
+        flying = len(self._flights)
         if self._stream or len(self.schedulers) > 1 or flying != self._depth - 1:
             return False
-        most = scheduler.runway()
-        if most < 2:
+        run = self._foreseen()
+        if run is None:
             return False
-        shape = scheduler.decode_shape
-        first_s, launch_s = (f(shape) * self.slowdown for f in (self.law.gpu_seconds, self.law.launch_seconds))
         start_at = self._flights[0].end_at if flying else now
-        if launch_s > first_s or (flying and now + launch_s > start_at):
+        if run.launch_s > run.first_s or (flying and now + run.launch_s * self.slowdown > start_at):
             return False  # the processor is behind the chip: step by step
         # Step 1 is scheduled now, asynchronously step 2 at start_at, and each further one at the end of one of the run
-        steps = flying + 1 + self._steps_within(shape, most - flying - 1, start_at, until)
-        if flying and steps > 1 and not self._undisturbed(start_at, until):
-            steps = 1
+        before = min((inbox[0][0] for inbox in (self._adds, self._aborts) if inbox), default=inf)
+        span_s = (until if until < before else nextafter(before, -inf)) - start_at
+        if flying and span_s < 0.0:
+            return False
+        steps = flying + 1 + run.steps_in(span_s, run.steps - flying - 1)
         if steps < 2:
             return False
-        scheduler.run(min(steps, most))
-        self._take_run(shape, min(steps, most), start_at)
+        self.schedulers[0].run(steps)
+        self._take(run, steps, start_at)
         return True
 
-    def _undisturbed(self, at: float, until: float) -> bool:
-        """Whether the engine may go on at `at` without looking up: the caller has come that far, and nothing arrives by then."""
-        return at <= until and not any(inbox and inbox[0][0] <= at for inbox in (self._adds, self._aborts))
-
-    def _steps_within(self, shape: BatchShape, most: int, start_at: float, until: float) -> int:
-        """How many steps of a run, `most` at most, end undisturbed."""
-        low, high = 0, most  # low do
-        guess = most
-        while low < high:
-            run_s = self.law.decode_run_seconds(shape, guess) * self.slowdown
-            if self._undisturbed(start_at + run_s, until):
-                low = guess
-            else:
-                high = guess - 1
-            span = min([until, *(inbox[0][0] for inbox in (self._adds, self._aborts) if inbox)]) - start_at
-            near = int(span * guess / run_s) if run_s > 0.0 else high
-            guess = min(max(near, low + 1), high)
-        return low
-
-    def _take_run(self, shape: BatchShape, steps: int, start_at: float) -> None:
+    def _take(self, run: DecodeRun, steps: int, start_at: float) -> None:
         """Account for a run that the scheduler has taken: its steps start at `start_at`, one after another."""
-        law, scheduler, flying = self.law, self.schedulers[0], len(self._flights)
-
-        def end_at(step: int) -> float:
-            return start_at + law.decode_run_seconds(shape, step) * self.slowdown
-
-        if flying and steps > 1:
-            self._timelines[0].add(1, start_at)
-        done = 0
-        while done < steps - 1 - flying:
-            piece = min(_GAP_STEPS, steps - 1 - flying - done)
-            done += piece
-            self._now = end_at(done)
-            self._timelines[0].add(piece, self._now)
-        last_at = end_at(steps)
-        ends = (end_at(steps - 1), last_at) if flying else (last_at,)
-        self._flights = deque(_Flight([b], at) for b, at in zip(scheduler.flights, ends, strict=True))
-        self._filling, self._due_at, self._chip_free_at = False, ends[0], last_at
-        self._now = max(self._now, start_at) if flying else self._now
+        scheduler, flying, timeline = self.schedulers[0], len(self._flights), self._timelines[0]
+        handled = steps - 1 - flying  # of the run's own results
+        if flying:
+            timeline.add(1, start_at)
+            self._now = start_at
+        for done in range(0, handled, _GAP_STEPS):
+            piece = min(_GAP_STEPS, handled - done)
+            self._now = start_at + run.seconds(done + piece)
+            timeline.add(piece, self._now)
+        run_s = run.seconds(steps)
+        first_s = run.seconds(steps - 1) if flying else run_s
+        ends = (start_at + first_s, start_at + run_s) if flying else (start_at + run_s,)
+        self._flights = deque(_Flight([(0, b)], at) for b, at in zip(scheduler.flights, ends, strict=True))
+        self._filling, self._due_at, self._chip_free_at = False, ends[0], ends[-1]
         self._steps += steps
-        self._busy_s += last_at - start_at
-        self._joules += law.decode_run_joules(shape, steps, last_at - start_at)
+        self._busy_s += run_s
+        self._joules += run.joules(steps, run_s)
         if self._on_step is not None:
-            self._on_step(Step(start_at, last_at, shape, steps))
+            self._on_step(Step(start_at, ends[-1], run.shape, steps))
 
     def _abort_now(self, request_id: str) -> None:
         track = self._tracks.pop(request_id, None)
@@ -336,31 +310,38 @@ class Replica:
 
     def _schedule(self, now: float) -> float | None:
         """Schedule and launch one step; the moment at which the processor is free again, None if there is nothing to do."""
-        batches = [self._batch(scheduler) for scheduler in self.schedulers]
-        if not any(batches):
+        batches = []
+        for engine, scheduler in enumerate(self.schedulers):
+            batch = self._batch(scheduler)
+            if batch is not None:
+                batches.append((engine, batch))
+                for request_id in batch.cached:
+                    track = self._tracks[request_id]
+                    if track.scheduled_at < 0.0:
+                        track.scheduled_at = now
+        if not batches:
             return None
-        for batch in batches:
-            for request_id in batch.cached if batch else ():
-                track = self._tracks[request_id]
-                if track.scheduled_at < 0.0:
-                    track.scheduled_at = now
-        shapes = [batch.shape if batch else BatchShape(0, 0, 0, 0.0, 0) for batch in batches]
-        alone = len(shapes) == 1
-        gpu_s = (self.law.gpu_seconds(shapes[0]) if alone else self.law.lockstep_seconds(shapes)) * self.slowdown
-        launch_s = max(self.law.launch_seconds(shape) for shape in shapes) * self.slowdown
+        law, shapes = self.law, [batch.shape for _, batch in batches]
+        if len(self.schedulers) == 1:
+            gpu_s = law.gpu_seconds(shapes[0])
+        else:
+            shapes += [_IDLE] * (len(self.schedulers) - len(shapes))
+            gpu_s = law.lockstep_seconds(shapes)
+        launched_at = now + max([law.launch_seconds(shape) for shape in shapes]) * self.slowdown
         start_at = max(self._chip_free_at, now)
-        end_at = max(start_at + gpu_s, now + launch_s)
+        end_at = max(start_at + gpu_s * self.slowdown, launched_at)
         self._chip_free_at = end_at
         self._flights.append(_Flight(batches, end_at))
         self._steps += 1
         self._busy_s += end_at - start_at
-        self._joules += sum(self.law.joules(shape, end_at - start_at) for shape in shapes)
+        self._joules += sum([law.joules(shape, end_at - start_at) for shape in shapes])
         if self._on_step is not None:
             whole = BatchShape(*(sum(column) for column in zip(*shapes, strict=True)))
             self._on_step(Step(start_at, end_at, whole, 1))
-        return now + launch_s
+        return launched_at
 
     def _batch(self, scheduler: Scheduler) -> Batch | None:
+        """What an engine computes next; a batch that only preempts is none."""
         while True:
             batch = scheduler.schedule()
             if batch is None or len(batch):
@@ -370,12 +351,10 @@ class Replica:
             # It preempted all it had: vLLM's loop comes round at once, and admits from an empty cache
 
     def _handle(self, flight: _Flight, now: float) -> None:
-        for engine, (scheduler, batch) in enumerate(zip(self.schedulers, flight.batches, strict=True)):
-            if batch is None:  # one that aborts have emptied has a length of 0, and its result is due all the same
-                continue
+        for engine, batch in flight.batches:
             if not self._stream:
                 self._timelines[engine].add(1, now)
-            for output in scheduler.update(batch):
+            for output in self.schedulers[engine].update(batch):
                 self._emit(output, now + self._costs[1], batch.number)
 
     def _emit(self, output: Output, at: float, number: int) -> None:
