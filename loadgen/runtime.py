@@ -188,7 +188,8 @@ class QueryRuntime:
                 tools=tools,
                 samples=samples,
             )
-            traffic = self._traffic(salt, prompt, endpoint.tool_part if tools else None)
+            own = {m.key for m in messages if m.per_query or m.source is not None}
+            traffic = self._traffic(salt, prompt, own, endpoint.tool_part if tools else None)
             sent = Sent()
             try:
                 reply = await endpoint.send(body, self._headers(call), sent)
@@ -202,8 +203,8 @@ class QueryRuntime:
             if traffic is not None:
                 limit = self.world.explained.limit(traffic)
                 self.unexplained_tokens += max(0, (call.cached_tokens or 0) - limit)
-                content = reply.token_ids if endpoint.config.api == "completions" else reply.text
-                self.world.explained.replied(traffic, str(content))
+                again = await endpoint.prompts.reply_part("assistant", reply.text, reply.token_ids)
+                self.world.explained.replied(traffic, str(again.content))
             return reply
 
     async def _parts(
@@ -237,20 +238,21 @@ class QueryRuntime:
         return self._ids.get(unquoted(message.key))
 
     def _traffic(
-        self, salt: str | None, prompt: Sequence[tuple[Key, Author, Part]], tools: Part | None
+        self, salt: str | None, prompt: Sequence[tuple[Key, Author, Part]], own: set[Key], tools: Part | None
     ) -> Prompt | None:
         """The prompt as the cache sees it; None where there is no salt. In a chat prompt the tools' schemas are no message, but they lead
-        the prompt. Who said a text does not tell: without a template it is the same tokens."""
+        the prompt. Who said a text does not tell: without a template it is the same tokens. What comes before the first of the `own`
+        messages other queries send too; arms with one salt between them also share what belongs to a query."""
         if salt is None:
             return None
         listed: list[tuple[Hashable, int]] = []
         if tools is not None and not any(key == ("tools",) for key, _, _ in prompt):
             listed.append(("tools", tools.size or 0))
-        shared = ("system", "role", "tools")
-        first_own = next((i for i, (key, _, _) in enumerate(prompt) if key[0] not in shared), len(prompt)) + len(listed)
+        first_own = next((i for i, (key, _, _) in enumerate(prompt) if key in own), len(prompt)) + len(listed)
+        query = self.demand.query if salt == self.world.run_id else (self.demand.arm, self.demand.query)
         for _, _, part in prompt:
             listed.append((str(part.content), len(part.content) if part.size is None else part.size))
-        return self.world.explained.sent(salt, (self.demand.arm, self.demand.query), listed, first_own)
+        return self.world.explained.sent(salt, query, listed, first_own)
 
     def _count(self, call: Call, reply: Reply) -> None:
         usage = reply.usage
