@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import re
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -12,12 +13,12 @@ from fanmark.agents.runtime import Topology
 from fanmark.loadgen.arrivals import open_loop
 from fanmark.loadgen.contamination import Explained
 from fanmark.loadgen.demand import Demand, draw_demand, expected_tokens
+from fanmark.loadgen.endpoint import Endpoint
 from fanmark.loadgen.errors import CallError
 from fanmark.loadgen.records import Call, Outcome, Query, shape
 from fanmark.loadgen.runtime import QueryRuntime, ToolUse, World
 from fanmark.loadgen.scenario import Arm, Prices, Scenario
 from fanmark.loadgen.tally import Tally
-from fanmark.loadgen.target import Endpoint
 from fanmark.loadgen.walk import walk
 
 GRACE_S = 5.0  # what running queries get after the first interrupt
@@ -63,6 +64,7 @@ class Run:
         journal: Writer,
         run_id: str,
         now: Callable[[], float],
+        time_scale: float = 1.0,
     ) -> None:
         self.scenario = scenario
         self.drift = Drift()
@@ -73,6 +75,7 @@ class Run:
         self._tally = tally
         self._journal = journal
         self._now = now
+        self._time_scale = time_scale
         self._running: set[asyncio.Task[None]] = set()
         self._explained = Explained()
         self._world = World(
@@ -99,7 +102,8 @@ class Run:
 
     def _endpoint(self, arm: str, role: str) -> Endpoint:
         chosen = self._arms[arm]
-        by_role = chosen.targets.get(role) or chosen.targets.get("default")
+        plain = re.sub(r"-\d+$", "", role)  # worker-3 is a worker
+        by_role = chosen.targets.get(role) or chosen.targets.get(plain) or chosen.targets.get("default")
         return self._endpoints[by_role or chosen.target or "default"]
 
     async def execute(self) -> bool:
@@ -182,7 +186,7 @@ class Run:
 
     async def _stopped_before(self, at: float) -> bool:
         """Sleeps until `at`; True as soon as the run is asked to stop."""
-        wait_s = at - self._now()
+        wait_s = (at - self._now()) * self._time_scale
         if wait_s > 0:
             try:
                 async with asyncio.timeout(wait_s):

@@ -8,12 +8,12 @@ from typing import Any, Protocol
 from fanmark.agents.runtime import Author, Key, Message
 from fanmark.loadgen.contamination import Explained, Prompt
 from fanmark.loadgen.demand import SYSTEM, Demand, unquoted
+from fanmark.loadgen.endpoint import Endpoint
 from fanmark.loadgen.errors import CallError
 from fanmark.loadgen.lanes.http import HttpError, Sent
 from fanmark.loadgen.lanes.sse import Reply
 from fanmark.loadgen.prompts import Part, Text
 from fanmark.loadgen.records import Call
-from fanmark.loadgen.target import Endpoint
 
 
 class ToolUse(Protocol):

@@ -16,6 +16,7 @@ import msgspec
 from fanmark.agents.runtime import Topology, Undrawn
 from fanmark.loadgen import embedded, reconcile, summary, table
 from fanmark.loadgen.demand import draw_demand
+from fanmark.loadgen.endpoint import Endpoint
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.health import Health
 from fanmark.loadgen.lengths import Dist
@@ -26,7 +27,7 @@ from fanmark.loadgen.run import Drift, Run, resolved
 from fanmark.loadgen.scenario import Scenario, Target
 from fanmark.loadgen.statistics import merge_gaps
 from fanmark.loadgen.tally import Tally
-from fanmark.loadgen.target import Endpoint, connect
+from fanmark.loadgen.target import HttpEndpoint, connect
 from fanmark.loadgen.toolset import ToolSet
 
 _COUNTERS_SETTLE_S = 2.0
@@ -57,14 +58,16 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
     loop = asyncio.get_running_loop()
     origin = loop.time()
 
-    def now() -> float:
-        return loop.time() - origin
+    time_scale = 1.0 if scenario.targets else scenario.stub.time_scale
+
+    def now() -> float:  # in the servers' seconds: a slowed stub and its tools are a slower clock, not slower servers
+        return (loop.time() - origin) / time_scale
 
     async with AsyncExitStack() as stack:
         uses_tools = any(arm.topology in _tool_users(topologies) for arm in scenario.arms)
         targets = dict(scenario.targets) or {"default": await _stub(scenario, stack)}
         tools = await _tools(scenario, stack) if uses_tools else None
-        endpoints: dict[str, Endpoint] = {}
+        endpoints: dict[str, HttpEndpoint] = {}
         for name, target in targets.items():
             endpoints[name] = await connect(name, target, now)
             stack.push_async_callback(endpoints[name].lane.close)
@@ -76,7 +79,7 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
         stack.callback(stop_metrics)
         journal = _open_folder(options.out, scenario)
         stack.callback(journal.close)
-        one = Run(scenario, topologies, endpoints, tools, tally, journal, options.run_id, now)
+        one = Run(scenario, topologies, endpoints, tools, tally, journal, options.run_id, now, time_scale)
         if options.progress is not None:
             where = next(iter(targets.values())).url
             print(f"target   {where} ({next(iter(endpoints.values())).server})", file=options.progress)
@@ -99,6 +102,7 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
         "version": options.version,
         "command": list(options.command),
         "clock": "real",
+        "time_scale": time_scale,
     }
     found = assemble(scenario, queries, endpoints, server, health, one.drift, run_part, partial=not whole)
     (options.out / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")

@@ -8,54 +8,37 @@ from typing import Any
 
 import msgspec
 
-from fanmark.agents.runtime import Author
+from fanmark.loadgen.endpoint import Endpoint
 from fanmark.loadgen.errors import CallError, ScenarioError, UnreachableError
-from fanmark.loadgen.lanes.http import HttpError, HttpLane, Sent
+from fanmark.loadgen.lanes.http import HttpLane, Sent
 from fanmark.loadgen.lanes.sse import Reply
-from fanmark.loadgen.prompts import ChatPrompts, Part, Prompts, TokenPrompts, measure_template
+from fanmark.loadgen.prompts import ChatPrompts, Part, TokenPrompts, measure_template
 from fanmark.loadgen.scenario import Target
 from fanmark.loadgen.tokenizers import LocalTokenizer, RemoteTokenizer, one_token_words
 from fanmark.servers.tokenizer import Tokenizer as StubTokenizer
 from fanmark.servers.tokenizer import vocabulary
 
-LOST = {
-    "ignore_eos": "replies may end early: output tokens are a bound, not exact",
-    "cache_salt": "a salted line opens every prompt instead; its tokens count",
-    "stream_options": "streams carry no usage: token counts are unknown",
-    "return_token_ids": "replies are re-encoded: input tokens may differ by a few",
-    "max_tokens": "max_completion_tokens is sent instead",
-}
 
-
-class Endpoint:
-    """One target, ready to be called. `notes` collects what the user must be told; `dropped` holds refused parameters."""
+class HttpEndpoint(Endpoint):
+    """A target that is reached over HTTP."""
 
     def __init__(
         self, name: str, config: Target, lane: HttpLane, model: str, server: str, headers: dict[str, str]
     ) -> None:
-        self.name = name
-        self.config = config
-        self.lane = lane
-        self.model = model
-        self.server = server
-        self.notes: list[str] = []
-        self.dropped: set[str] = set()
-        self.prompts: Prompts = ChatPrompts(vocabulary(), None, None)
-        self.tool_part: Part | None = None
+        super().__init__(name, config, model, server)
         self.max_model_len: int | None = None
+        self._lane = lane
         self._headers = {**headers, "Content-Type": "application/json"}
         self._tokenizer: RemoteTokenizer | None = None
-        self._tools: list[dict[str, Any]] = []
+
+    @property
+    def lane(self) -> HttpLane:
+        return self._lane
 
     @property
     def root(self) -> str:
         """The server's address without /v1."""
         return self.config.url.rstrip("/").removesuffix("/v1")
-
-    @property
-    def salts_text(self) -> bool:
-        """Whether prefix caches are kept apart by a line of text, since the target refused `cache_salt`."""
-        return "cache_salt" in self.dropped
 
     async def measure(self) -> None:
         """Finds out how exactly lengths can be had: template shares and words of one token each, by /tokenize."""
@@ -81,55 +64,21 @@ class Endpoint:
 
     async def expose(self, tools: Sequence[dict[str, Any]], system: bool) -> None:
         """Takes the tools' schemas (OpenAI's form) that stand in a tool user's prompts, and measures what they add to a prompt."""
-        self._tools = list(tools)
+        self.tools = list(tools)
         if not tools:
             return
         if self.config.api == "completions":
-            self.tool_part = await self.prompts.reply_part("system", msgspec.json.encode(self._tools).decode(), None)
+            self.tool_part = await self.prompts.reply_part("system", msgspec.json.encode(self.tools).decode(), None)
         elif self._tokenizer is None or not self.prompts.exact:
             self.tool_part = Part("", None)
         else:
             messages = [{"role": "system", "content": "word"}] * system + [{"role": "user", "content": "word"}]
             bare, full = await asyncio.gather(
-                self._tokenizer.count_chat(messages), self._tokenizer.count_chat(messages, self._tools)
+                self._tokenizer.count_chat(messages), self._tokenizer.count_chat(messages, self.tools)
             )
             self.tool_part = Part("", full - bare)
 
-    def body(
-        self,
-        parts: Sequence[tuple[Author, Part]],
-        *,
-        max_tokens: int,
-        forced: bool,
-        salt: str | None,
-        tools: bool,
-        samples: int,
-    ) -> dict[str, Any]:
-        """The request, as a JSON object. Parameters that the target refused before are left out."""
-        fields: dict[str, Any] = {"model": self.model}
-        if self.config.api == "completions":
-            fields["prompt"] = [i for _, part in parts for i in part.content]
-            fields["return_token_ids"] = True
-        else:
-            fields["messages"] = [{"role": author, "content": part.content} for author, part in parts]
-            if tools and self._tools:
-                fields |= {"tools": self._tools, "tool_choice": "none"}
-        fields |= {"max_tokens": max_tokens, "stream": True, "stream_options": {"include_usage": True}}
-        if samples > 1:
-            fields["n"] = samples
-        if forced:
-            fields["ignore_eos"] = True
-        if salt is not None:
-            fields["cache_salt"] = salt
-        fields |= self.config.params
-        for name in self.dropped & set(fields):
-            del fields[name]
-        if "max_tokens" in self.dropped:
-            fields["max_completion_tokens"] = max_tokens
-        return fields
-
     async def send(self, body: Mapping[str, Any], headers: Mapping[str, str], sent: Sent) -> Reply:
-        """One call. Raises CallError."""
         path = "completions" if self.config.api == "completions" else "chat/completions"
         return await self.lane.send(
             f"{self.config.url.rstrip('/')}/{path}",
@@ -139,18 +88,6 @@ class Endpoint:
             timeout_s=self.config.call_timeout_s,
             sent=sent,
         )
-
-    def drop_refused(self, error: HttpError, body: Mapping[str, Any]) -> bool:
-        """Whether the refusal names an optional parameter of `body`; it is left out from now on, and said once."""
-        if error.status not in (400, 422):
-            return False
-        for name in [*LOST, *self.config.params]:
-            if name in body and name in error.body:
-                if name not in self.dropped:
-                    self.dropped.add(name)
-                    self.notes.append(f"{self.name}: refuses {name!r}: {LOST.get(name, 'it is left out')}")
-                return True
-        return False
 
     async def counters(self) -> dict[str, float] | None:
         """The server's own token counters (vLLM's names), summed over labels; None if it exposes none."""
@@ -175,7 +112,7 @@ def parse_counters(text: str) -> dict[str, float] | None:
 
 async def connect(
     name: str, config: Target, now: Callable[[], float], environ: Mapping[str, str] = os.environ
-) -> Endpoint:
+) -> HttpEndpoint:
     """Waits for the target, chooses or checks the model and measures its tokenizer. Raises ScenarioError or UnreachableError."""
     headers = dict(config.headers)
     if config.api_key_env is not None:
@@ -196,7 +133,7 @@ async def connect(
         listed = await _models(config, lane, headers)
         model = _choose(config, [entry["id"] for entry in listed])
         server = await _server(config, lane, headers)
-        endpoint = Endpoint(name, config, lane, model, server, headers)
+        endpoint = HttpEndpoint(name, config, lane, model, server, headers)
         endpoint.max_model_len = next((entry.get("max_model_len") for entry in listed if entry["id"] == model), None)
         await endpoint.measure()
     except BaseException:

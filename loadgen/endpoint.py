@@ -1,0 +1,104 @@
+"""A target as a run sees it, whatever carries its calls: HTTP (target.py), or the engine in process (lanes/virtual.py)."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from fanmark.agents.runtime import Author
+from fanmark.loadgen.lanes.http import HttpError, Sent
+from fanmark.loadgen.lanes.sse import Reply
+from fanmark.loadgen.prompts import ChatPrompts, Part, Prompts
+from fanmark.loadgen.scenario import Target
+from fanmark.servers.tokenizer import vocabulary
+
+LOST = {
+    "ignore_eos": "replies may end early: output tokens are a bound, not exact",
+    "cache_salt": "a salted line opens every prompt instead; its tokens count",
+    "stream_options": "streams carry no usage: token counts are unknown",
+    "return_token_ids": "replies are re-encoded: input tokens may differ by a few",
+    "max_tokens": "max_completion_tokens is sent instead",
+}
+
+
+class Lane(Protocol):
+    """What carries the calls, as far as records name it."""
+
+    @property
+    def name(self) -> str: ...
+
+
+class Endpoint(ABC):
+    """One target, ready to be called. `notes` collects what the user must be told; `dropped` holds refused parameters."""
+
+    def __init__(self, name: str, config: Target, model: str, server: str) -> None:
+        self.name = name
+        self.config = config
+        self.model = model
+        self.server = server
+        self.notes: list[str] = []
+        self.dropped: set[str] = set()
+        self.prompts: Prompts = ChatPrompts(vocabulary(), None, None)
+        self.tool_part: Part | None = None
+        self.tools: list[dict[str, Any]] = []
+
+    @property
+    @abstractmethod
+    def lane(self) -> Lane: ...
+
+    @abstractmethod
+    async def send(self, body: Mapping[str, Any], headers: Mapping[str, str], sent: Sent) -> Reply:
+        """One call. Raises CallError."""
+
+    @abstractmethod
+    async def counters(self) -> dict[str, float] | None:
+        """The server's own token counters (vLLM's names), summed over labels; None if it exposes none."""
+
+    @property
+    def salts_text(self) -> bool:
+        """Whether prefix caches are kept apart by a line of text, since the target refused `cache_salt`."""
+        return "cache_salt" in self.dropped
+
+    def body(
+        self,
+        parts: Sequence[tuple[Author, Part]],
+        *,
+        max_tokens: int,
+        forced: bool,
+        salt: str | None,
+        tools: bool,
+        samples: int,
+    ) -> dict[str, Any]:
+        """The request, as a JSON object. Parameters that the target refused before are left out."""
+        fields: dict[str, Any] = {"model": self.model}
+        if self.config.api == "completions":
+            fields["prompt"] = [i for _, part in parts for i in part.content]
+            fields["return_token_ids"] = True
+        else:
+            fields["messages"] = [{"role": author, "content": part.content} for author, part in parts]
+            if tools and self.tools:
+                fields |= {"tools": self.tools, "tool_choice": "none"}
+        fields |= {"max_tokens": max_tokens, "stream": True, "stream_options": {"include_usage": True}}
+        if samples > 1:
+            fields["n"] = samples
+        if forced:
+            fields["ignore_eos"] = True
+        if salt is not None:
+            fields["cache_salt"] = salt
+        fields |= self.config.params
+        for name in self.dropped & set(fields):
+            del fields[name]
+        if "max_tokens" in self.dropped:
+            fields["max_completion_tokens"] = max_tokens
+        return fields
+
+    def drop_refused(self, error: HttpError, body: Mapping[str, Any]) -> bool:
+        """Whether the refusal names an optional parameter of `body`; it is left out from now on, and said once."""
+        if error.status not in (400, 422):
+            return False
+        for name in [*LOST, *self.config.params]:
+            if name in body and name in error.body:
+                if name not in self.dropped:
+                    self.dropped.add(name)
+                    self.notes.append(f"{self.name}: refuses {name!r}: {LOST.get(name, 'it is left out')}")
+                return True
+        return False
