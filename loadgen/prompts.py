@@ -106,7 +106,7 @@ async def measure_template(tokenizer: Tokenizer) -> Template:
 
 
 class _Kept:
-    """Parts by text: each is made once, also when siblings ask for it at the same time."""
+    """Parts by text: each is made once, also when siblings ask for it at the same time. One that could not be made is tried again."""
 
     def __init__(self, make: Callable[[Text], Awaitable[Part]]) -> None:
         self._make = make
@@ -114,9 +114,15 @@ class _Kept:
 
     async def part(self, text: Text) -> Part:
         """The message as sent."""
-        if text not in self._parts:
-            self._parts[text] = asyncio.ensure_future(self._make(text))
-        return await asyncio.shield(self._parts[text])
+        part = self._parts.get(text)
+        if part is None:
+            part = self._parts[text] = asyncio.ensure_future(self._make(text))
+        try:
+            return await asyncio.shield(part)
+        except CallError:
+            if self._parts.get(text) is part:
+                del self._parts[text]
+            raise
 
     def forget(self, seed: str) -> None:
         """Drops the texts of one query."""
