@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fanmark.loadgen import cli_engine
 from fanmark.loadgen.errors import FanmarkError
 
 app = typer.Typer(
@@ -24,6 +25,9 @@ serve_app = typer.Typer(
     help="Serves one of our servers until it is ended.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(serve_app, name="serve")
+
+for command in (cli_engine.profiles, cli_engine.calibrate, cli_engine.validate):
+    app.command()(command)
 
 ScenarioArg = Annotated[str, typer.Argument(help="A TOML file, or the name of a bundled scenario (fanmark scenarios).")]
 
@@ -181,6 +185,16 @@ def serve_tools(context: typer.Context) -> int:
     from fanmark.servers.tools import main as tools_main
 
     return tools_main(context.args)
+
+
+@serve_app.command(
+    "vllm", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
+def serve_vllm(context: typer.Context) -> int:
+    """Serves a real vLLM from the virtual environment that it is installed in. --help lists its flags."""
+    from fanmark.servers.vllm import main as vllm_main
+
+    return vllm_main(context.args)
 
 
 if __name__ == "__main__":

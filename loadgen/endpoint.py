@@ -17,6 +17,7 @@ LOST = {
     "stream_options": "streams carry no usage: token counts are unknown",
     "return_token_ids": "replies are re-encoded: input tokens may differ by a few",
     "max_tokens": "max_completion_tokens is sent instead",
+    "thinking_token_budget": "how much of an answer is reasoning is left to the model",
 }
 
 
@@ -67,6 +68,7 @@ class Endpoint(ABC):
         salt: str | None,
         tools: bool,
         samples: int,
+        reasoning_tokens: int,
     ) -> dict[str, Any]:
         """The request, as a JSON object. Parameters that the target refused before are left out."""
         fields: dict[str, Any] = {"model": self.model}
@@ -80,6 +82,8 @@ class Endpoint(ABC):
         fields |= {"max_tokens": max_tokens, "stream": True, "stream_options": {"include_usage": True}}
         if samples > 1:
             fields["n"] = samples
+        if reasoning_tokens and self.config.api == "chat":
+            fields["thinking_token_budget"] = reasoning_tokens
         if forced:
             fields["ignore_eos"] = True
         if salt is not None:

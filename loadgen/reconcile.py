@@ -19,8 +19,11 @@ def client_sums(calls: Sequence[Call]) -> dict[str, int | None]:
     ended = [call for call in calls if call.kind == "call" and call.error is None]
     sums: dict[str, int | None] = {}
     for counter, field in _PAIRS.items():
-        values = [getattr(call, field) for call in ended] if field else [1] * len(ended)
-        sums[counter] = None if None in values else sum(values)
+        values = [getattr(call, field) for call in ended] if field else [call.samples for call in ended]
+        if counter == "prompt_tokens":  # the server reads the prompt once for each sample, usage tells it once
+            values = [v if v is None else v * call.samples for v, call in zip(values, ended, strict=True)]
+        unheard = None in values or (counter == "prompt_tokens_cached" and any(call.samples > 1 for call in ended))
+        sums[counter] = None if unheard else sum(values)
     return sums
 
 

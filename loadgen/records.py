@@ -53,6 +53,7 @@ class Call(msgspec.Struct, omit_defaults=False, kw_only=True):
     reasoning_tokens: int | None = None
     finish: str | None = None
     attempt: int = 1
+    samples: int = 1
     error: str | None = None
     message: str | None = None
     tool_error: bool = False

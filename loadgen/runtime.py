@@ -114,7 +114,9 @@ class QueryRuntime:
         call = self._start("call", role, round, [*messages, *after], target=endpoint.name, lane=endpoint.lane.name)
         try:
             length = self.demand.lengths[str(writes[0])] * times
-            reply = await self._infer(endpoint, call, messages, length, tools, samples)
+            thought = length - self.demand.lengths[str(writes[0])] if reasoning else 0
+            call.samples = samples
+            reply = await self._infer(endpoint, call, messages, length, tools, thought)
         except BaseException as e:
             self._end(call, e)
             raise
@@ -171,7 +173,7 @@ class QueryRuntime:
         self.world.tally.call_finished(call)
 
     async def _infer(
-        self, endpoint: Endpoint, call: Call, messages: Sequence[Message], max_tokens: int, tools: bool, samples: int
+        self, endpoint: Endpoint, call: Call, messages: Sequence[Message], max_tokens: int, tools: bool, thought: int
     ) -> Reply:
         """Makes the prompt and sends it; once more without each parameter that the target refuses."""
         while True:
@@ -186,7 +188,8 @@ class QueryRuntime:
                 forced=self.world.forced,
                 salt=salt,
                 tools=tools,
-                samples=samples,
+                samples=call.samples,
+                reasoning_tokens=thought,
             )
             own = {m.key for m in messages if m.per_query or m.source is not None}
             traffic = self._traffic(salt, prompt, own, endpoint.tool_part if tools else None)

@@ -1,6 +1,7 @@
 """One `fanmark run` from start to end: servers up, target measured, schedule run, results written, servers down."""
 
 import asyncio
+import math
 import signal
 import sys
 import time
@@ -139,19 +140,23 @@ async def _tools(scenario: Scenario, stack: AsyncExitStack) -> ToolSet:
     config = scenario.tools
     specs = [ToolServerSpec(url=server.url, command=server.command) for server in config.server]
     if not specs:
-        latency = config.latency_s
-        if isinstance(latency, Dist):
-            given = {k: v for k, v in msgspec.to_builtins(latency).items() if v is not None and v != float("inf")}
-            text = msgspec.json.encode(given).decode()
-        else:
-            text = str(latency)
-        args = ["--port", "0", "--latency-s", text, "--seed", str(scenario.seed)]
+        latency = _slower(config.latency_s, scenario.stub.time_scale if not scenario.targets else 1.0)
+        args = ["--port", "0", "--latency-s", latency, "--seed", str(scenario.seed)]
         server = await embedded.start("fanmark.servers.tools", args)
         stack.push_async_callback(server.close)
         specs = [ToolServerSpec(url=server.url)]
     servers = await ToolServers.open(specs, config.ready_timeout_s)
     stack.push_async_callback(servers.close)
     return ToolSet(servers, servers.tools, config, embedded=not config.server)
+
+
+def _slower(latency_s: float | Dist, time_scale: float) -> str:
+    """The embedded tools' latency in wall seconds, as JSON."""
+    if not isinstance(latency_s, Dist):
+        return str(latency_s * time_scale)
+    times = {name: getattr(latency_s, name) * time_scale for name in ("mean", "min", "max")}
+    given = {"dist": latency_s.dist, "cv": latency_s.cv} | {k: v for k, v in times.items() if v != math.inf}
+    return msgspec.json.encode(given).decode()
 
 
 def check_lengths(scenario: Scenario, topologies: Mapping[str, Topology], endpoints: Mapping[str, Endpoint]) -> None:

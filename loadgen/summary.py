@@ -90,6 +90,7 @@ def _arm(
         "objective": None,
         "errors": dict(Counter(call.error for call in calls if call.error not in (None, "cancelled"))),
     }
+    found["failures"] = dict(Counter(query.error for query in queries if query.error is not None).most_common(3))
     own_errors = sum(call.tool_error for call in calls)
     if own_errors:
         found["errors"]["tool_error"] = own_errors

@@ -141,6 +141,8 @@ def _checks(summary: Mapping[str, Any]) -> list[str]:
             found.append(
                 f"{name:<8} {queries['failed']} failed, {queries['abandoned']} abandoned of {queries['started']}: {errors}"
             )
+            for message, n in arm["failures"].items():
+                found.append(f"{'':<8} {n} x {message}")
             if queries["failed"] > 0.01 * queries["started"]:
                 found.append(f"{'':<8} more than 1 % failed: latencies are censored")
         if arm["objective"] is not None and arm["objective"]["attainment"] is not None:
