@@ -60,7 +60,8 @@ def _quantile(ordered: Sequence[float], q: float) -> float:
 
 def paired_ratio(own: Mapping[int, float], base: Mapping[int, float], seed: int) -> dict[str, Any] | None:
     """Ratio of means with a 95 % bootstrap interval over queries. Queries that both arms completed are resampled as pairs, which takes out
-    what they have in common; with fewer than two pairs there is no interval. None where the baseline's mean is 0 or an arm is empty."""
+    what they have in common; with fewer than two pairs, or none of the baseline's above 0, there is no interval. None where the baseline's
+    mean is 0 or an arm is empty."""
     if not own or not base:
         return None
     base_mean = math.fsum(base.values()) / len(base)
@@ -68,7 +69,7 @@ def paired_ratio(own: Mapping[int, float], base: Mapping[int, float], seed: int)
         return None
     found: dict[str, Any] = {"ratio": math.fsum(own.values()) / len(own) / base_mean, "low": None, "high": None}
     pairs = sorted(own.keys() & base.keys())
-    if len(pairs) < 2:
+    if len(pairs) < 2 or not any(base[i] for i in pairs):
         return found | {"method": "too few queries"}
     import numpy as np
 
