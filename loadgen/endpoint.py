@@ -4,6 +4,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import msgspec
+
 from fanmark.agents.runtime import Author
 from fanmark.loadgen.lanes.http import HttpError, Sent
 from fanmark.loadgen.lanes.sse import Reply
@@ -51,8 +53,22 @@ class Endpoint(ABC):
         """One call. Raises CallError."""
 
     @abstractmethod
+    async def schema_tokens(self, system: bool) -> int | None:
+        """What the schemas of `tools` add to a chat prompt, one with a system message or without; None where it is not known."""
+
+    @abstractmethod
     async def counters(self) -> dict[str, float] | None:
         """The server's own token counters (vLLM's names), summed over labels; None if it exposes none."""
+
+    async def expose(self, tools: Sequence[dict[str, Any]], *, system: bool) -> None:
+        """Takes the tools' schemas (OpenAI's form) that stand in a tool user's prompts, and measures what they add to a prompt."""
+        self.tools = list(tools)
+        if not tools:
+            return
+        if self.config.api == "completions":
+            self.tool_part = await self.prompts.reply_part("system", msgspec.json.encode(self.tools).decode(), None)
+        else:
+            self.tool_part = Part("", await self.schema_tokens(system))
 
     @property
     def salts_text(self) -> bool:

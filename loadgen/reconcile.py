@@ -1,5 +1,6 @@
 """The server's own counters set against the client's sums. Pure."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,31 @@ _PAIRS = {
     "prompt_tokens_cached": "cached_tokens",
     "request_success": None,
 }
+
+LATENESS = "fanmark_stub_step_lateness_seconds"  # of our stub: how late its steps' results went out, a histogram
+_LATE_SHARE = 0.03
+
+
+def stub_on_time(
+    before: Mapping[str, float] | None, after: Mapping[str, float] | None, mean_call_s: float, time_scale: float
+) -> tuple[bool, str] | None:
+    """Whether the stub kept its own schedule: p99 of its lateness at most 3 % of a call's mean duration (wall seconds both). None where
+    the target is not the stub, or nothing was due."""
+    bounds = sorted((float(key.split(" ")[1]), key) for key in after or () if key.startswith(f"{LATENESS} "))
+    if before is None or after is None or not bounds:
+        return None
+    counts = [(bound, after[key] - before.get(key, 0.0)) for bound, key in bounds]
+    if counts[-1][1] == 0:
+        return None
+    late_s = next(bound for bound, count in counts if count >= 0.99 * counts[-1][1])
+    limit_s = _LATE_SHARE * mean_call_s
+    said = (
+        f"p99 of its lateness is at most {late_s * 1e3:g} ms, 3 % of a call's mean duration is {limit_s * 1e3:.0f} ms"
+    )
+    if late_s <= limit_s:
+        return True, said
+    wanted = min(time_scale * late_s / limit_s, 1000.0) if limit_s else 1000.0
+    return False, f"{said}: the machine is too slow for it, set stub.time_scale = {math.ceil(wanted)}"
 
 
 def client_sums(calls: Sequence[Call]) -> dict[str, int | None]:

@@ -94,6 +94,7 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
         journal.flush()
         queries = read_queries(options.out)
         server = await _reconciled(endpoints, before, queries)
+        stub = await _stub_on_time(endpoints, before, queries, time_scale)
     run_part = {
         "name": scenario.name,
         "id": options.run_id,
@@ -105,7 +106,7 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
         "clock": "real",
         "time_scale": time_scale,
     }
-    found = assemble(scenario, queries, endpoints, server, health, one.drift, run_part, partial=not whole)
+    found = assemble(scenario, queries, endpoints, server, health, one.drift, run_part, stub, partial=not whole)
     (options.out / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
     return Result(found, interrupted=not whole)
 
@@ -261,6 +262,22 @@ async def _reconciled(
     return parts[next(iter(parts))] if len(parts) == 1 else parts
 
 
+async def _stub_on_time(
+    endpoints: Mapping[str, Endpoint],
+    before: Mapping[str, dict[str, float] | None],
+    queries: Sequence[Query],
+    time_scale: float,
+) -> tuple[bool, str] | None:
+    """The worst of the stubs among the targets, None where there is none."""
+    found = []
+    for name, endpoint in endpoints.items():
+        seconds = [c.seconds * time_scale for q in queries for c in q.calls if c.target == name and c.error is None]
+        if seconds:
+            mean_s = math.fsum(seconds) / len(seconds)
+            found.append(reconcile.stub_on_time(before[name], await endpoint.counters(), mean_s, time_scale))
+    return min((each for each in found if each is not None), default=None)
+
+
 def assemble(
     scenario: Scenario,
     queries: Sequence[Query],
@@ -269,6 +286,7 @@ def assemble(
     health: Health,
     drift: Drift,
     run_part: dict[str, Any],
+    stub: tuple[bool, str] | None = None,
     *,
     partial: bool,
 ) -> dict[str, Any]:
@@ -304,7 +322,7 @@ def assemble(
         "partial": partial,
         "run": run_part,
         "target": next(iter(targets.values())) if len(targets) == 1 else targets,
-        "validity": summary.validity(arms, ticked, client, drift.unexplained if knowable else None),
+        "validity": summary.validity(arms, ticked, client, drift.unexplained if knowable else None, stub),
         "arms": arms,
         "client": client,
         "server": server,

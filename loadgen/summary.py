@@ -225,9 +225,14 @@ def _sum(calls: Sequence[Call], name: str) -> int | None:
 
 
 def validity(
-    arms: Mapping[str, Any], server: Mapping[str, Any], client: Mapping[str, Any], unexplained_tokens: int | None
+    arms: Mapping[str, Any],
+    server: Mapping[str, Any],
+    client: Mapping[str, Any],
+    unexplained_tokens: int | None,
+    stub: tuple[bool, str] | None = None,
 ) -> dict[str, Any]:
-    """The six ticks, true | false | null, and `reasons` for each. `unexplained_tokens` None: not knowable."""
+    """The six ticks, true | false | null, and `reasons` for each; for our stub a seventh, whether it kept its schedule.
+    `unexplained_tokens` None: not knowable."""
     ticks: dict[str, tuple[bool | None, str]] = {
         "counted": _counted(arms),
         "reconciled": (server.get("reconciled"), server.get("reason", "")),
@@ -239,6 +244,8 @@ def validity(
             "; ".join(client["reasons"]) or "loop lag and send delays are small",
         ),
     }
+    if stub is not None:
+        ticks["stub_on_time"] = stub
     return {name: ok for name, (ok, _) in ticks.items()} | {
         "reasons": {name: reason for name, (_, reason) in ticks.items()}
     }

@@ -12,7 +12,8 @@ from fanmark.loadgen.endpoint import Endpoint
 from fanmark.loadgen.errors import CallError, ScenarioError, UnreachableError
 from fanmark.loadgen.lanes.http import HttpLane, Sent
 from fanmark.loadgen.lanes.sse import Reply
-from fanmark.loadgen.prompts import ChatPrompts, Part, TokenPrompts, measure_template
+from fanmark.loadgen.prompts import ChatPrompts, TokenPrompts, measure_template
+from fanmark.loadgen.reconcile import LATENESS
 from fanmark.loadgen.scenario import Target
 from fanmark.loadgen.tokenizers import LocalTokenizer, RemoteTokenizer, one_token_words
 from fanmark.servers.tokenizer import Tokenizer as StubTokenizer
@@ -62,21 +63,14 @@ class HttpEndpoint(Endpoint):
                 raise ScenarioError(f'{self.config.url}: api = "completions" needs /tokenize: {e}') from None
             self.notes.append(f"{self.name}: input lengths are approximate, and not compared ({e})")
 
-    async def expose(self, tools: Sequence[dict[str, Any]], system: bool) -> None:
-        """Takes the tools' schemas (OpenAI's form) that stand in a tool user's prompts, and measures what they add to a prompt."""
-        self.tools = list(tools)
-        if not tools:
-            return
-        if self.config.api == "completions":
-            self.tool_part = await self.prompts.reply_part("system", msgspec.json.encode(self.tools).decode(), None)
-        elif self._tokenizer is None or not self.prompts.exact:
-            self.tool_part = Part("", None)
-        else:
-            messages = [{"role": "system", "content": "word"}] * system + [{"role": "user", "content": "word"}]
-            bare, full = await asyncio.gather(
-                self._tokenizer.count_chat(messages), self._tokenizer.count_chat(messages, self.tools)
-            )
-            self.tool_part = Part("", full - bare)
+    async def schema_tokens(self, system: bool) -> int | None:
+        if self._tokenizer is None or not self.prompts.exact:
+            return None
+        messages = [{"role": "system", "content": "word"}] * system + [{"role": "user", "content": "word"}]
+        bare, full = await asyncio.gather(
+            self._tokenizer.count_chat(messages), self._tokenizer.count_chat(messages, self.tools)
+        )
+        return full - bare
 
     async def send(self, body: Mapping[str, Any], headers: Mapping[str, str], sent: Sent) -> Reply:
         path = "completions" if self.config.api == "completions" else "chat/completions"
@@ -99,14 +93,19 @@ class HttpEndpoint(Endpoint):
 
 
 def parse_counters(text: str) -> dict[str, float] | None:
-    """Sums of every `vllm:..._total` counter over its labels, by name without prefix and suffix; None if there is none."""
+    """Sums of every `vllm:..._total` counter over its labels, by name without prefix and suffix, and the stub's lateness by upper bound;
+    None if there is none."""
     found: dict[str, float] = {}
     for line in text.splitlines():
-        name, _, value = line.rpartition(" ")
-        name = name.partition("{")[0]
+        series, _, value = line.rpartition(" ")
+        name, _, labels = series.partition("{")
         if name.startswith("vllm:") and name.endswith("_total"):
             key = name.removeprefix("vllm:").removesuffix("_total")
-            found[key] = found.get(key, 0.0) + float(value)
+        elif name == f"{LATENESS}_bucket":
+            key = f"{LATENESS} {labels.partition('le=')[2][1:-2]}"
+        else:
+            continue
+        found[key] = found.get(key, 0.0) + float(value)
     return found or None
 
 
