@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from fanmark.servers.engine.kv import Table, salt_root
+from fanmark.servers.engine.kv import Table, chained, salt_root
 from fanmark.servers.engine.request import Request
 from fanmark.servers.engine.step_time import BatchShape
 
@@ -151,12 +151,10 @@ class Sequence:
         """The chain, of at least its first `blocks` blocks."""
         chain = self.chain
         if len(chain) < blocks:
-            prompt, output = self.request.prompt, self.request.output
-            parent = chain[-1] if chain else self.root
-            for at in range(len(chain) * block_size - len(prompt), blocks * block_size - len(prompt), block_size):
-                of_prompt = prompt[at:] if at < 0 else ()
-                parent = hash((parent, (*of_prompt, *output[max(0, at) : at + block_size])))
-                chain.append(parent)
+            start, prompt = len(chain) * block_size, self.request.prompt
+            output = self.request.output[max(0, start - len(prompt)) : blocks * block_size - len(prompt)]
+            tokens = (*prompt[start:], *output) if start < len(prompt) else output
+            chain += chained(chain[-1] if chain else self.root, tokens, block_size)
         return chain
 
 

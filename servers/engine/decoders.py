@@ -23,9 +23,6 @@ class Decoders:
         self._size = block_size
         self._offsets = 0
 
-    def __len__(self) -> int:
-        return len(self.members)
-
     def context_tokens(self, number: int) -> int:
         """Sum of the members' contexts in a batch, the token being computed included."""
         return self._offsets + len(self.members) * (number + 1)

@@ -12,9 +12,11 @@ their holders (`_Run`); a hit that ends inside a run splits it. So a request cos
 as it has blocks. Not pretty: two requests that compute the same block both keep it (as in vLLM), hence `_later` and `shadowed`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-_PAGE_BLOCKS = 64
+from fanmark.servers.engine.prompt import Prompt
+
+_PAGE_BLOCKS = (64, 8)  # sizes of the pages in which chains are remembered
 
 
 def salt_root(salt: str) -> int:
@@ -22,38 +24,81 @@ def salt_root(salt: str) -> int:
     return hash(tuple(salt.encode()))
 
 
-class HashChains:
-    """Block hashes of prompts, remembered in pages of 64 blocks, since agents send the same prefixes again and again."""
+def chained(parent: int, tokens: Iterable[int], block_size: int) -> list[int]:
+    """The hashes of the full blocks of `tokens`, each over its parent's and its own tokens."""
+    hashes = []
+    for block in zip(*[iter(tokens)] * block_size, strict=False):
+        parent = hash((parent, block))
+        hashes.append(parent)
+    return hashes
 
-    def __init__(self, block_size: int, *, remembered_pages: int = 20_000) -> None:
+
+class _Prefix:
+    """Some messages that prompts have begun with: what the hashes of the next message's blocks go on from."""
+
+    __slots__ = ("left", "next", "parent")
+
+    def __init__(self, parent: int, left: list[int]) -> None:
+        self.parent = parent  # hash of its last full block
+        self.left = left  # tokens behind that
+        # By identity of the next message: the message (kept, so that its identity stays its own), its hashes, the longer prefix
+        self.next: dict[int, tuple[Sequence[int], list[int], _Prefix]] = {}
+
+
+class HashChains:
+    """Block hashes of prompts, remembered, since agents send the same prefixes again and again: by message where a prompt is in
+    parts (`prompt.Prompt`), which is fastest; else by pages of 64 blocks and of 8."""
+
+    def __init__(self, block_size: int, *, remembered: int = 50_000) -> None:
         self._size = block_size
         self._pages: dict[int, list[int]] = {}
-        self._limit = remembered_pages
+        self._prefixes: dict[str, _Prefix] = {}
+        self._known_prefixes = 0
+        self._limit = remembered
 
     def of(self, tokens: Sequence[int], salt: str) -> list[int]:
         """The hashes of the full blocks of `tokens`, in order."""
-        size, page = self._size, self._size * _PAGE_BLOCKS
-        parent, full, chain = salt_root(salt), len(tokens) // size * size, list[int]()
-        paged = full // page * page
-        for at in range(0, paged, page):
-            key = hash((parent, tuple(tokens[at : at + page])))
-            hashes = self._pages.get(key)
-            if hashes is None:
-                hashes = self._extended(parent, tokens, at, at + page)
-                if len(self._pages) >= self._limit:
-                    self._pages.clear()
-                self._pages[key] = hashes
-            chain += hashes
-            parent = hashes[-1]
-        chain += self._extended(parent, tokens, paged, full)
-        return chain
+        if isinstance(tokens, Prompt):
+            return self._of_parts(tokens.parts, salt)
+        parent, start, chain = salt_root(salt), 0, list[int]()
+        for blocks in _PAGE_BLOCKS:
+            page = blocks * self._size
+            for at in range(start, len(tokens) - page + 1, page):
+                hashes = self._page(parent, tuple(tokens[at : at + page]))
+                chain += hashes
+                parent = hashes[-1]
+            start = len(chain) * self._size
+        return chain + chained(parent, tokens[start:], self._size)
 
-    def _extended(self, parent: int, tokens: Sequence[int], start: int, stop: int) -> list[int]:
-        hashes = []
-        for at in range(start, stop, self._size):
-            parent = hash((parent, tuple(tokens[at : at + self._size])))
-            hashes.append(parent)
+    def _page(self, parent: int, tokens: tuple[int, ...]) -> list[int]:
+        key = hash((parent, tokens))
+        hashes = self._pages.get(key)
+        if hashes is None:
+            hashes = chained(parent, tokens, self._size)
+            if len(self._pages) >= self._limit:
+                self._pages.clear()
+            self._pages[key] = hashes
         return hashes
+
+    def _of_parts(self, parts: Sequence[Sequence[int]], salt: str) -> list[int]:
+        if self._known_prefixes > self._limit:
+            self._prefixes.clear()
+            self._known_prefixes = 0
+        prefix = self._prefixes.get(salt)
+        if prefix is None:
+            prefix = self._prefixes[salt] = _Prefix(salt_root(salt), [])
+        chain: list[int] = []
+        for part in parts:
+            known = prefix.next.get(id(part))
+            if known is None:
+                tokens = [*prefix.left, *part]
+                hashes = chained(prefix.parent, tokens, self._size)
+                longer = _Prefix(hashes[-1] if hashes else prefix.parent, tokens[len(hashes) * self._size :])
+                known = prefix.next[id(part)] = (part, hashes, longer)
+                self._known_prefixes += 1
+            chain += known[1]
+            prefix = known[2]
+        return chain
 
 
 class _Run:
@@ -169,11 +214,15 @@ class KVCache:
             run = _Run(table.cached, [])
             run.holders.add(table)
             table.runs.append(run)
-        for block_hash in chain[table.cached : full_blocks]:
-            run.hashes.append(block_hash)
-            if self._first.setdefault(block_hash, run) is not run:
-                self._later.setdefault(block_hash, []).append(run)
-                run.shadowed += 1
+        new = chain[table.cached : full_blocks]
+        run.hashes += new
+        if self._first.keys().isdisjoint(new):
+            self._first.update(dict.fromkeys(new, run))
+        else:
+            for block_hash in new:
+                if self._first.setdefault(block_hash, run) is not run:
+                    self._later.setdefault(block_hash, []).append(run)
+                    run.shadowed += 1
         table.cached = full_blocks
 
     def release(self, table: Table) -> None:

@@ -263,17 +263,13 @@ class Replica:
         flying = len(self._flights)
         if self._stream or len(self.schedulers) > 1 or flying != self._depth - 1:
             return False
-        run = self._foreseen()
-        if run is None:
-            return False
-        start_at = self._flights[0].end_at if flying else now
-        if run.launch_s > run.first_s or (flying and now + run.launch_s * self.slowdown > start_at):
-            return False  # the processor is behind the chip: step by step
         # Step 1 is scheduled now, asynchronously step 2 at start_at, and each further one at the end of one of the run
-        before = min((inbox[0][0] for inbox in (self._adds, self._aborts) if inbox), default=inf)
+        start_at = self._flights[0].end_at if flying else now
+        before = min([inbox[0][0] for inbox in (self._adds, self._aborts) if inbox], default=inf)
         span_s = (until if until < before else nextafter(before, -inf)) - start_at
-        if flying and span_s < 0.0:
-            return False
+        run = self._foreseen() if span_s >= 0.0 else None
+        if run is None or run.launch_s > run.first_s or (flying and now + run.launch_s * self.slowdown > start_at):
+            return False  # nothing to jump over, or the processor is behind the chip: step by step
         steps = flying + 1 + run.steps_in(span_s, run.steps - flying - 1)
         if steps < 2:
             return False

@@ -254,7 +254,7 @@ class Scheduler:
         Unless something is added or aborted. 0 where it cannot be told.
         """
         decoders, number = self.decoders, self._number
-        if self._walkers or not decoders.members or len(decoders) >= self.config.max_num_batched_tokens:
+        if self._walkers or not decoders.members or len(decoders.members) >= self.config.max_num_batched_tokens:
             return 0
         for batch in self._flights:
             if batch.parts or batch.number in decoders.ends:
@@ -267,7 +267,7 @@ class Scheduler:
         """Schedule `steps` steps of the runway and handle all results but the newest: as many as are on their way now, and one."""
         self._lag = len(self._flights)
         self.kv.take(self.decoders.blocks(self._number, steps))
-        count = len(self.decoders)
+        count = len(self.decoders.members)
         self._number += steps
         self._handled += steps - 1
         self._generated += count * (steps - 1)
@@ -287,7 +287,7 @@ class Scheduler:
     @property
     def decode_shape(self) -> BatchShape:
         """The next step's make-up, if it is pure decode."""
-        count = len(self.decoders)
+        count = len(self.decoders.members)
         return BatchShape(0, count, self.decoders.context_tokens(self._number), 0.0, count)
 
     # Running requests
@@ -300,7 +300,7 @@ class Scheduler:
     def _schedule_together(self, batch: Batch) -> int | None:
         """The running requests' share where all get what they want, or only the last of them less. The budget left, else None."""
         decoders, number, size = self.decoders, batch.number, self.config.block_size
-        budget = self.config.max_num_batched_tokens - len(decoders)
+        budget = self.config.max_num_batched_tokens - len(decoders.members)
         edges = blocks = decoders.edges[number % size]
         if budget < 0:
             return None
@@ -321,7 +321,7 @@ class Scheduler:
         if decoders.members:
             if edges:
                 self.kv.take(edges)
-            batch.decoders = len(decoders)
+            batch.decoders = len(decoders.members)
             batch.context_tokens = decoders.context_tokens(number)
             if self._every_token:
                 batch.members = list(decoders.members)
