@@ -82,8 +82,12 @@ class Speaker:
 
     def answer(self, ask: Ask, prompt: Sequence[int], index: int) -> Answer:
         """The answer of one choice. Raises ApiError where a schema of the request cannot be met."""
-        rng = Random(_seed(ask.seed, prompt, index))
-        room = self._max_model_len - len(prompt)
+        return self.answer_to(ask, len(prompt), prompt_crc(prompt), index)
+
+    def answer_to(self, ask: Ask, prompt_tokens: int, crc: int, index: int) -> Answer:
+        """The answer to a prompt of which only the length and the checksum (`prompt_crc`) are at hand."""
+        rng = Random(_seed(ask.seed, crc, index))
+        room = self._max_model_len - prompt_tokens
         limit = room if ask.max_tokens is None else min(ask.max_tokens, room)
         try:
             if ask.tooling is not None:
@@ -272,8 +276,13 @@ def split_evenly(text: str, parts: int) -> list[str]:
     return [text[k * size // parts : (k + 1) * size // parts] for k in range(parts)]
 
 
-def _seed(seed: int | None, prompt: Sequence[int], index: int) -> int:
-    return crc32(array("q", prompt).tobytes()) | (index << 32) | ((0 if seed is None else seed + (1 << 70)) << 64)
+def prompt_crc(prompt: Sequence[int]) -> int:
+    """The checksum that a prompt's answers are drawn from: crc32 of its token ids as 64-bit numbers, end to end."""
+    return crc32(array("q", prompt).tobytes())
+
+
+def _seed(seed: int | None, crc: int, index: int) -> int:
+    return crc | (index << 32) | ((0 if seed is None else seed + (1 << 70)) << 64)
 
 
 def _piece(kind: str, text: str) -> bytes:

@@ -228,7 +228,7 @@ class _Common:
         options = self._stream_options or {}
         longest = max(map(len, prompts))
         self._check_values(max_tokens)
-        _check_context(longest, min(map(len, prompts)), max_tokens, self._limits.max_model_len)
+        check_context(longest, min(map(len, prompts)), max_tokens, self._limits.max_model_len)
         flags = self._flags
         return Ask(
             api=api,
@@ -276,7 +276,8 @@ class _Common:
             raise bad_value(f"min_tokens must be less than or equal to max_tokens={max_tokens}, got {min_tokens}.")
 
 
-def _check_context(longest: int, shortest: int, max_tokens: int | None, limit: int) -> None:
+def check_context(longest: int, shortest: int, max_tokens: int | None, limit: int) -> None:
+    """Raise ApiError where a prompt is empty, or too long for a context of `limit` tokens; all lengths in tokens."""
     if shortest == 0:
         raise bad_value("The prompt cannot be empty: it has no token.")
     room = limit - (max_tokens or 0)

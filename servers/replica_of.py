@@ -1,7 +1,7 @@
 """A replica out of a profile: how the profile's figures and a user's overrides become an engine."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from fanmark.servers.engine.batch import EngineConfig
@@ -10,6 +10,7 @@ from fanmark.servers.engine.replica import Replica, Step
 if TYPE_CHECKING:
     from fanmark.servers.profiles.profile import Profile
 
+MAX_MODEL_LEN = 131_072
 _OWN = {f.name for f in fields(EngineConfig)}
 
 
@@ -21,6 +22,15 @@ def engine_config(profile: "Profile", overrides: Mapping[str, Any] | None = None
     settings = profile.settings
     given = {name: getattr(settings, name) for name in _OWN if hasattr(settings, name)}
     return EngineConfig(**(given | {name: value for name, value in (overrides or {}).items() if value is not None}))
+
+
+def serving_config(profile: "Profile", overrides: Mapping[str, Any] | None = None) -> EngineConfig:
+    """`engine_config` of a server: unless it is given, `max_model_len` is what the KV cache holds, and not above MAX_MODEL_LEN."""
+    given = dict(overrides or {})
+    config = engine_config(profile, given | {"max_model_len": given.get("max_model_len") or MAX_MODEL_LEN})
+    if given.get("max_model_len"):
+        return config
+    return replace(config, max_model_len=max(1, min(MAX_MODEL_LEN, (config.num_blocks - 1) * config.block_size)))
 
 
 def replica_of(

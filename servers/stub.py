@@ -16,12 +16,12 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from fanmark.servers.faults import KINDS, Fault, FaultError, FaultPlan, parse_fault
+from fanmark.servers.replica_of import MAX_MODEL_LEN
 
 if TYPE_CHECKING:
     from fanmark.servers.stub_app import StubApp
 
 DEFAULT_PROFILE = "qwen3-30b-a3b@h100"
-DEFAULT_MAX_MODEL_LEN = 131_072
 
 
 class StubError(Exception):
@@ -62,7 +62,7 @@ _HELP = {
     "host": "address to listen on",
     "port": "port; 0: any free one",
     "model": "name of the served model; default: the profile's model",
-    "max_model_len": f"longest context in tokens; default {DEFAULT_MAX_MODEL_LEN}, or what the KV cache holds",
+    "max_model_len": f"longest context in tokens; default {MAX_MODEL_LEN}, or what the KV cache holds",
     "time_scale": "wall seconds to a second of the engine; above 1 everything is slower",
     "api_key_env": "environment variable that holds the API key; /v1 then asks for it",
     "max_num_seqs": "requests in a batch at most",
@@ -124,7 +124,7 @@ def build(options: StubOptions) -> "StubApp":
     from fanmark.servers.profiles.parts import ProfileError
     from fanmark.servers.profiles.profile import load_profile
     from fanmark.servers.realtime import RealTime
-    from fanmark.servers.replica_of import engine_config, replica_of
+    from fanmark.servers.replica_of import replica_of, serving_config
     from fanmark.servers.stub_app import AppOptions, StubApp
     from fanmark.servers.tokenizer import Tokenizer, vocabulary
     from fanmark.servers.vllm_metrics import EngineMetrics, cache_info
@@ -133,13 +133,10 @@ def build(options: StubOptions) -> "StubApp":
     names: tuple[str, ...] = ("max_num_seqs", "max_num_batched_tokens", "num_blocks", "block_size", "prefix_caching")
     names = (*names, "max_num_queued_reqs", "max_num_queued_tokens")
     overrides: dict[str, Any] = {name: getattr(options, name) for name in names}
-    overrides |= {"policy": options.scheduling_policy, "max_model_len": options.max_model_len or DEFAULT_MAX_MODEL_LEN}
+    overrides |= {"policy": options.scheduling_policy, "max_model_len": options.max_model_len}
     try:
         profile = load_profile(options.profile)
-        config = engine_config(profile, overrides)
-        if options.max_model_len is None:
-            overrides["max_model_len"] = max(1, min(config.max_model_len, (config.num_blocks - 1) * config.block_size))
-            config = engine_config(profile, overrides)
+        config = serving_config(profile, overrides)
         replica_of(profile, config)
     except (ProfileError, ValueError) as error:
         raise StubError(str(error)) from None
