@@ -120,7 +120,11 @@ def _load(load: Load, objective: Objective | None, queries: Sequence[Query], cal
     end_at = max(query.done_at for query in queries)
     seconds = max(end_at - start_at, 1e-9)
     done = [query for query in queries if query.outcome == "completed"]
-    spans = [(call.sent_at, call.done_at) for call in calls if call.kind == "call" and call.sent_at and call.done_at]
+    spans = [
+        (call.sent_at, call.done_at)
+        for call in calls
+        if call.kind == "call" and call.sent_at is not None and call.done_at is not None
+    ]
     return {
         "offered_qps": load.rate if load.mode == "open" else len(queries) / seconds,
         "completed_qps": len(done) / seconds,
@@ -129,7 +133,7 @@ def _load(load: Load, objective: Objective | None, queries: Sequence[Query], cal
         "input_tokens_per_s": sum(call.input_tokens or 0 for call in calls) / seconds,
         "output_tokens_per_s": sum(call.output_tokens or 0 for call in calls) / seconds,
         "queries_in_flight": occupancy([(query.due_at, query.done_at) for query in queries], start_at, end_at),
-        "calls_in_flight": occupancy([(a, b) for a, b in spans if a and b], start_at, end_at),
+        "calls_in_flight": occupancy(spans, start_at, end_at),
     }
 
 
@@ -191,8 +195,18 @@ def _costs(queries: Sequence[Query], name: str) -> tuple[dict[int, float] | None
     total = math.fsum(known.values())
     if name not in COUNTS or name in ("depth", "width") or total == 0:
         return known, 1.0
-    lost = math.fsum(query.resources[name] or 0.0 for query in queries if query.outcome != "completed")
+    lost = math.fsum(_spent(query, name) for query in queries if query.outcome != "completed")
     return known, (total + lost) / total
+
+
+def _spent(query: Query, name: str) -> float:
+    """What a query that did not complete is known to have spent; of tokens at least those of its calls that ended."""
+    value = query.resources[name]
+    if value is not None:
+        return value
+    if name == "fresh_tokens":
+        return _spent(query, "input_tokens") - _spent(query, "cached_tokens")
+    return math.fsum(getattr(call, name, None) or 0 for call in query.calls if call.kind == "call")
 
 
 def _by(queries: Sequence[Query], group: Callable[[Call], str]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def _histograms(bounds: Sequence[float], names: Sequence[str]) -> dict[str, Hist
 
 @dataclass
 class ArmTally:
-    """One arm's sums. Warm-up queries are in none of them but the calls in flight."""
+    """One arm's sums. Warm-up queries are in none of them but the calls in flight. Tokens that no server told of have no entry."""
 
     topology: str
     started: int = 0
@@ -92,9 +92,10 @@ class Tally:
             arm.tool_s.setdefault(tool, Histogram(SECONDS)).add(call.seconds)
             return
         arm.calls[call.role, outcome] += 1
-        for kind in ("input", "cached", "output", "reasoning"):
-            arm.tokens[kind] += getattr(call, TOKEN_KINDS[kind]) or 0
-        arm.tokens["fresh"] += (call.input_tokens or 0) - (call.cached_tokens or 0)
+        tokens = {kind: getattr(call, name, None) for kind, name in TOKEN_KINDS.items()}
+        if call.input_tokens is not None and call.cached_tokens is not None:
+            tokens["fresh"] = call.input_tokens - call.cached_tokens
+        arm.tokens.update({kind: n for kind, n in tokens.items() if n is not None})
         if call.sent_at is None:
             return
         self.send_delay_s.add(call.sent_at - call.due_at)
