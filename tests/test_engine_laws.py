@@ -68,7 +68,7 @@ def check_index(scheduler: Scheduler, runs: list[Any]) -> None:
         assert all(run is kv._first[key] or run in kv._later[key] for key in run.hashes)
 
 
-def check_step(scheduler: Scheduler, batch: Batch | None, free_seats: int) -> None:
+def check_step(scheduler: Scheduler, batch: Batch | None) -> None:
     config = scheduler.config
     assert sorted(map(id, scheduler._sequences.values())) == sorted(map(id, [*scheduler.running, *scheduler.waiting]))
     assert len(scheduler.running) <= config.max_num_seqs
@@ -102,20 +102,10 @@ def drive(scheduler: Scheduler, workload: Workload, depth: int) -> list[Any]:
             except ValueError:
                 ended[request.id] += 1
         idle_before = not flights
-        waiting = len(scheduler.waiting)
         batch = scheduler.schedule()
-        check_step(scheduler, batch, waiting)
+        check_step(scheduler, batch)
         if batch is not None:
-            log.append(
-                (
-                    batch.scheduled,
-                    sorted(batch.preempted),
-                    batch.cached,
-                    batch.running,
-                    batch.waiting,
-                    batch.kv_cache_usage,
-                )
-            )
+            log.append((batch.scheduled, sorted(batch.preempted), batch.cached, scheduler.statistics()))
             log.append(tuple(batch.shape))
             if len(batch):
                 flights.append(batch)

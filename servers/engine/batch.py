@@ -32,6 +32,24 @@ class EngineConfig:
             raise ValueError(f"policy = {self.policy!r}: give fcfs or priority")
 
 
+def check_size(request: Request, config: EngineConfig) -> None:
+    """ValueError for a request that could never be served."""
+    if not request.prompt or not request.output:
+        raise ValueError(f"request {request.id}: prompt and output need at least one token each")
+    if len(request.prompt) >= config.max_model_len:
+        raise ValueError(
+            f"request {request.id}: {len(request.prompt)} prompt tokens, max_model_len is {config.max_model_len}: "
+            "shorten the prompt"
+        )
+    tokens = min(len(request.prompt) + len(request.output), config.max_model_len) - 1
+    blocks, total = -(-tokens // config.block_size), config.num_blocks - 1
+    if blocks > total:
+        raise ValueError(
+            f"request {request.id}: {tokens} tokens of context need {blocks} KV blocks, there are {total}: "
+            "shorten it or give more blocks"
+        )
+
+
 class Rejected(Exception):
     """The queue is full: HTTP 503. `reason` is the name of the limit, as vLLM's counter labels it."""
 
@@ -126,6 +144,12 @@ class Sequence:
         cached = self.table.cached
         return self.chain[cached - 1] if cached else self.root
 
+    @property
+    def wanted(self) -> int:
+        """Tokens that it could compute now, unless it is lazy; none when its last token is on its way."""
+        known = self.tokens + self.placeholders
+        return 0 if self.placeholders and known >= self.last_tokens else known - self.computed
+
     def known(self, handled: int) -> int:
         """Tokens known when the results of `handled` batches are in."""
         return self.base + max(0, handled - self.since) if self.lazy else self.tokens
@@ -178,13 +202,10 @@ class Batch:
         "cached",
         "context_tokens",
         "decoders",
-        "kv_cache_usage",
         "members",
         "number",
         "parts",
         "preempted",
-        "running",
-        "waiting",
     )
 
     def __init__(self, number: int) -> None:
@@ -195,8 +216,6 @@ class Batch:
         self.context_tokens = 0  # of the decoders
         self.preempted: list[str] = []
         self.cached: dict[str, int] = {}  # tokens found in the prefix cache, by request admitted
-        self.running = self.waiting = 0
-        self.kv_cache_usage = 0.0
 
     def __len__(self) -> int:
         """Requests that it computes tokens of."""
@@ -209,6 +228,12 @@ class Batch:
                 del self.parts[i]
                 return part.tokens
         return 0
+
+    def withdraw(self, decoder: Sequence) -> None:
+        """Count a decoder no longer."""
+        self.decoders -= 1
+        if decoder in self.members:
+            self.members.remove(decoder)
 
     @property
     def scheduled(self) -> dict[str, int]:

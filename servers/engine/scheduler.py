@@ -15,18 +15,16 @@ are `walkers`. `_schedule_together` decides a step where nobody can get in anoth
 `_schedule_one_by_one` follows the rules to the letter. The tests hold the two equal.
 """
 
-from bisect import insort
 from collections import deque
 from operator import attrgetter
 
-from fanmark.servers.engine.batch import Batch, EngineConfig, Output, Part, Rejected, Sequence, Statistics
-from fanmark.servers.engine.decoders import Decoders
-from fanmark.servers.engine.kv import HashChains, Hit, KVCache
+from fanmark.servers.engine.batch import Batch, EngineConfig, Output, Part, Sequence, Statistics, check_size
+from fanmark.servers.engine.ledger import Ledger
+from fanmark.servers.engine.queue import WaitingQueue
 from fanmark.servers.engine.request import Request
 from fanmark.servers.engine.step_time import BatchShape
 
 _order = attrgetter("order")
-_rank = attrgetter("rank")
 
 
 class Scheduler:
@@ -37,22 +35,18 @@ class Scheduler:
 
     def __init__(self, config: EngineConfig, *, every_token: bool = True) -> None:
         self.config = config
-        self.kv = KVCache(config.num_blocks, prefix_caching=config.prefix_caching)
+        self._ledger = Ledger(config)
+        self.kv = self._ledger.kv
         self.running: list[Sequence] = []  # in order of admission
-        self.waiting: deque[Sequence] = deque()  # "priority": sorted by Sequence.rank
-        self.decoders = Decoders(config.block_size)
+        self.waiting = WaitingQueue(config)
+        self.decoders = self._ledger.decoders
         self._walkers: list[Sequence] = []  # running requests that are not lazy, in order
         self._flights: deque[Batch] = deque()  # scheduled, result not handled
         self._number = self._handled = 0  # of the next batch; results handled
-        self._lag = 0  # steps that were on their way when the last one was scheduled
         self._every_token = every_token
         self._sequences: dict[str, Sequence] = {}
-        self._chains = HashChains(config.block_size)
         self._watermark_blocks = int(config.watermark * config.num_blocks)
-        self._blocked: tuple[Sequence, int] | None = None  # head of the queue, and the free blocks that it lacks
-        self._blocked_chain: set[int] = set()
         self._added = self._admitted = 0
-        self._queued_tokens = 0  # prompt tokens of requests without a first token
         self._preemptions = self._queries = self._hits = self._prompt_tokens = self._generated = 0
 
     def __repr__(self) -> str:
@@ -81,26 +75,8 @@ class Scheduler:
 
         `more_*`: requests, and prompt tokens of them, that are on their way to `add`.
         """
-        config, size = self.config, self.config.block_size
-        if not request.prompt or not request.output:
-            raise ValueError(f"request {request.id}: prompt and output need at least one token each")
-        if len(request.prompt) >= config.max_model_len:
-            raise ValueError(
-                f"request {request.id}: {len(request.prompt)} prompt tokens, max_model_len is {config.max_model_len}: "
-                "shorten the prompt"
-            )
-        tokens = min(len(request.prompt) + len(request.output), config.max_model_len) - 1
-        if -(-tokens // size) > self.kv.total:
-            raise ValueError(
-                f"request {request.id}: {tokens} tokens of context need {-(-tokens // size)} KV blocks, there are "
-                f"{self.kv.total}: shorten it or give more blocks"
-            )
-        limit = config.max_num_queued_reqs
-        if limit is not None and len(self) + more_requests + 1 > limit:
-            raise Rejected("max_num_queued_reqs")
-        limit = config.max_num_queued_tokens
-        if limit is not None and self._queued_tokens + more_tokens >= limit:
-            raise Rejected("max_num_queued_tokens")
+        check_size(request, self.config)
+        self.waiting.check(len(self) + more_requests, more_tokens)
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises what `check` raises, and ValueError for an id that is in use."""
@@ -111,15 +87,10 @@ class Scheduler:
         """Queue a request that `check` has let pass."""
         if request.id in self._sequences:
             raise ValueError(f"request id {request.id} is in use: ids are unique among unfinished requests")
-        chain = self._chains.of(request.prompt, request.salt) if self.config.prefix_caching else []
         self._added += 1
-        sequence = Sequence(request, chain, self.config.max_model_len, self._added)
+        sequence = Sequence(request, self._ledger.chain(request), self.config.max_model_len, self._added)
         self._sequences[request.id] = sequence
-        self._queued_tokens += sequence.prompt_tokens
-        if self.config.policy == "priority":
-            insort(self.waiting, sequence, key=_rank)
-        else:
-            self.waiting.append(sequence)
+        self.waiting.add(sequence)
 
     def abort(self, request_id: str) -> bool:
         """Drop a request and free its blocks. False if it is not there (any more)."""
@@ -128,9 +99,9 @@ class Scheduler:
             return False
         if sequence.lazy:
             for batch in self._settle(sequence):
-                _withdraw(batch, sequence)
+                batch.withdraw(sequence)
         if not sequence.has_first:
-            self._queued_tokens -= sequence.prompt_tokens
+            self.waiting.prefill_tokens -= sequence.prompt_tokens
         self._drop(sequence)
         return True
 
@@ -163,12 +134,11 @@ class Scheduler:
         if budget is None:
             self._settle_all()
             budget = self._schedule_one_by_one(batch, self.config.max_num_batched_tokens)
-        lag, self._lag = self._lag, len(self._flights)
+        lag, self._ledger.lag = self._ledger.lag, len(self._flights)
         if self.waiting and not batch.preempted:
             self._schedule_waiting(batch, budget)
-        batch.running, batch.waiting, batch.kv_cache_usage = len(self.running), len(self.waiting), self.kv.usage
         if not len(batch):
-            self._lag = lag
+            self._ledger.lag = lag
             return batch if batch.preempted else None
         for part in batch.parts:
             sequence = part.sequence
@@ -178,9 +148,7 @@ class Scheduler:
                 sequence.placeholders += 1
                 part.samples = True
                 self._walkers.remove(sequence)
-                self.decoders.join(sequence, number)
-                if self._blocked and sequence.last_hash in self._blocked_chain:
-                    self._blocked = None
+                self._ledger.join(sequence, number)
         self._flights.append(batch)
         self._number += 1
         return batch
@@ -221,7 +189,7 @@ class Scheduler:
             if not stale:
                 sequence.placeholders -= 1
             if sequence.is_running:
-                self._commit(sequence, sequence.computed - sequence.placeholders)
+                self._ledger.fill(sequence, sequence.computed - sequence.placeholders, self._number - 1)
         return True
 
     def _bring(self, sequence: Sequence, number: int, outputs: list[Output]) -> None:
@@ -229,7 +197,7 @@ class Scheduler:
         known, first = sequence.known(self._handled), not sequence.has_first
         if first:
             sequence.has_first = True
-            self._queued_tokens -= sequence.prompt_tokens
+            self.waiting.prefill_tokens -= sequence.prompt_tokens
             self._prompt_tokens += sequence.prompt_tokens
         finished = known >= sequence.last_tokens
         if finished:
@@ -259,20 +227,21 @@ class Scheduler:
         for batch in self._flights:
             if batch.parts or batch.number in decoders.ends:
                 return 0
-        if self.waiting and len(self.running) < self.config.max_num_seqs and not self._still_blocked():
+        full = len(self.running) >= self.config.max_num_seqs
+        if self.waiting and not full and not self._ledger.still_blocked(self.waiting.head):
             return 0
         return decoders.steps_with_blocks(number, decoders.first_end() - number + 1, self.kv.free)
 
     def run(self, steps: int) -> None:
         """Schedule `steps` steps of the runway and handle all results but the newest: as many as are on their way now, and one."""
-        self._lag = len(self._flights)
+        flights = self._ledger.lag = len(self._flights)
         self.kv.take(self.decoders.blocks(self._number, steps))
         count = len(self.decoders.members)
         self._number += steps
         self._handled += steps - 1
         self._generated += count * (steps - 1)
         self._flights.clear()
-        for number in range(self._number - 1 - self._lag, self._number):
+        for number in range(self._number - 1 - flights, self._number):
             batch = Batch(number)
             batch.decoders = count
             if self._every_token:
@@ -306,7 +275,7 @@ class Scheduler:
             return None
         shares: list[tuple[Sequence, int, int]] = []
         for sequence in self._walkers:
-            wanted = min(_wanted(sequence), self._long_prefill_limit())
+            wanted = min(sequence.wanted, self._long_prefill_limit())
             if wanted > budget:
                 if self._decoder_behind(sequence):
                     return None
@@ -338,38 +307,33 @@ class Scheduler:
         for sequence in self.running:
             if sequence.lazy:
                 for batch in self._settle(sequence):
-                    _withdraw(batch, sequence)
+                    batch.withdraw(sequence)
                     batch.parts.append(Part(sequence, sequence.offset + batch.number, 1, True, True))
                     sequence.in_flight += 1
         self._walkers = list(self.running)
 
     def _settle(self, sequence: Sequence) -> list[Batch]:
         """A lazy request stops being lazy, with the blocks and hashes that it has by now; the batches that count it as a decoder."""
-        tokens = self._committed(sequence, self._number - 1)
-        self._become_walker(sequence, tokens)
+        self._become_walker(sequence, self._ledger.committed(sequence, self._number - 1))
         return [batch for batch in self._flights if sequence.joined <= batch.number <= sequence.last]
 
     def _become_walker(self, sequence: Sequence, tokens: int) -> None:
         self.decoders.forget(sequence)
-        self._fill(sequence, tokens // self.config.block_size, self._number - 1)
+        self._ledger.fill(sequence, tokens, self._number - 1)
         sequence.settle(self._number, self._handled, self.config.block_size)
         self._walkers.append(sequence)
 
-    def _committed(self, sequence: Sequence, number: int) -> int:
-        """Tokens of a lazy request whose blocks have hashes once batch `number` is scheduled: those known by then."""
-        return sequence.offset + min(number, sequence.last) + 1 - self._lag
-
     def _give(self, batch: Batch, sequence: Sequence, tokens: int, blocks: int) -> None:
         """A running request computes `tokens` in this batch and takes `blocks` new blocks for them."""
-        decode = sequence.computed >= sequence.prompt_tokens and _wanted(sequence) == 1
+        decode = sequence.computed >= sequence.prompt_tokens and sequence.wanted == 1
         batch.parts.append(Part(sequence, sequence.computed, tokens, decode))
-        self._take(sequence, blocks, sequence.computed + tokens)
+        self._ledger.take(sequence, blocks, sequence.computed + tokens, self._number)
 
     def _schedule_one_by_one(self, batch: Batch, budget: int) -> int:
         longest, at = self._long_prefill_limit(), 0
         while at < len(self.running) and budget > 0:
             sequence = self.running[at]
-            tokens = min(_wanted(sequence), longest, budget)
+            tokens = min(sequence.wanted, longest, budget)
             if tokens == 0:
                 at += 1
                 continue
@@ -403,10 +367,7 @@ class Scheduler:
         victim.stale = victim.in_flight  # results on their way still count, but not against what is computed
         victim.preemptions += 1
         self._preemptions += 1
-        if self.config.policy == "priority":
-            insort(self.waiting, victim, key=_rank)
-        else:
-            self.waiting.appendleft(victim)
+        self.waiting.put_back(victim)
 
     # Waiting requests
 
@@ -414,54 +375,27 @@ class Scheduler:
         config, size, longest = self.config, self.config.block_size, self._long_prefill_limit()
         skipped: list[Sequence] = []
         while self.waiting and budget > 0 and len(self.running) < config.max_num_seqs:
-            sequence = self.waiting[0]
+            sequence = self.waiting.head
             if sequence.stale:  # a token of it is still on its way: one step later
-                skipped.append(self.waiting.popleft())
+                skipped.append(self.waiting.pop())
                 continue
-            if self._still_blocked():
+            if self.running and self._ledger.still_blocked(sequence):
                 break
-            full = (sequence.tokens - 1) // size
-            hit, settled = self._lookup(sequence, full)
-            lacking = -(-sequence.tokens // size) - hit.blocks + hit.free
-            lacking += self._watermark_blocks if self.running else 0
-            if lacking > self.kv.free:
-                if settled:
-                    self._blocked, self._blocked_chain = (sequence, lacking), {*sequence.chain, sequence.root}
+            hit = self._ledger.admissible(sequence, self._number, self._watermark_blocks if self.running else 0)
+            if hit is None:
                 break
-            self._blocked = None
-            self.waiting.popleft()
+            self.waiting.pop()
             computed = hit.blocks * size
             tokens = min(sequence.tokens - computed, longest, budget)
             self.kv.hold(sequence.table, hit)
             batch.cached[sequence.id] = sequence.computed = computed
             self._admit(sequence, computed)
-            self._take(sequence, -(-(computed + tokens) // size) - hit.blocks, computed + tokens)
+            blocks = -(-(computed + tokens) // size) - hit.blocks
+            self._ledger.take(sequence, blocks, computed + tokens, self._number)
             batch.parts.append(Part(sequence, computed, tokens, False))
             budget -= tokens
-        self.waiting.extendleft(reversed(skipped))
-
-    def _lookup(self, sequence: Sequence, full: int) -> tuple[Hit, bool]:
-        """Its longest cached prefix, of at most `full` blocks; and whether no running request may go on just where the hit ends."""
-        if not self.config.prefix_caching:
-            return self.kv.lookup((), 0), True
-        chain = sequence.hashes(full, self.config.block_size)
-        while True:
-            hit = self.kv.lookup(chain, full)
-            others = self.decoders.on_chain(chain, sequence.root, hit.blocks) if hit.blocks < full else []
-            if not any([self._catch_up(other, self._number) for other in others]):
-                return hit, not others
-
-    def _catch_up(self, sequence: Sequence, number: int) -> bool:
-        """Hash the blocks that a lazy request has filled once batch `number` is scheduled; whether there are any."""
-        before = sequence.table.cached
-        self._fill(sequence, self._committed(sequence, number) // self.config.block_size, number)
-        self.decoders.lazy[sequence] = sequence.last_hash
-        return sequence.table.cached > before
-
-    def _still_blocked(self) -> bool:
-        """Whether the head of the queue was found to lack blocks, and nothing has changed since that could help it."""
-        blocked = self._blocked
-        return bool(blocked and self.running and blocked[0] is self.waiting[0] and blocked[1] > self.kv.free)
+        for sequence in reversed(skipped):
+            self.waiting.put_back(sequence)
 
     def _admit(self, sequence: Sequence, hits: int) -> None:
         self._admitted += 1
@@ -473,53 +407,3 @@ class Scheduler:
             sequence.cached_tokens = hits
             self._queries += sequence.tokens
             self._hits += hits
-
-    def _take(self, sequence: Sequence, blocks: int, tokens: int) -> None:
-        """Blocks for `tokens` tokens; those that are full of known tokens get their hashes."""
-        if blocks > 0:
-            sequence.table.blocks += blocks
-            self.kv.take(blocks)
-        full = min(tokens, sequence.tokens) // self.config.block_size
-        self._fill(sequence, full, self._number, scheduling=True)
-
-    def _commit(self, sequence: Sequence, tokens: int) -> None:
-        """A walker's first `tokens` tokens are computed and known: hash the blocks that are full."""
-        self._fill(sequence, tokens // self.config.block_size, self._number - 1)
-
-    def _fill(self, sequence: Sequence, full: int, number: int, *, scheduling: bool = False) -> None:
-        """Hash the first `full` blocks of a request, after those of lazy ones that had the same before.
-
-        Those have what they have once batch `number` is scheduled; while it is being scheduled, only those admitted before.
-        """
-        table = sequence.table
-        if full <= table.cached or not self.config.prefix_caching:
-            return
-        chain = sequence.hashes(full, self.config.block_size)
-        for other in self.decoders.on_chain(chain, sequence.root, full - 1):
-            if other is not sequence and _was_before(other, sequence):
-                self._catch_up(other, number - (scheduling and other.order > sequence.order))
-        if self._blocked is not None and not self._blocked_chain.isdisjoint(chain[table.cached : full]):
-            self._blocked = None  # the head of the queue may now hit what others hold
-        self.kv.commit(table, chain, full)
-
-
-def _was_before(other: Sequence, sequence: Sequence) -> bool:
-    """Whether `other`, which is lazy, filled each block before `sequence` did, if they have the same ones."""
-    if not sequence.lazy:
-        return True
-    return other.offset > sequence.offset or (other.offset == sequence.offset and other.order < sequence.order)
-
-
-def _wanted(sequence: Sequence) -> int:
-    """Tokens that a walker could compute now; none when its last token is on its way."""
-    known = sequence.tokens + sequence.placeholders
-    if sequence.placeholders and known >= sequence.last_tokens:
-        return 0
-    return known - sequence.computed
-
-
-def _withdraw(batch: Batch, sequence: Sequence) -> None:
-    """Take a decoder out of a batch on its way."""
-    batch.decoders -= 1
-    if sequence in batch.members:
-        batch.members.remove(sequence)
