@@ -69,14 +69,17 @@ def paired_ratio(own: Mapping[int, float], base: Mapping[int, float], seed: int)
         return None
     found: dict[str, Any] = {"ratio": math.fsum(own.values()) / len(own) / base_mean, "low": None, "high": None}
     pairs = sorted(own.keys() & base.keys())
-    if len(pairs) < 2 or not any(base[i] for i in pairs):
-        return found | {"method": "too few queries"}
+    too_few = found | {"method": "too few queries"}
+    if len(pairs) < 2:
+        return too_few
     import numpy as np
 
     a, b = np.array([own[i] for i in pairs]), np.array([base[i] for i in pairs])
     picked = np.random.default_rng(seed).integers(0, len(pairs), (RESAMPLES, len(pairs)))
     means = b[picked].mean(axis=1)
     ratios = a[picked].mean(axis=1)[means > 0] / means[means > 0]
+    if not ratios.size:
+        return too_few
     low, high = np.quantile(ratios, [0.025, 0.975])
     return found | {"low": float(low), "high": float(high), "method": "paired bootstrap over queries"}
 
