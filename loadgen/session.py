@@ -33,6 +33,8 @@ from fanmark.loadgen.toolset import ToolSet
 
 _COUNTERS_SETTLE_S = 2.0
 
+ClientReport = Callable[[Sequence[float], float, float | None], dict[str, Any]]  # see Health.report
+
 
 @dataclass(frozen=True)
 class Options:
@@ -65,9 +67,8 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
         return (loop.time() - origin) / time_scale
 
     async with AsyncExitStack() as stack:
-        uses_tools = any(arm.topology in _tool_users(topologies) for arm in scenario.arms)
         targets = dict(scenario.targets) or {"default": await _stub(scenario, stack)}
-        tools = await _tools(scenario, stack) if uses_tools else None
+        tools = await _tools(scenario, stack) if uses_tools(scenario, topologies) else None
         endpoints: dict[str, HttpEndpoint] = {}
         for name, target in targets.items():
             endpoints[name] = await connect(name, target, now)
@@ -78,7 +79,7 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
         tally = Tally({arm.name: arm.topology for arm in scenario.arms}, scenario.baseline.name)
         port, stop_metrics = serve(tally, options.metrics_port)
         stack.callback(stop_metrics)
-        journal = _open_folder(options.out, scenario)
+        journal = open_folder(options.out, scenario)
         stack.callback(journal.close)
         one = Run(scenario, topologies, endpoints, tools, tally, journal, options.run_id, now, time_scale)
         if options.progress is not None:
@@ -106,19 +107,19 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
         "clock": "real",
         "time_scale": time_scale,
     }
-    found = assemble(scenario, queries, endpoints, server, health, one.drift, run_part, stub, partial=not whole)
+    found = assemble(scenario, queries, endpoints, server, health.report, one.drift, run_part, stub, partial=not whole)
     (options.out / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
     return Result(found, interrupted=not whole)
 
 
-def _tool_users(topologies: Mapping[str, Topology]) -> set[str]:
-    """Topologies that by their closed form call tools or read their schemas."""
-    users = set()
-    for name, topology in topologies.items():
+def uses_tools(scenario: Scenario, topologies: Mapping[str, Topology]) -> bool:
+    """Whether any arm by its closed form calls tools or reads their schemas; without a closed form it may."""
+    for name in {arm.topology for arm in scenario.arms}:
+        topology = topologies[name]
         form = topology.expected(topology.params(), Undrawn()) if topology.expected is not None else None
         if form is None or form.tool_calls or ("tools",) in form.reads:
-            users.add(name)
-    return users
+            return True
+    return False
 
 
 async def _stub(scenario: Scenario, stack: AsyncExitStack) -> Target:
@@ -141,7 +142,7 @@ async def _tools(scenario: Scenario, stack: AsyncExitStack) -> ToolSet:
     config = scenario.tools
     specs = [ToolServerSpec(url=server.url, command=server.command) for server in config.server]
     if not specs:
-        latency = _slower(config.latency_s, scenario.stub.time_scale if not scenario.targets else 1.0)
+        latency = tool_latency(config.latency_s, scenario.stub.time_scale if not scenario.targets else 1.0)
         args = ["--port", "0", "--latency-s", latency, "--seed", str(scenario.seed)]
         server = await embedded.start("fanmark.servers.tools", args)
         stack.push_async_callback(server.close)
@@ -151,7 +152,7 @@ async def _tools(scenario: Scenario, stack: AsyncExitStack) -> ToolSet:
     return ToolSet(servers, servers.tools, config, embedded=not config.server)
 
 
-def _slower(latency_s: float | Dist, time_scale: float) -> str:
+def tool_latency(latency_s: float | Dist, time_scale: float) -> str:
     """The embedded tools' latency in wall seconds, as JSON."""
     if not isinstance(latency_s, Dist):
         return str(latency_s * time_scale)
@@ -189,7 +190,8 @@ def scenario_kinds(lengths: Mapping[str, int]) -> set[str]:
     return set(lengths) - replies
 
 
-def _open_folder(out: Path, scenario: Scenario) -> Journal:
+def open_folder(out: Path, scenario: Scenario) -> Journal:
+    """The run's folder with its scenario.toml, and a journal in it. Raises ScenarioError where it holds a run or cannot be written."""
     import tomli_w
 
     if (out / "queries.jsonl").exists() or (out / "summary.json").exists():
@@ -283,7 +285,7 @@ def assemble(
     queries: Sequence[Query],
     endpoints: Mapping[str, Endpoint],
     server: dict[str, Any],
-    health: Health,
+    client_report: ClientReport,
     drift: Drift,
     run_part: dict[str, Any],
     stub: tuple[bool, str] | None = None,
@@ -295,7 +297,7 @@ def assemble(
     counted = [c for q in queries if not q.warmup for c in q.calls if c.kind == "call" and c.sent_at is not None]
     ttft = sorted(c.first_at - c.sent_at for c in counted if c.first_at is not None and c.sent_at is not None)
     chunks = sum(merge_gaps([c.gaps for c in counted]).values())
-    client = health.report(
+    client = client_report(
         [c.sent_at - c.due_at for c in counted if c.sent_at is not None],
         sum(c.coalesced for c in counted) / chunks if chunks else 0.0,
         ttft[len(ttft) // 2] if ttft else None,

@@ -82,10 +82,10 @@ class Speaker:
 
     def answer(self, ask: Ask, prompt: Sequence[int], index: int) -> Answer:
         """The answer of one choice. Raises ApiError where a schema of the request cannot be met."""
-        return self.answer_to(ask, len(prompt), prompt_crc(prompt), index)
+        return self.answer_to(ask, len(prompt), crc32(prompt_data(prompt)), index)
 
     def answer_to(self, ask: Ask, prompt_tokens: int, crc: int, index: int) -> Answer:
-        """The answer to a prompt of which only the length and the checksum (`prompt_crc`) are at hand."""
+        """The answer to a prompt of which only the length and the checksum (crc32 of `prompt_data`) are at hand."""
         rng = Random(_seed(ask.seed, crc, index))
         room = self._max_model_len - prompt_tokens
         limit = room if ask.max_tokens is None else min(ask.max_tokens, room)
@@ -276,9 +276,9 @@ def split_evenly(text: str, parts: int) -> list[str]:
     return [text[k * size // parts : (k + 1) * size // parts] for k in range(parts)]
 
 
-def prompt_crc(prompt: Sequence[int]) -> int:
-    """The checksum that a prompt's answers are drawn from: crc32 of its token ids as 64-bit numbers, end to end."""
-    return crc32(array("q", prompt).tobytes())
+def prompt_data(ids: Sequence[int]) -> bytes:
+    """Token ids as 64-bit numbers: a prompt's answers are drawn from the crc32 of this, its parts end to end."""
+    return array("q", ids).tobytes()
 
 
 def _seed(seed: int | None, crc: int, index: int) -> int:

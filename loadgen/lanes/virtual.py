@@ -1,0 +1,252 @@
+"""The virtual lane: the stub's engine, prompts and answers in process, without HTTP, on a loop whose clock jumps (clock.py).
+
+Rules of the file:
+1. A request is read, checked and answered by the code that the stub uses, so both clocks see the same tokens, limits and refusals.
+2. What a request says apart from its texts is read once and remembered: a run's calls differ in little else.
+3. One timer: the loop wakes at the engine's next event, not at every step or token. A call is one future.
+4. Stamps are the engine's own. What a network and a client add in real time is not there.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+from zlib import crc32
+
+import msgspec
+
+from fanmark.loadgen.endpoint import Endpoint
+from fanmark.loadgen.errors import CallError
+from fanmark.loadgen.lanes.http import HttpError, Sent
+from fanmark.loadgen.lanes.sse import Reply, Usage
+from fanmark.loadgen.prompts import ChatPrompts, Template, TokenPrompts
+from fanmark.loadgen.records import gap_bucket
+from fanmark.loadgen.scenario import Target
+from fanmark.loadgen.tokenizers import LocalTokenizer
+from fanmark.servers.answers import Answer, Lengths, Speaker, prompt_data
+from fanmark.servers.body_fields import ApiError
+from fanmark.servers.engine.batch import Rejected
+from fanmark.servers.engine.prompt import Prompt
+from fanmark.servers.engine.replica import Event, Replica
+from fanmark.servers.engine.request import Request
+from fanmark.servers.openai_api import Ask, Limits, check_context, parse_chat, parse_completions
+from fanmark.servers.profiles import Profile
+from fanmark.servers.prompts import message_texts, tools_text
+from fanmark.servers.replica_of import replica_of, serving_config
+from fanmark.servers.tokenizer import Tokenizer, vocabulary
+
+_REMEMBERED_TEXTS = 20_000
+_TEXTS_OF_A_CALL = frozenset(("messages", "prompt", "tools", "cache_salt"))
+
+
+class VirtualLane:
+    """A replica on the running loop's clock."""
+
+    name = "virtual"
+
+    def __init__(self, replica: Replica) -> None:
+        self.replica = replica
+        self.finished = self.cached_tokens = (
+            0  # requests that ended by themselves; tokens of their prompts that were cached
+        )
+        self._waiting: dict[str, asyncio.Future[Event]] = {}
+        self._timer: asyncio.Handle | None = None
+        self._turning = False  # the timer is set for this very moment
+
+    def __repr__(self) -> str:
+        return f"<VirtualLane {len(self._waiting)} requests, {self.replica!r}>"
+
+    async def generate(self, requests: Sequence[Request]) -> list[Event]:
+        """The last event of each request, when all have ended. Raises Rejected, or ValueError for what could never be served; then, and
+        when it is cancelled, none of them stays in the engine."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        try:
+            for request in requests:
+                request.arrived_at = now
+                self.replica.add(request, now)
+                self._waiting[request.id] = loop.create_future()
+            self._turn_now()
+            return [await future for future in [self._waiting[request.id] for request in requests]]
+        finally:
+            for request in requests:
+                if self._waiting.pop(request.id, None) is not None:
+                    self.replica.abort(request.id, loop.time())
+                    self._turn_now()
+
+    def _turn_now(self) -> None:
+        """Once everything that comes at this moment has come."""
+        if not self._turning:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._turning, self._timer = True, asyncio.get_running_loop().call_soon(self._turn)
+
+    def _turn(self) -> None:
+        """Hands out what is done, and sleeps until the engine's next event."""
+        loop = asyncio.get_running_loop()
+        self._turning, self._timer = False, None
+        for event in self.replica.advance(loop.time()):
+            self.finished += 1
+            self.cached_tokens += event.cached_tokens
+            future = self._waiting.pop(event.id)
+            if not future.done():
+                future.set_result(event)
+        due_at = self.replica.next_at()
+        if due_at is not None:
+            self._timer = loop.call_at(due_at, self._turn)
+
+
+class VirtualEndpoint(Endpoint):
+    """A target that is an engine of its own, by a profile. Takes api, params, prices and call_timeout_s from `config`."""
+
+    def __init__(self, name: str, config: Target, profile: Profile) -> None:
+        config = msgspec.structs.replace(config, url=f"virtual:{profile.name}")
+        super().__init__(name, config, profile.model.id, "engine model")
+        engine = serving_config(profile)
+        words = vocabulary()
+        self.notes += profile.caveats()
+        self._lane = VirtualLane(replica_of(profile, engine, stream=False))
+        self._energy_known = profile.energy_known
+        self._limits = Limits(self.model, engine.max_model_len)
+        self._tokenizer = Tokenizer(words)
+        self._speaker = Speaker(self._tokenizer, Lengths(), engine.max_model_len)
+        local = LocalTokenizer(self._tokenizer)
+        self.prompts = (
+            TokenPrompts(range(len(words)), local)
+            if config.api == "completions"
+            else ChatPrompts(words, local, Template(0, 0, 0, 0, 0))
+        )
+        self._encoded: dict[str, tuple[list[int], bytes]] = {}  # a text's ids, and the same as crc32 takes them
+        self._asks: dict[bytes, Ask] = {}  # requests as read, by all that is not text
+        self._schemas_text: str | None = None
+        self._sent = 0
+
+    @property
+    def lane(self) -> VirtualLane:
+        return self._lane
+
+    async def schema_tokens(self, system: bool) -> int:
+        return len(self._schemas()[0])
+
+    async def counters(self) -> dict[str, float]:
+        """vLLM's counters, as the stub counts them."""
+        engines = self._lane.replica.statistics().engines
+        return {
+            "prompt_tokens": sum(engine.prompt_tokens for engine in engines),
+            "generation_tokens": sum(engine.generation_tokens for engine in engines),
+            "prompt_tokens_cached": self._lane.cached_tokens,
+            "request_success": self._lane.finished,
+        }
+
+    def work(self) -> dict[str, float | None]:
+        """Steps of the engine, seconds in which one ran, and joules; None where the profile does not know the chip's power."""
+        found = self._lane.replica.statistics()
+        joules = found.joules if self._energy_known else None
+        return {"engine_steps": found.steps, "engine_busy_s": found.busy_s, "engine_joules": joules}
+
+    async def send(self, body: Mapping[str, Any], headers: Mapping[str, str], sent: Sent) -> Reply:
+        sent.at = asyncio.get_running_loop().time()
+        try:
+            ask = self._ask(body)
+            parts = self._parts(body)
+            prompt, crc = Prompt([ids for ids, _ in parts]), 0
+            for _, data in parts:
+                crc = crc32(data, crc)
+            check_context(len(prompt), len(prompt), ask.max_tokens, self._limits.max_model_len)
+            answers = [self._speaker.answer_to(ask, len(prompt), crc, i) for i in range(ask.n)]
+        except ApiError as e:
+            raise HttpError(e.status, msgspec.json.encode(e.body()).decode()) from None
+        self._sent += 1
+        requests = [
+            Request(f"{self._sent}-{i}", prompt, answer.ids, str(body.get("cache_salt", "")), ask.priority)
+            for i, answer in enumerate(answers)
+        ]
+        try:
+            async with asyncio.timeout(self.config.call_timeout_s):
+                events = await self._lane.generate(requests)
+        except TimeoutError:
+            raise CallError("timeout", f"no whole reply within {self.config.call_timeout_s:g} s") from None
+        except Rejected as e:
+            raise HttpError(503, f"The server is at its limit {e}: try again later.") from None
+        except ValueError as e:
+            raise HttpError(400, str(e)) from None
+        return _reply(ask, len(prompt), answers, events)
+
+    def _ask(self, body: Mapping[str, Any]) -> Ask:
+        """The request but for its texts, as the stub reads it. Raises ApiError."""
+        rest = {name: value for name, value in body.items() if name not in _TEXTS_OF_A_CALL}
+        key = msgspec.json.encode((rest, "tools" in body))
+        ask = self._asks.get(key)
+        if ask is None:
+            if "prompt" in body:
+                ask = parse_completions({**rest, "prompt": [0]}, self._limits, self._tokenizer)
+            else:
+                short = {"messages": [{"role": "user", "content": "word"}]}
+                short |= {"tools": body["tools"]} if "tools" in body else {}
+                ask = parse_chat({**rest, **short}, self._limits, self._tokenizer)
+            self._asks[key] = ask
+        return ask
+
+    def _parts(self, body: Mapping[str, Any]) -> list[tuple[list[int], bytes]]:
+        """The prompt's texts, in the order of servers.prompts.prompt_ids."""
+        if "prompt" in body:
+            ids = body["prompt"]
+            return [(ids, prompt_data(ids))]
+        parts = [self._schemas()] if "tools" in body else []
+        return parts + [self._encode(text) for message in body["messages"] for text in message_texts(message)]
+
+    def _schemas(self) -> tuple[list[int], bytes]:
+        if self._schemas_text is None:
+            self._schemas_text = tools_text(self.tools)
+        return self._encode(self._schemas_text)
+
+    def _encode(self, text: str) -> tuple[list[int], bytes]:
+        found = self._encoded.get(text)
+        if found is None:
+            if len(self._encoded) >= _REMEMBERED_TEXTS:
+                self._encoded.clear()
+            ids = self._tokenizer.encode(text)
+            found = self._encoded[text] = ids, prompt_data(ids)
+        return found
+
+
+def _reply(ask: Ask, prompt_tokens: int, answers: Sequence[Answer], events: Sequence[Event]) -> Reply:
+    """What a client makes of the answers' streams."""
+    gaps: Counter[int] = Counter()
+    for event in events:
+        for gap_s, times in event.gaps:
+            gaps[gap_bucket(gap_s)] += times
+    usage: dict[str, Any] = {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": sum(len(answer.ids) for answer in answers),
+        "prompt_tokens_details": {"cached_tokens": events[0].cached_tokens},
+    }
+    if ask.reports_reasoning:
+        reasoning_tokens = sum(answer.reasoning_tokens for answer in answers)
+        usage["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
+    last = max(range(len(events)), key=lambda i: events[i].at)
+    spoken = [_answer_at(answer, event) for answer, event in zip(answers, events, strict=True)]
+    return Reply(
+        text=" ".join(answer.content for answer in answers if answer.content),
+        token_ids=[i for answer in answers for i in answer.ids] if ask.return_token_ids else None,
+        first_at=min(event.first_at for event in events),
+        answer_at=min((at for at in spoken if at is not None), default=None),
+        done_at=events[last].at,
+        usage=msgspec.convert(usage, Usage),
+        finish=answers[last].finish,
+        gaps=dict(gaps),
+        coalesced=0,
+    )
+
+
+def _answer_at(answer: Answer, event: Event) -> float | None:
+    """When the first token came that is not reasoning; None if there is none."""
+    left, at = answer.reasoning_tokens, event.first_at
+    if left >= len(answer.ids):
+        return None
+    for gap_s, times in event.gaps:
+        if left <= 0:
+            break
+        at += gap_s * min(times, left)
+        left -= times
+    return at

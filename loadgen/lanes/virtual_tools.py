@@ -1,0 +1,57 @@
+"""The embedded tools in virtual time: the same schemas, latencies and results as their MCP server gives, without the server."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fanmark.loadgen.errors import CallError
+from fanmark.servers.tokenizer import vocabulary
+from fanmark.servers.tool_specs import (
+    RESULT_TOKENS_META,
+    SEED_META,
+    TOOLS,
+    Latency,
+    draw_latency_s,
+    result_text,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class VirtualTool:
+    """A tool as the embedded server lists it: all of them are annotated read-only."""
+
+    name: str
+    description: str
+    input_schema: Mapping[str, Any]
+    read_only: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a tool said; ours make no errors."""
+
+    text: str
+    is_error: bool = False
+
+
+class VirtualTools:
+    """Waits `latency_s`, drawn by the seed in a call's `meta`, and `round_trip_s` on top: what MCP and its client add."""
+
+    def __init__(self, latency_s: Latency, round_trip_s: float) -> None:
+        self.tools: Sequence[VirtualTool] = [VirtualTool(t.name, t.description, t.input_schema) for t in TOOLS]
+        self._latency_s = latency_s
+        self._round_trip_s = round_trip_s
+        self._words = vocabulary()
+
+    async def call(
+        self, name: str, arguments: dict[str, Any], *, timeout_s: float, meta: Mapping[str, Any] | None = None
+    ) -> Result:
+        """Raises CallError where it takes longer than `timeout_s`."""
+        told = meta or {}
+        seed, tokens = told[SEED_META], told[RESULT_TOKENS_META]
+        wait_s = draw_latency_s(self._latency_s, seed) + self._round_trip_s
+        await asyncio.sleep(min(wait_s, timeout_s))
+        if wait_s > timeout_s:
+            raise CallError("tool_transport", f"tool {name}: no answer within {timeout_s:g} s")
+        return Result(result_text(self._words, tokens, seed))
