@@ -30,6 +30,15 @@ for command in (cli_engine.profiles, cli_engine.calibrate, cli_engine.validate):
     app.command()(command)
 
 ScenarioArg = Annotated[str, typer.Argument(help="A TOML file, or the name of a bundled scenario (fanmark scenarios).")]
+QueriesOpt = Annotated[int | None, typer.Option(help="Queries of each arm.")]
+DurationOpt = Annotated[float | None, typer.Option(help="Seconds during which queries start.")]
+RateOpt = Annotated[float | None, typer.Option(help="Queries per second of each arm (open loop).")]
+ConcurrencyOpt = Annotated[int | None, typer.Option(help="Queries at a time of each arm (closed loop).")]
+SeedOpt = Annotated[int | None, typer.Option(help="Seed of lengths, texts and arrivals.")]
+SetOpt = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of the scenario.")]
+OutOpt = Annotated[Path | None, typer.Option(help="Folder of the results; runs/NAME-TIME.")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print summary.json, and nothing else, on standard output.")]
+StrictOpt = Annotated[bool, typer.Option(help="Exit 1 when a validity tick or an objective failed.")]
 
 
 _ClickError: Any = typer.BadParameter.__mro__[
@@ -64,20 +73,16 @@ def run(
     api_key_env: Annotated[
         str | None, typer.Option(help="Environment variable with the API key; OPENAI_API_KEY if it is set.")
     ] = None,
-    queries: Annotated[int | None, typer.Option(help="Queries of each arm.")] = None,
-    duration: Annotated[float | None, typer.Option(help="Seconds during which queries start.")] = None,
-    rate: Annotated[float | None, typer.Option(help="Queries per second of each arm (open loop).")] = None,
-    concurrency: Annotated[int | None, typer.Option(help="Queries at a time of each arm (closed loop).")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of lengths, texts and arrivals.")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of the scenario.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the results; runs/NAME-TIME.")] = None,
+    queries: QueriesOpt = None,
+    duration: DurationOpt = None,
+    rate: RateOpt = None,
+    concurrency: ConcurrencyOpt = None,
+    seed: SeedOpt = None,
+    set_: SetOpt = None,
+    out: OutOpt = None,
     metrics_port: Annotated[int, typer.Option(help="Port of /metrics; 0 takes a free one.")] = 0,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print summary.json, and nothing else, on standard output.")
-    ] = False,
-    strict: Annotated[bool, typer.Option(help="Exit 1 when a validity tick or an objective failed.")] = False,
+    json: JsonOpt = False,
+    strict: StrictOpt = False,
     quiet: Annotated[bool, typer.Option(help="No progress.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Send nothing: print what would be sent.")] = False,
 ) -> int:
@@ -99,7 +104,7 @@ def run(
         return 0
     from fanmark.loadgen import session
 
-    folder = out or Path("runs") / f"{checked.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = _folder(out, checked.name)
     options = session.Options(
         out=folder,
         metrics_port=metrics_port,
@@ -114,6 +119,51 @@ def run(
     else:
         session.print_result(result.summary, folder)
     return exit_code(result.summary, result.interrupted, strict)
+
+
+@app.command()
+def simulate(
+    scenario: ScenarioArg = "quickstart",
+    profile: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FILE", help="Model and chip to simulate (fanmark profiles); [stub] profile."),
+    ] = None,
+    queries: QueriesOpt = None,
+    duration: DurationOpt = None,
+    rate: RateOpt = None,
+    concurrency: ConcurrencyOpt = None,
+    seed: SeedOpt = None,
+    set_: SetOpt = None,
+    out: OutOpt = None,
+    json: JsonOpt = False,
+    strict: StrictOpt = False,
+) -> int:
+    """Runs a scenario in virtual time against the engine model: nothing is contacted, the same seed gives the same bytes."""
+    from fanmark.agents import topologies
+    from fanmark.loadgen import scenario_check, session
+    from fanmark.loadgen import simulate as simulation
+
+    raw, source = scenario_check.read(scenario)
+    scenario_check.override_load(raw, queries, duration, rate, concurrency, seed)
+    scenario_check.override(raw, set_ or [])
+    table = topologies()
+    checked = scenario_check.check(raw, source, table)
+    if profile is not None:
+        checked = simulation.with_profile(checked, profile)
+    for line in simulation.ignored(checked):
+        print(line, file=sys.stderr)
+    folder = _folder(out, checked.name)
+    options = simulation.Options(folder, _version(), simulation.repeatable(sys.argv[1:]))
+    result = simulation.simulate(checked, table, options)
+    if json:
+        print(_json(result.summary))
+    else:
+        session.print_result(result.summary, folder)
+    return exit_code(result.summary, result.interrupted, strict)
+
+
+def _folder(out: Path | None, name: str) -> Path:
+    return out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def exit_code(summary: dict[str, Any], interrupted: bool, strict: bool) -> int:

@@ -1,5 +1,6 @@
 """What a run says at its end, as lines of text. Pure."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,8 +34,9 @@ def number(value: float | None) -> str:
         return "-"
     if value == int(value) and abs(value) < 1e6:
         return f"{value:,.0f}"
-    digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 100 else 2 if abs(value) >= 1 else 4
-    return f"{value:,.{digits}f}"
+    places = math.floor(math.log10(abs(value)))  # of the first figure: 0 for 1 to 10, -1 for 0.1 to 1
+    digits = max(0, 3 - places) if places < 0 else max(0, 3 - places) - (places < 3)
+    return f"{value:,.{min(digits, 12)}f}"
 
 
 def ratio(found: Mapping[str, Any] | None) -> str:
@@ -121,22 +123,22 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _checks(summary: Mapping[str, Any]) -> list[str]:
-    client = summary["client"]
-    lag, delay = client["loop_lag_s"], client["send_delay_s"]
-    found = [
-        f"client   {client['verdict']}: loop lag p50 {_ms(lag)}, send delay p50 {_ms(delay)}, "
-        f"coalesced {client['coalesced_share']:.1%}, CPU {client['cpu_s']:.1f} s, memory {client['rss_mb']:.0f} MB"
-    ]
+    found = [_client(summary["client"])]
     servers = summary["server"]
     for name, server in servers.items() if "reconciled" not in servers else [("server", servers)]:
         pairs = [
             f"{counter} {number(pair['client'])} = {number(pair['server'])}"
             if pair["off_pct"] == 0
+            else f"{counter} {number(pair['server'])} (not told to the client)"
+            if pair["client"] is None
             else f"{counter} {number(pair['client'])} != {number(pair['server'])}"
             for counter, pair in server.items()
             if isinstance(pair, dict) and pair["client"] is not None
         ]
         found.append(f"{name:<8} {', '.join(pairs) or server['reason']}")
+        if "engine_busy_s" in server:
+            joules = "" if server["engine_joules"] is None else f", {number(server['engine_joules'])} J"
+            found.append(f"{'':<8} engine busy {number(server['engine_busy_s'])} s{joules}")
     for name, arm in summary["arms"].items():
         queries = arm["queries"]
         if queries["failed"] or queries["abandoned"] or arm["errors"]:
@@ -152,6 +154,15 @@ def _checks(summary: Mapping[str, Any]) -> list[str]:
             word = "met" if arm["objective"]["met"] else "missed"
             found.append(f"{name:<8} objective {word}: {arm['objective']['attainment']:.1%} in time")
     return found + [f"note     {note}" for note in summary["notes"]]
+
+
+def _client(client: Mapping[str, Any]) -> str:
+    if client["loop_lag_s"] is None and client["cpu_s"] is None:
+        return f"client   {client['verdict']}: {'; '.join(client['reasons'])}"
+    return (
+        f"client   {client['verdict']}: loop lag p50 {_ms(client['loop_lag_s'])}, send delay p50 {_ms(client['send_delay_s'])}, "
+        f"coalesced {client['coalesced_share']:.1%}, CPU {client['cpu_s']:.1f} s, memory {client['rss_mb']:.0f} MB"
+    )
 
 
 def _ms(found: Mapping[str, Any] | None) -> str:

@@ -1,0 +1,168 @@
+"""One `fanmark simulate` from start to end: scenario, topologies, records and files are those of a run, time is virtual.
+
+Nothing is contacted, and everything in its folder follows from the scenario and its seed: no wall clock, no random number but by seed.
+So the same seed gives the same bytes, and the run's id, which salts the prefix cache, is derived from the seed.
+"""
+
+import asyncio
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from fanmark.agents.runtime import Topology
+from fanmark.loadgen import reconcile
+from fanmark.loadgen.clock import run_virtually
+from fanmark.loadgen.errors import ScenarioError
+from fanmark.loadgen.lanes.virtual import VirtualEndpoint
+from fanmark.loadgen.lanes.virtual_tools import VirtualTools
+from fanmark.loadgen.records import read_queries
+from fanmark.loadgen.run import Run
+from fanmark.loadgen.scenario import Scenario, Target
+from fanmark.loadgen.session import Result, assemble, check_lengths, open_folder, tool_latency, uses_tools
+from fanmark.loadgen.tally import Tally
+from fanmark.loadgen.toolset import ToolSet
+from fanmark.servers.profiles import Profile, ProfileError, load_profile
+from fanmark.servers.tool_specs import check_latency
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line adds to the scenario. `command` goes into summary.json."""
+
+    out: Path
+    version: str
+    command: Sequence[str]
+
+
+def with_profile(scenario: Scenario, profile: str) -> Scenario:
+    """The scenario with this profile in place of the stub's. It is kept in [stub], which a run without a target reads too."""
+    return msgspec.structs.replace(scenario, stub=msgspec.structs.replace(scenario.stub, profile=profile))
+
+
+def ignored(scenario: Scenario) -> list[str]:
+    """What of the scenario has no meaning in virtual time, a line each."""
+    lines = []
+    for name, target in scenario.targets.items():
+        where = "[target]" if name == "default" else f"[targets.{name}]"
+        lines.append(
+            f"ignored: {where} url = {target.url!r}: an engine model of its own stands in (api, params, prices are taken)"
+        )
+    if scenario.tools.server:
+        lines.append("ignored: [[tools.server]]: the bundled tools stand in, with [tools] latency_s and round_trip_s")
+        if scenario.tools.call:
+            lines.append(f"ignored: [tools] call = {scenario.tools.call!r}: it names tools of servers")
+    if not scenario.targets and scenario.stub.time_scale != 1.0:
+        lines.append(f"ignored: [stub] time_scale = {scenario.stub.time_scale:g}: virtual time is never late")
+    return lines
+
+
+def repeatable(arguments: Sequence[str]) -> list[str]:
+    """A command line without what does not change the result: where it is written, and how it is printed."""
+    kept, rest = [], iter(arguments)
+    for argument in rest:
+        if argument == "--out":
+            next(rest, None)
+        elif argument != "--json" and not argument.startswith("--out="):
+            kept.append(argument)
+    return kept
+
+
+def simulate(scenario: Scenario, topologies: Mapping[str, Topology], options: Options) -> Result:
+    """Runs the scenario in virtual time and leaves its folder. Raises FanmarkError where something is wrong."""
+    try:
+        profile = load_profile(scenario.stub.profile)
+    except ProfileError as e:
+        raise ScenarioError(f"profile {scenario.stub.profile!r}: {e}") from None
+    return run_virtually(_simulate(scenario, topologies, options, profile))
+
+
+async def _simulate(
+    scenario: Scenario, topologies: Mapping[str, Topology], options: Options, profile: Profile
+) -> Result:
+    now = asyncio.get_running_loop().time
+    targets = dict(scenario.targets) or {"default": Target(url="", api=scenario.stub.api)}
+    endpoints = {name: VirtualEndpoint(name, target, profile) for name, target in targets.items()}
+    tools = _tools(scenario) if uses_tools(scenario, topologies) else None
+    if tools is not None:
+        for endpoint in endpoints.values():
+            await endpoint.expose(tools.schemas, system=scenario.workload.system != 0)
+    check_lengths(scenario, topologies, endpoints)
+    tally = Tally({arm.name: arm.topology for arm in scenario.arms}, scenario.baseline.name)
+    run_id = f"virtual-{scenario.seed}"
+    journal = open_folder(options.out, scenario)
+    try:
+        one = Run(scenario, topologies, endpoints, tools, tally, journal, run_id, now)
+        with _interrupts(one.stop.ask):
+            whole = await one.execute()
+    finally:
+        journal.close()
+    queries = read_queries(options.out)
+    server: dict[str, Any] = {}
+    for name, endpoint in endpoints.items():
+        calls = [call for query in queries for call in query.calls if call.target == name]
+        server[name] = reconcile.reconcile({}, await endpoint.counters(), calls) | endpoint.work()
+    run_part = {
+        "name": scenario.name,
+        "id": run_id,
+        "started": None,
+        "seconds": now(),
+        "seed": scenario.seed,
+        "version": options.version,
+        "command": list(options.command),
+        "clock": "virtual",
+        "time_scale": 1.0,
+    }
+    parts = server if len(server) > 1 else next(iter(server.values()))
+    found = assemble(scenario, queries, endpoints, parts, _no_client, one.drift, run_part, partial=not whole)
+    found["notes"] = list(dict.fromkeys(found["notes"]))  # engines of one profile have the same caveats
+    (options.out / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
+    return Result(found, interrupted=not whole)
+
+
+def _tools(scenario: Scenario) -> ToolSet:
+    config = scenario.tools
+    if config.server:
+        config = msgspec.structs.replace(config, server=[], call=[])
+    latency_s = msgspec.json.decode(tool_latency(config.latency_s, 1.0))
+    try:
+        check_latency(latency_s)
+    except ValueError as e:
+        raise ScenarioError(f"{scenario.source}: [tools] latency_s: {e}") from None
+    tools = VirtualTools(latency_s, config.round_trip_s)
+    return ToolSet(tools, tools.tools, config, embedded=True)
+
+
+def _no_client(send_delay_s: Sequence[float], coalesced_share: float, median_ttft_s: float | None) -> dict[str, Any]:
+    """The `client` part of summary.json: nothing stands between a call and the engine."""
+    return {
+        "verdict": "ok",
+        "reasons": ["virtual time has no client"],
+        "loop_lag_s": None,
+        "send_delay_s": None,
+        "coalesced_share": None,
+        "cpu_s": None,
+        "rss_mb": None,
+        "workers": 0,
+    }
+
+
+@contextmanager
+def _interrupts(ask: Callable[[], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM ask the run to stop. A virtual loop never sleeps, so an ordinary handler is enough."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *_: loop.call_soon_threadsafe(ask)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
