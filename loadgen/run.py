@@ -332,9 +332,11 @@ def resources(
 
 
 def dollars(calls: list[Call], prices: Mapping[str, Prices | None]) -> float | None:
-    """The bill by token prices; None where a price or a count is missing."""
+    """The bill by token prices; None where a price or a count is missing. A call that failed without a count is not on it."""
     total = 0.0
     for call in calls:
+        if call.error is not None and call.input_tokens is None:
+            continue
         price = prices.get(call.target or "")
         if price is None or call.input_tokens is None or call.output_tokens is None:
             return None

@@ -59,27 +59,32 @@ def _quantile(ordered: Sequence[float], q: float) -> float:
 
 
 def paired_ratio(own: Mapping[int, float], base: Mapping[int, float], seed: int) -> dict[str, Any] | None:
-    """Ratio of means with a 95 % bootstrap interval over queries. Queries that both arms completed are resampled as pairs, which takes out
-    what they have in common; with fewer than two pairs, or none of the baseline's above 0, there is no interval. None where the baseline's
-    mean is 0 or an arm is empty."""
+    """Ratio of means with a 95 % bootstrap interval. Query numbers are resampled, each with what both arms have of it: that takes out
+    what the arms have in common, and a number that one arm did not complete still counts for the other. No interval where an arm has
+    fewer than two. None where the baseline's mean is 0 or an arm is empty."""
     if not own or not base:
         return None
     base_mean = math.fsum(base.values()) / len(base)
     if base_mean == 0:
         return None
     found: dict[str, Any] = {"ratio": math.fsum(own.values()) / len(own) / base_mean, "low": None, "high": None}
-    pairs = sorted(own.keys() & base.keys())
     too_few = found | {"method": "too few queries"}
-    if len(pairs) < 2:
+    if min(len(own), len(base)) < 2:
         return too_few
     import numpy as np
 
-    a, b = np.array([own[i] for i in pairs]), np.array([base[i] for i in pairs])
-    picked = np.random.default_rng(seed).integers(0, len(pairs), (RESAMPLES, len(pairs)))
-    means = b[picked].mean(axis=1)
-    ratios = a[picked].mean(axis=1)[means > 0] / means[means > 0]
-    if not ratios.size:
+    numbers = sorted(own.keys() | base.keys())
+    picked = np.random.default_rng(seed).integers(0, len(numbers), (RESAMPLES, len(numbers)))
+
+    def sums(values: Sequence[float]) -> Any:
+        return np.array(values)[picked].sum(axis=1)
+
+    own_sum, own_n = sums([own.get(i, 0.0) for i in numbers]), sums([i in own for i in numbers])
+    base_sum, base_n = sums([base.get(i, 0.0) for i in numbers]), sums([i in base for i in numbers])
+    usable = (own_n > 0) & (base_sum > 0)
+    if not usable.any():
         return too_few
+    ratios = (own_sum * base_n)[usable] / (base_sum * own_n)[usable]
     low, high = np.quantile(ratios, [0.025, 0.975])
     return found | {"low": float(low), "high": float(high), "method": "paired bootstrap over queries"}
 

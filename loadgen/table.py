@@ -34,9 +34,9 @@ def number(value: float | None) -> str:
         return "-"
     if value == int(value) and abs(value) < 1e6:
         return f"{value:,.0f}"
-    places = math.floor(math.log10(abs(value)))  # of the first figure: 0 for 1 to 10, -1 for 0.1 to 1
-    digits = max(0, 3 - places) if places < 0 else max(0, 3 - places) - (places < 3)
-    return f"{value:,.{min(digits, 12)}f}"
+    small = min(12, 3 - math.floor(math.log10(abs(value))))  # below 1: four figures after the zeros
+    digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 100 else 2 if abs(value) >= 1 else small
+    return f"{value:,.{digits}f}"
 
 
 def ratio(found: Mapping[str, Any] | None) -> str:

@@ -101,6 +101,18 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(paired: bool) -> None
     assert np.mean(widths) < 0.65 if paired else np.mean(widths) > 0.75
 
 
+def test_a_query_that_one_arm_did_not_complete_still_counts_for_the_other() -> None:
+    # no number in common: (9 + 7) / 2 against (4 + 4) / 2, from 7 / 4 to 9 / 4
+    found = paired_ratio({0: 9.0, 1: 7.0}, {2: 4.0, 3: 4.0}, 7)
+    assert found == {"ratio": 2.0, "low": 1.75, "high": 2.25, "method": "paired bootstrap over queries"}
+    # ten queries of the arm, a hundred of the baseline: the ratio is of all, and its interval is about it
+    rng = np.random.default_rng(5)
+    base = dict(enumerate(rng.lognormal(5, 0.5, 100)))
+    found = paired_ratio({i: 3 * base[i] for i in range(10)}, base, 7)
+    assert found is not None and found["low"] < found["ratio"] < found["high"]
+    assert found["ratio"] == pytest.approx(3 * np.mean(list(base.values())[:10]) / np.mean(list(base.values())))
+
+
 def test_the_interval_is_the_same_for_the_same_seed_and_order_does_not_count() -> None:
     own, base = {i: 10.0 + i % 7 for i in range(30)}, {i: 3.0 + i % 5 for i in range(30)}
     found = paired_ratio(own, base, 7)
@@ -111,13 +123,12 @@ def test_the_interval_is_the_same_for_the_same_seed_and_order_does_not_count() -
 @pytest.mark.parametrize(
     ("own", "base", "ratio"),
     [
-        ({0: 9.0}, {0: 3.0}, 3.0),  # one pair
-        ({0: 9.0, 1: 7.0}, {1: 4.0, 2: 4.0}, 2.0),  # one pair among more queries
-        ({0: 9.0, 1: 7.0}, {2: 4.0, 3: 4.0}, 2.0),  # no pair: the ratio is that of the means all the same
-        ({0: 2.0, 1: 2.0}, {0: 0.0, 1: 0.0, 2: 3.0}, 2.0),  # pairs in which the baseline has none of it
+        ({0: 9.0}, {0: 3.0}, 3.0),  # one query each
+        ({0: 9.0, 1: 7.0}, {1: 4.0}, 2.0),  # one of the baseline
+        ({0: 8.0}, {0: 4.0, 2: 4.0}, 2.0),  # one of the arm
     ],
 )
-def test_too_few_pairs_give_a_ratio_without_an_interval(
+def test_too_few_queries_give_a_ratio_without_an_interval(
     own: dict[int, float], base: dict[int, float], ratio: float
 ) -> None:
     assert paired_ratio(own, base, 7) == {"ratio": ratio, "low": None, "high": None, "method": "too few queries"}
