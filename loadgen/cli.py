@@ -89,12 +89,13 @@ def run(
     """Runs a scenario against real servers; without a target, against the embedded stub and MCP server."""
     from fanmark.agents import topologies
     from fanmark.loadgen import scenario_check
+    from fanmark.loadgen.user_topology import with_users
 
     raw, source = scenario_check.read(scenario)
     scenario_check.override_target(raw, target, model, api, api_key_env, os.environ)
     scenario_check.override_load(raw, queries, duration, rate, concurrency, seed)
     scenario_check.override(raw, set_ or [])
-    table = topologies()
+    table = with_users(raw, source, topologies())
     checked = scenario_check.check(raw, source, table)
     if dry_run:
         from fanmark.loadgen import dry_run as dry
@@ -142,11 +143,12 @@ def simulate(
     from fanmark.agents import topologies
     from fanmark.loadgen import scenario_check, session
     from fanmark.loadgen import simulate as simulation
+    from fanmark.loadgen.user_topology import with_users
 
     raw, source = scenario_check.read(scenario)
     scenario_check.override_load(raw, queries, duration, rate, concurrency, seed)
     scenario_check.override(raw, set_ or [])
-    table = topologies()
+    table = with_users(raw, source, topologies())
     checked = scenario_check.check(raw, source, table)
     if profile is not None:
         checked = simulation.with_profile(checked, profile)

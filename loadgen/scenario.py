@@ -137,6 +137,9 @@ class Arm(Table, frozen=True):
     params: dict[str, Any] = {}
 
 
+ARM_KEYS = frozenset(field.name for field in msgspec.structs.fields(Arm)) - {"params"}
+
+
 class Scenario(Table, frozen=True):
     """A checked scenario. `targets` is empty when the embedded stub stands in."""
 

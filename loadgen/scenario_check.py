@@ -14,7 +14,19 @@ from fanmark.agents.runtime import Topology
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.lengths import Dist
 from fanmark.loadgen.mistakes import convert, nearest, show
-from fanmark.loadgen.scenario import ANSWER_KINDS, Arm, Load, Objective, Scenario, Stub, Table, Target, Tools, Workload
+from fanmark.loadgen.scenario import (
+    ANSWER_KINDS,
+    ARM_KEYS,
+    Arm,
+    Load,
+    Objective,
+    Scenario,
+    Stub,
+    Table,
+    Target,
+    Tools,
+    Workload,
+)
 
 _CLEARS = {"load.queries": "duration", "load.duration": "queries"}  # what --set KEY=VALUE puts out of force
 
@@ -154,7 +166,7 @@ def _arm(raw: dict[str, Any], i: int, source: str, topologies: Mapping[str, Topo
     if topology is None:
         raise ScenarioError(f"{where}: topology = {show(raw['topology'])}: must be one of {known}")
     own = {f.name for f in dataclasses.fields(topology.params)}
-    keys = {f.name for f in msgspec.structs.fields(Arm)} - {"params"}
+    keys = ARM_KEYS
     for key in raw:
         if key not in own | keys:
             raise ScenarioError(f"{where}: unknown key {key!r}{nearest(key, [*own, *keys])}")

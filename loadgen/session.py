@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 import msgspec
 
-from fanmark.agents.runtime import Topology, Undrawn
+from fanmark.agents.runtime import Topology
 from fanmark.loadgen import embedded, reconcile, summary, table
 from fanmark.loadgen.demand import draw_demand
 from fanmark.loadgen.endpoint import Endpoint
@@ -113,10 +113,11 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
 
 
 def uses_tools(scenario: Scenario, topologies: Mapping[str, Topology]) -> bool:
-    """Whether any arm by its closed form calls tools or reads their schemas; without a closed form it may."""
-    for name in {arm.topology for arm in scenario.arms}:
-        topology = topologies[name]
-        form = topology.expected(topology.params(), Undrawn()) if topology.expected is not None else None
+    """Whether by its closed form an arm calls tools or reads their schemas; an arm without one may."""
+    for arm in scenario.arms:
+        topology = topologies[arm.topology]
+        demand = draw_demand(scenario, arm, topology, 0)
+        form = topology.expected(demand.params, demand) if topology.expected is not None else None
         if form is None or form.tool_calls or ("tools",) in form.reads:
             return True
     return False

@@ -1,0 +1,59 @@
+"""A user's own topology: the page's example runs as it is printed, and mistakes in the file are one line."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fanmark.agents import topologies
+from fanmark.loadgen import scenario_check
+from fanmark.loadgen.dry_run import plan
+from fanmark.loadgen.errors import ScenarioError
+from fanmark.loadgen.user_topology import with_users
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "own-topology.md"
+SINGLE = '[[arm]]\nname = "single"\ntopology = "single"\nbaseline = true\n'
+LOAD = "[load]\nqueries = 2\n[workload]\nsystem = 30\nquestion = 20\nanswer = 10\ninstruction = 15\n"
+
+
+def planned(folder: Path, arm: str) -> dict[str, int]:
+    (folder / "own.toml").write_text(f"{SINGLE}{arm}\n{LOAD}")
+    raw, source = scenario_check.read(str(folder / "own.toml"))
+    table = with_users(raw, source, topologies())
+    found: dict[str, int] = plan(scenario_check.check(raw, source, table), table)["vote"]
+    return found
+
+
+def test_the_example_of_the_page(tmp_path: Path) -> None:
+    toml, code = re.findall(r"```(?:toml|python)\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    (tmp_path / "vote.py").write_text(code)
+    assert len(code.strip().splitlines()) <= 25
+    arm = planned(tmp_path, toml)
+    # 4 calls a query: 4 x (30 + 20) + 3 x 10 + 15 read, 4 x 10 written
+    assert (arm["calls"], arm["input_tokens"], arm["output_tokens"]) == (8, 2 * 245, 2 * 40)
+    assert arm["longest_context_tokens"] == 30 + 20 + 3 * 10 + 15 + 10
+
+
+def test_without_params_and_closed_form(tmp_path: Path) -> None:
+    code = "async def run(rt, p):\n    await rt.infer([rt.question] * p.times, writes=('answer',), role='a')\n"
+    (tmp_path / "own.py").write_text(code)
+    arm = planned(tmp_path, '[[arm]]\nname = "vote"\ntopology = "own.py:run"\ntimes = 2\n')
+    assert arm["calls"] is None
+
+
+@pytest.mark.parametrize(
+    ("code", "named", "said"),
+    [
+        (None, "own.py:run", "there is no file"),
+        ("import no_such_module_at_all", "own.py:run", "fails to import: ModuleNotFoundError: No module named"),
+        ("def run(rt, p): ...", "own.py:run", "has no async function 'run', but none"),
+        ("async def go(rt, p): ...", "own.py:run", "has no async function 'run', but go"),
+    ],
+)
+def test_mistakes(tmp_path: Path, code: str | None, named: str, said: str) -> None:
+    if code is not None:
+        (tmp_path / "own.py").write_text(code)
+    with pytest.raises(ScenarioError, match=re.escape(said)) as error:
+        planned(tmp_path, f'[[arm]]\nname = "vote"\ntopology = "{named}"\n')
+    assert "\n" not in str(error.value)
+    assert "own.toml: topology = 'own.py:run'" in str(error.value)
