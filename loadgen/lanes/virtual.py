@@ -8,7 +8,6 @@ Rules of the file:
 """
 
 import asyncio
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 from zlib import crc32
@@ -212,10 +211,11 @@ class VirtualEndpoint(Endpoint):
 
 def _reply(ask: Ask, prompt_tokens: int, answers: Sequence[Answer], events: Sequence[Event]) -> Reply:
     """What a client makes of the answers' streams."""
-    gaps: Counter[int] = Counter()
+    gaps: dict[int, int] = {}
     for event in events:
         for gap_s, times in event.gaps:
-            gaps[gap_bucket(gap_s)] += times
+            bucket = gap_bucket(gap_s)
+            gaps[bucket] = gaps.get(bucket, 0) + times
     usage: dict[str, Any] = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": sum(len(answer.ids) for answer in answers),
@@ -234,7 +234,7 @@ def _reply(ask: Ask, prompt_tokens: int, answers: Sequence[Answer], events: Sequ
         done_at=events[last].at,
         usage=msgspec.convert(usage, Usage),
         finish=answers[last].finish,
-        gaps=dict(gaps),
+        gaps=gaps,
         coalesced=0,
     )
 
