@@ -42,16 +42,6 @@ class Drawn(Protocol):
         """A number in [0, 1) out of the query's seed, the same whenever it is asked for by this name."""
 
 
-class Undrawn:
-    """No query in particular: every message is empty and no chance comes true."""
-
-    def tokens(self, key: Key) -> int:
-        return 0
-
-    def chance(self, *name: str | int) -> float:
-        return 1.0
-
-
 class Runtime(Drawn, Protocol):
     """The world of one query, as its topology sees it."""
 
