@@ -20,8 +20,8 @@ _WALKED = 20  # queries that are walked through for their longest context
 
 def plan(scenario: Scenario, topologies: Mapping[str, Topology]) -> dict[str, Any]:
     """Per arm: queries, calls, tool_calls, input_tokens, output_tokens, longest_context_tokens, peak_calls_in_flight, seconds, dollars.
-    The peak is an upper bound: all queries at once. What cannot be known ahead is None. Tools' schemas and the rounding of a real
-    tokenizer are not in it."""
+    The peak is an upper bound: all queries at once. What cannot be known ahead is None. Warm-up, tools' schemas and the rounding of a real
+    tokenizer are not in it; the longest context is that of the first 20 queries."""
     return {arm.name: _arm(scenario, arm, topologies[arm.topology], i) for i, arm in enumerate(scenario.arms)}
 
 
@@ -46,19 +46,18 @@ def _arm(scenario: Scenario, arm: Arm, topology: Topology, place: int) -> dict[s
             calls_made = asyncio.run(walk(topology, demand))
             longest = max(longest, *(made.context_tokens for made in calls_made), 0)
         width = max(width, form.width)
+    at_once = load.concurrency if queries is None or load.mode == "closed" else queries
+    found |= {"longest_context_tokens": longest, "peak_calls_in_flight": at_once * width}
     if queries is None:
         return found
-    target = scenario.targets.get(arm.target or "default")
+    target = None if arm.targets else scenario.targets.get(arm.target or "default")  # roles differ in their prices
     bill = Call(query=0, arm=arm.name, call=1, after=[], kind="call", role="", round=1, due_at=0.0, target="t")
     bill.input_tokens, bill.output_tokens = read, written
-    at_once = load.concurrency if load.mode == "closed" else queries
     return found | {
         "calls": calls,
         "tool_calls": tool_calls,
         "input_tokens": read,
         "output_tokens": written,
-        "longest_context_tokens": longest,
-        "peak_calls_in_flight": at_once * width,
         "dollars": dollars([bill], {"t": target.prices if target else None}),
     }
 
