@@ -67,7 +67,7 @@ def configs(draw: Any) -> EngineConfig:
 def workloads(draw: Any) -> list[tuple[float, Request, float | None]]:
     """(arrival, request, abort or None), in order of arrival. Few different tokens, so that prefixes and outputs are shared."""
     heads = [[1] * 9, [1] * 4 + [2] * 9, []]
-    cases = []
+    cases: list[tuple[float, Request, float | None]] = []
     at = 0.0
     for number in range(draw(st.integers(1, 14))):
         at += draw(st.sampled_from([0.0, 0.0, 0.0021, 0.0173, 0.2117]))

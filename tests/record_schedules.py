@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """Record what vLLM's own Scheduler decides, step by step (not a test: needs vLLM, no GPU; runs in vLLM's own environment).
 
 usage: python tests/record_schedules.py MODEL_DIR OUT_DIR SEED [SEED ...]        writes OUT_DIR/SEED.json

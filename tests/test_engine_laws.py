@@ -185,8 +185,11 @@ def test_jumping_over_decode_runs_equals_stepping_one_by_one(
     wakes: list[float],
     costs: tuple[float, float, float],
 ) -> None:
-    options = dict(zip(("ingress_s", "token_s", "completion_s"), costs, strict=True)) | {"asynchronous": asynchronous}
-    jumped, stepped, steps = [], plain(config, law, **options), []
+    options: dict[str, Any] = dict(zip(("ingress_s", "token_s", "completion_s"), costs, strict=True))
+    options["asynchronous"] = asynchronous
+    jumped: list[Event] = []
+    steps: list[Step] = []
+    stepped = plain(config, law, **options)
     jumping = Replica(config, law, stream=False, on_step=steps.append, **options)
     for event in timed(jumping, workload, wakes):
         assert event.finished
@@ -210,7 +213,7 @@ def check_same(event: Event, events: list[Event], costs: tuple[float, float, flo
     assert event.scheduled_at == pytest.approx(last.scheduled_at, abs=1e-9)
     assert event.queued_at <= event.scheduled_at < event.first_at <= event.at
     assert sum(count for _, count in event.gaps) == event.tokens - 1
-    at = place = 0
+    at, place = 0.0, 0
     for gap, count in event.gaps:
         at, place = at + gap * count, place + count
         token = events[place]

@@ -31,6 +31,11 @@ class EngineConfig:
         if self.policy not in ("fcfs", "priority"):
             raise ValueError(f"policy = {self.policy!r}: give fcfs or priority")
 
+    def longest_share(self, unfinished: int) -> int:
+        """Tokens that one of so many requests may compute in a step. A request alone has nobody to starve."""
+        threshold = self.long_prefill_token_threshold
+        return threshold if threshold and unfinished > 1 else self.max_num_batched_tokens
+
 
 def check_size(request: Request, config: EngineConfig) -> None:
     """ValueError for a request that could never be served."""

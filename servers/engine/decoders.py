@@ -9,6 +9,7 @@ could tell the difference: a lookup that comes to where they would be, or anothe
 from heapq import heappop, heappush
 
 from fanmark.servers.engine.batch import Sequence
+from fanmark.servers.engine.step_time import BatchShape
 
 
 class Decoders:
@@ -23,9 +24,10 @@ class Decoders:
         self._size = block_size
         self._offsets = 0
 
-    def context_tokens(self, number: int) -> int:
-        """Sum of the members' contexts in a batch, the token being computed included."""
-        return self._offsets + len(self.members) * (number + 1)
+    def shape(self, number: int) -> BatchShape:
+        """The make-up of a batch of the members alone. A context counts the token being computed."""
+        count = len(self.members)
+        return BatchShape(0, count, self._offsets + count * (number + 1), 0.0, count)
 
     def join(self, sequence: Sequence, number: int) -> None:
         """Batch `number` was scheduled with a token to sample for it (and maybe the one before, too): let it go on by itself."""

@@ -2,7 +2,8 @@
 
 Rules of the file:
 1. Nothing here reads a clock or waits. The caller says what time it is (`now`, `until`: its own seconds, never going back), and is
-   told when to come again (`next_at`). What happens is the same whether it comes at every step or once an hour.
+   told when to come again (`next_at`). What happens is the same whether it comes at every step or once an hour. What arrives at one
+   moment is scheduled together.
 2. Steps run one after another on the chip. With asynchronous scheduling two are on their way: step i is scheduled when the result
    of step i-2 has been handled, that is after the launch of step i-1 and the end of step i-2. A request that arrives meanwhile
    waits for the next scheduling. With m_i the moment of scheduling and h_i that of handling a result:
@@ -144,7 +145,7 @@ class Replica:
 
     def add(self, request: Request, now: float) -> None:
         """A request arrives. Raises Rejected (queue limit: HTTP 503) or ValueError (it could never be served, or its id is in use)."""
-        self._run(now)
+        self._run(nextafter(now, -inf))
         if request.id in self._tracks:
             raise ValueError(f"request id {request.id} is in use: ids are unique among unfinished requests")
         engine = self._least_loaded()
@@ -156,7 +157,7 @@ class Replica:
 
     def abort(self, request_id: str, now: float) -> bool:
         """The client is gone: no event follows, and the blocks are free from the next step on. False if it had ended already."""
-        self._run(now)
+        self._run(nextafter(now, -inf))
         if request_id not in self._tracks:
             return False
         for i, (_, request) in enumerate(self._adds):
@@ -188,16 +189,19 @@ class Replica:
 
     # The loop
 
+    @property
+    def load(self) -> float:
+        """Unfinished requests, as vLLM's balancer weighs them: those that wait for a full KV cache count up to four times."""
+        return len(self._tracks) + sum(_pressure(scheduler) for scheduler in self.schedulers)
+
     def _least_loaded(self) -> int:
-        """The engine for a new request: fewest unfinished ones, as vLLM's balancer scores them; of equals, the next in turn."""
-        if len(self.schedulers) == 1:
-            return 0
+        """The engine for a new request; of equals, the next in turn."""
         count = len(self.schedulers)
-        load = [0.0] * count
+        if count == 1:
+            return 0
+        load = [_pressure(scheduler) for scheduler in self.schedulers]
         for track in self._tracks.values():
             load[track.engine] += 1.0
-        for i, scheduler in enumerate(self.schedulers):
-            load[i] += len(scheduler.waiting) * 6.0 * max(0.0, scheduler.kv.usage - 0.5)
         best = min(range(count), key=lambda i: (load[i], (i - self._next_engine) % count))
         self._next_engine = (best + 1) % count
         return best
@@ -273,13 +277,12 @@ class Replica:
         steps = flying + 1 + run.steps_in(span_s, run.steps - flying - 1)
         if steps < 2:
             return False
-        self.schedulers[0].run(steps)
         self._take(run, steps, start_at)
         return True
 
     def _take(self, run: DecodeRun, steps: int, start_at: float) -> None:
-        """Account for a run that the scheduler has taken: its steps start at `start_at`, one after another."""
-        scheduler, flying, timeline = self.schedulers[0], len(self._flights), self._timelines[0]
+        """Schedule `steps` steps of a run: they start at `start_at`, one after another."""
+        flying, timeline = len(self._flights), self._timelines[0]
         handled = steps - 1 - flying  # of the run's own results
         if flying:
             timeline.add(1, start_at)
@@ -291,7 +294,7 @@ class Replica:
         run_s = run.seconds(steps)
         first_s = run.seconds(steps - 1) if flying else run_s
         ends = (start_at + first_s, start_at + run_s) if flying else (start_at + run_s,)
-        self._flights = deque(_Flight([(0, b)], at) for b, at in zip(scheduler.flights, ends, strict=True))
+        self._flights = deque(_Flight([(0, b)], at) for b, at in zip(self.schedulers[0].run(steps), ends, strict=True))
         self._filling, self._due_at, self._chip_free_at = False, ends[0], ends[-1]
         self._steps += steps
         self._busy_s += run_s
@@ -388,3 +391,7 @@ class Replica:
             live = [t.first_number for t in self._tracks.values() if t.engine == engine and t.first_number >= 0]
             timeline.forget(min([output.spans[-1][1], *live]))
         return gaps
+
+
+def _pressure(scheduler: Scheduler) -> float:
+    return len(scheduler.waiting) * 6.0 * max(0.0, scheduler.kv.usage - 0.5)

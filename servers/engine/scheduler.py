@@ -68,8 +68,6 @@ class Scheduler:
             generation_tokens=self._generated,
         )
 
-    # Requests come and go
-
     def check(self, request: Request, *, more_requests: int = 0, more_tokens: int = 0) -> None:
         """Refuse what cannot be served: Rejected when a queue limit is reached, ValueError when it could never fit.
 
@@ -98,8 +96,7 @@ class Scheduler:
         if sequence is None:
             return False
         if sequence.lazy:
-            for batch in self._settle(sequence):
-                batch.withdraw(sequence)
+            self._settle(sequence)
         if not sequence.has_first:
             self.waiting.prefill_tokens -= sequence.prompt_tokens
         self._drop(sequence)
@@ -210,8 +207,6 @@ class Scheduler:
         spans = sequence.spans if finished else []
         outputs.append(Output(sequence.id, index, first, finished, sequence.cached_tokens, sequence.preemptions, spans))
 
-    # Many steps
-
     def ends_with(self, batch: Batch) -> bool:
         """Whether a request ends with this batch, as far as is known."""
         return bool(self.decoders.ends.get(batch.number)) or any(part.sequence.stale for part in batch.parts)
@@ -232,8 +227,11 @@ class Scheduler:
             return 0
         return decoders.steps_with_blocks(number, decoders.first_end() - number + 1, self.kv.free)
 
-    def run(self, steps: int) -> None:
-        """Schedule `steps` steps of the runway and handle all results but the newest: as many as are on their way now, and one."""
+    def run(self, steps: int) -> tuple[Batch, ...]:
+        """Schedule `steps` steps of the runway and handle all results but the newest: as many as are on their way now, and one.
+
+        Returns those.
+        """
         flights = self._ledger.lag = len(self._flights)
         self.kv.take(self.decoders.blocks(self._number, steps))
         count = len(self.decoders.members)
@@ -247,24 +245,14 @@ class Scheduler:
             if self._every_token:
                 batch.members = list(self.decoders.members)
             self._flights.append(batch)
-
-    @property
-    def flights(self) -> tuple[Batch, ...]:
-        """The steps on their way, oldest first."""
         return tuple(self._flights)
 
     @property
     def decode_shape(self) -> BatchShape:
         """The next step's make-up, if it is pure decode."""
-        count = len(self.decoders.members)
-        return BatchShape(0, count, self.decoders.context_tokens(self._number), 0.0, count)
+        return self.decoders.shape(self._number)
 
     # Running requests
-
-    def _long_prefill_limit(self) -> int:
-        """Tokens that one request may compute in a step. A request alone has nobody to starve."""
-        threshold = self.config.long_prefill_token_threshold
-        return threshold if threshold and len(self) > 1 else self.config.max_num_batched_tokens
 
     def _schedule_together(self, batch: Batch) -> int | None:
         """The running requests' share where all get what they want, or only the last of them less. The budget left, else None."""
@@ -275,7 +263,7 @@ class Scheduler:
             return None
         shares: list[tuple[Sequence, int, int]] = []
         for sequence in self._walkers:
-            wanted = min(sequence.wanted, self._long_prefill_limit())
+            wanted = min(sequence.wanted, self.config.longest_share(len(self)))
             if wanted > budget:
                 if self._decoder_behind(sequence):
                     return None
@@ -290,8 +278,7 @@ class Scheduler:
         if decoders.members:
             if edges:
                 self.kv.take(edges)
-            batch.decoders = len(decoders.members)
-            batch.context_tokens = decoders.context_tokens(number)
+            batch.decoders, batch.context_tokens = decoders.shape(number)[1:3]
             if self._every_token:
                 batch.members = list(decoders.members)
         for sequence, tokens, new in shares:
@@ -299,25 +286,27 @@ class Scheduler:
         return budget
 
     def _decoder_behind(self, sequence: Sequence) -> bool:
-        place = self.running.index(sequence)
-        return any(other in self.decoders.members for other in self.running[place + 1 :])
+        return any(other.order > sequence.order for other in self.decoders.members)
 
     def _settle_all(self) -> None:
         """Make walkers of all running requests."""
         for sequence in self.running:
             if sequence.lazy:
                 for batch in self._settle(sequence):
-                    batch.withdraw(sequence)
                     batch.parts.append(Part(sequence, sequence.offset + batch.number, 1, True, True))
                     sequence.in_flight += 1
         self._walkers = list(self.running)
 
     def _settle(self, sequence: Sequence) -> list[Batch]:
-        """A lazy request stops being lazy, with the blocks and hashes that it has by now; the batches that count it as a decoder."""
+        """A lazy request stops being lazy, with the blocks and hashes that it has by now; the batches that counted it, no longer."""
         self._become_walker(sequence, self._ledger.committed(sequence, self._number - 1))
-        return [batch for batch in self._flights if sequence.joined <= batch.number <= sequence.last]
+        batches = [batch for batch in self._flights if sequence.joined <= batch.number <= sequence.last]
+        for batch in batches:
+            batch.withdraw(sequence)
+        return batches
 
     def _become_walker(self, sequence: Sequence, tokens: int) -> None:
+        """Stop being lazy with `tokens` tokens in hashed blocks."""
         self.decoders.forget(sequence)
         self._ledger.fill(sequence, tokens, self._number - 1)
         sequence.settle(self._number, self._handled, self.config.block_size)
@@ -330,7 +319,7 @@ class Scheduler:
         self._ledger.take(sequence, blocks, sequence.computed + tokens, self._number)
 
     def _schedule_one_by_one(self, batch: Batch, budget: int) -> int:
-        longest, at = self._long_prefill_limit(), 0
+        longest, at = self.config.longest_share(len(self)), 0
         while at < len(self.running) and budget > 0:
             sequence = self.running[at]
             tokens = min(sequence.wanted, longest, budget)
@@ -372,7 +361,7 @@ class Scheduler:
     # Waiting requests
 
     def _schedule_waiting(self, batch: Batch, budget: int) -> None:
-        config, size, longest = self.config, self.config.block_size, self._long_prefill_limit()
+        config, size, longest = self.config, self.config.block_size, self.config.longest_share(len(self))
         skipped: list[Sequence] = []
         while self.waiting and budget > 0 and len(self.running) < config.max_num_seqs:
             sequence = self.waiting.head
