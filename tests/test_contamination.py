@@ -105,7 +105,7 @@ class Query:
         self.client.explained.forget(self.name)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 5), st.integers(1, 3))
 def test_own_traffic_never_exceeds_its_limit(seed: int, queries: int, salts: int) -> None:
     rng = random.Random(seed)

@@ -130,7 +130,7 @@ authors = st.sampled_from(["user", "assistant"])
 bodies = st.lists(st.tuples(authors, st.integers(3, 150), st.sampled_from(STEMS)), max_size=4)
 
 
-@settings(max_examples=80)
+@settings(max_examples=60)
 @given(
     st.sampled_from(sorted(SERVERS)),
     st.sampled_from(["system", "user"]),

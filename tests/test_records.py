@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fanmark.loadgen.records import (
@@ -60,6 +60,7 @@ def chains(calls: list[Call]) -> list[list[Call]]:
     return [[]] + [chain for c in calls for chain in ending(c)]
 
 
+@settings(max_examples=60)
 @given(dags())
 def test_shape_and_critical_path_are_those_of_all_chains(calls: list[Call]) -> None:
     every = chains(calls)
@@ -145,7 +146,8 @@ calls_of_any_kind = st.builds(
 )  # fmt: skip
 
 
-@given(st.lists(calls_of_any_kind, max_size=4))
+@settings(max_examples=25, deadline=None)
+@given(st.lists(calls_of_any_kind, max_size=3))
 def test_what_was_written_reads_back_the_same(tmp_path_factory: pytest.TempPathFactory, calls: list[Call]) -> None:
     folder = tmp_path_factory.mktemp("run")
     written = [query(3, calls, error="http_5xx: no\nmore"), query(4, [])]

@@ -23,7 +23,7 @@ finite = st.floats(-1e9, 1e9)
 Q = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(st.one_of(st.lists(finite, min_size=1, max_size=40), st.lists(finite, min_size=299, max_size=320)))
 def test_quantiles_are_numpys_and_have_support_or_are_unknown(values: list[float]) -> None:
     found = distribution(values)
@@ -50,7 +50,7 @@ def test_nothing_measured_gives_nothing() -> None:
     assert distribution([]) is None and gap_distribution({}) is None and gap_distribution({3: 0}) is None
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(st.lists(st.floats(1e-5, 100), min_size=300, max_size=400))
 def test_pooled_gaps_are_known_to_one_percent(gaps_s: list[float]) -> None:
     pooled = Counter(map(gap_bucket, gaps_s))
@@ -67,6 +67,7 @@ def test_gaps_of_many_calls_are_added_up() -> None:
     assert bucket_gap_s(0) == pytest.approx(1.00995, rel=1e-5)
 
 
+@settings(max_examples=40)
 @given(
     st.dictionaries(st.integers(0, 30), st.integers(1, 10**6), min_size=2, max_size=30),
     st.sampled_from([1, 2, 9, 13]),
@@ -146,6 +147,7 @@ def test_where_there_is_nothing_to_divide_there_is_no_ratio(own: dict[int, float
     assert paired_ratio(own, base, 7) is None
 
 
+@settings(max_examples=50)
 @given(
     st.dictionaries(st.integers(0, 20), st.floats(0, 1e6), max_size=9),
     st.dictionaries(st.integers(0, 20), st.sampled_from([0.0, 0.0, 1.0, 250.0]), max_size=9),

@@ -300,7 +300,7 @@ def runs(draw: st.DrawFn) -> list[Query]:
     return queries
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(runs())
 def test_no_run_gives_a_nan_or_a_table_that_cannot_be_printed(queries: list[Query]) -> None:
     found = summarise_arms(two_arms.scenario(), queries)
