@@ -67,7 +67,9 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
         return (loop.time() - origin) / time_scale
 
     async with AsyncExitStack() as stack:
-        targets = dict(scenario.targets) or {"default": await _stub(scenario, stack)}
+        targets, caveats = dict(scenario.targets), list[str]()
+        if not targets:
+            targets["default"], caveats = await _stub(scenario, stack)
         tools = await _tools(scenario, stack) if uses_tools(scenario, topologies) else None
         endpoints: dict[str, HttpEndpoint] = {}
         for name, target in targets.items():
@@ -75,6 +77,7 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
             stack.push_async_callback(endpoints[name].lane.close)
             if tools is not None:
                 await endpoints[name].expose(tools.schemas, system=scenario.workload.system != 0)
+        next(iter(endpoints.values())).notes += caveats
         check_lengths(scenario, topologies, endpoints)
         tally = Tally({arm.name: arm.topology for arm in scenario.arms}, scenario.baseline.name)
         port, stop_metrics = serve(tally, options.metrics_port)
@@ -123,18 +126,19 @@ def uses_tools(scenario: Scenario, topologies: Mapping[str, Topology]) -> bool:
     return False
 
 
-async def _stub(scenario: Scenario, stack: AsyncExitStack) -> Target:
+async def _stub(scenario: Scenario, stack: AsyncExitStack) -> tuple[Target, list[str]]:
+    """The embedded stub as a target, and what its profile rests on."""
     from fanmark.servers.profiles import load_profile
 
     stub = scenario.stub
     try:
-        load_profile(stub.profile)
+        caveats = load_profile(stub.profile).caveats()
     except ValueError as e:
         raise ScenarioError(f"{scenario.source}: [stub] profile = {stub.profile!r}: {e}") from None
     args = ["--port", "0", "--profile", stub.profile, "--time-scale", str(stub.time_scale)]
     server = await embedded.start("fanmark.servers.stub", args)
     stack.push_async_callback(server.close)
-    return Target(url=f"{server.url}/v1", api=stub.api)
+    return Target(url=f"{server.url}/v1", api=stub.api), caveats
 
 
 async def _tools(scenario: Scenario, stack: AsyncExitStack) -> ToolSet:
