@@ -301,10 +301,11 @@ def assemble(
     arms = summary.summarise_arms(scenario, queries)
     counted = [c for q in queries if not q.warmup for c in q.calls if c.kind == "call" and c.sent_at is not None]
     ttft = sorted(c.first_at - c.sent_at for c in counted if c.first_at is not None and c.sent_at is not None)
-    chunks = sum(merge_gaps([c.gaps for c in counted]).values())
+    # chunks that came together with a call's first are in no gap: a reply that came all at once is coalesced as a whole
+    chunks = sum(merge_gaps([c.gaps for c in counted]).values()) + len(counted)
     client = client_report(
         [c.sent_at - c.due_at for c in counted if c.sent_at is not None],
-        sum(c.coalesced for c in counted) / chunks if chunks else 0.0,
+        min(1.0, sum(c.coalesced for c in counted) / chunks) if chunks else 0.0,
         ttft[len(ttft) // 2] if ttft else None,
     )
     knowable = scenario.workload.cache != "warm" and any(c.cached_tokens is not None for c in counted)
