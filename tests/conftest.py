@@ -3,9 +3,13 @@
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 from stub_process import Stub, running_stub
 
 pytest_plugins = ["mcp_peers"]
+
+settings.register_profile("fanmark", deadline=None)  # no test is a matter of time
+settings.load_profile("fanmark")
 
 
 @pytest.fixture(scope="session")
