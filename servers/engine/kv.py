@@ -306,11 +306,10 @@ class KVCache:
                 moved.shadowed += 1
         run.shadowed -= moved.shadowed
 
-    @staticmethod
-    def _unlink(run: _Run) -> None:
+    def _unlink(self, run: _Run) -> None:
         run.before.after = run.after
         run.after.before = run.before
-        run.before = run.after = run
+        run.before = run.after = self._queue  # no cycle: it goes when it is dropped, garbage collector or not
 
 
 def _common(hashes: list[int], offset: int, chain: Sequence[int], at: int, length: int) -> int:
