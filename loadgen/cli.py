@@ -5,6 +5,7 @@ import os
 import secrets
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -138,6 +139,7 @@ def simulate(
     out: OutOpt = None,
     json: JsonOpt = False,
     strict: StrictOpt = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs with so many seeds, and prints how far they lie apart.")] = 1,
 ) -> int:
     """Runs a scenario in virtual time against the engine model: nothing is contacted, the same seed gives the same bytes."""
     from fanmark.agents import topologies
@@ -156,12 +158,30 @@ def simulate(
         print(line, file=sys.stderr)
     folder = _folder(out, checked.name)
     options = simulation.Options(folder, _version(), simulation.repeatable(sys.argv[1:]))
+    if seeds > 1:
+        return _spread(checked, table, options, seeds, json)
     result = simulation.simulate(checked, table, options)
     if json:
         print(_json(result.summary))
     else:
         session.print_result(result.summary, folder)
     return exit_code(result.summary, result.interrupted, strict)
+
+
+def _spread(checked: Any, table: Any, options: Any, seeds: int, json: bool) -> int:
+    import msgspec
+
+    from fanmark.loadgen import spread
+    from fanmark.loadgen.simulate import simulate
+
+    summaries = []
+    for seed in range(checked.seed, checked.seed + seeds):
+        folder = options.out / f"seed-{seed}"
+        scenario = msgspec.structs.replace(checked, seed=seed)
+        summaries.append(simulate(scenario, table, replace(options, out=folder)).summary)
+    found = spread.spread(summaries)
+    print(_json(found) if json else "\n".join([*spread.lines(found, seeds), f"files    {options.out}"]))
+    return max(exit_code(summary, False, False) for summary in summaries)
 
 
 def _folder(out: Path | None, name: str) -> Path:
