@@ -1,0 +1,71 @@
+"""The rules of the house: who may import whom, and how large a thing may be."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("agents", "servers", "loadgen")
+FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+COMMAND_LINE = {"cli.py", "cli_engine.py"}
+
+
+def imports(path: Path) -> set[str]:
+    """All modules that a file imports anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def rooms(path: Path) -> set[str]:
+    return {name.split(".")[1] for name in imports(path) if name.startswith("fanmark.")}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_keeps_to_its_room_and_size(path: Path) -> None:
+    room, names = path.relative_to(ROOT).parts[0], imports(path)
+    tops = {name.split(".")[0] for name in names}
+    assert not tops & set(ROOMS), "rooms are imported as fanmark.<room>"
+    if room == "agents":
+        assert rooms(path) <= {"agents"}
+        assert tops <= set(sys.stdlib_module_names) | {"fanmark"}
+    if room == "servers":
+        assert rooms(path) <= {"servers"}
+    if "engine" in path.parts:
+        assert tops <= (set(sys.stdlib_module_names) - {"asyncio", "time", "os", "pathlib", "socket"}) | {"fanmark"}
+    if path.name not in COMMAND_LINE:
+        assert not any(name.startswith(("fanmark.loadgen.cli", "typer")) for name in names)
+    text = path.read_text()
+    assert text.count("\n") <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 60, node.name
+
+
+def test_importing_does_nothing_heavy() -> None:
+    """Help needs neither numpy nor an HTTP client nor an SDK."""
+    code = (
+        "import sys; from fanmark.loadgen import cli; from fanmark.agents import topologies; topologies()\n"
+        "print(sorted({'numpy', 'scipy', 'aiohttp', 'mcp', 'openai', 'prometheus_client', 'uvloop'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_the_project_speaks_of_itself_alone() -> None:
+    """No machine's path and no registry's host in a file that is kept."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert len(listed) > 50
+    words = ["/wo" + "rk/", "py" + "pi.org", "npmjs" + ".org", "../sha" + "red"]
+    for name in listed:
+        path = ROOT / name
+        if path.is_file() and not path.is_symlink():
+            text = path.read_text(errors="replace")
+            assert not [word for word in words if word in text], name
