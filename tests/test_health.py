@@ -1,4 +1,4 @@
-"""The verdict on the client, by the limits that DESIGN gives it."""
+"""The verdict on the client, by its documented limits."""
 
 import json
 
