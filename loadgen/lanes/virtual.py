@@ -4,7 +4,9 @@ Rules of the file:
 1. A request is read, checked and answered by the code that the stub uses, so both clocks see the same tokens, limits and refusals.
 2. What a request says apart from its texts is read once and remembered: a run's calls differ in little else.
 3. One timer: the loop wakes at the engine's next event, not at every step or token. A call is one future.
-4. Stamps are the engine's own. What a network and a client add in real time is not there.
+4. No two calls arrive at the same moment: a client writes them, and a server reads them, one after another. It matters: an engine at rest
+   starts on the first of a fan-out at once, and the others wait for its step to end.
+5. Stamps are the engine's own. What else a network and a client add in real time is not there.
 """
 
 import asyncio
@@ -34,6 +36,7 @@ from fanmark.servers.prompts import message_texts, tools_text
 from fanmark.servers.replica_of import replica_of, serving_config
 from fanmark.servers.tokenizer import Tokenizer, vocabulary
 
+APART_S = 0.0002  # between two calls that are made at once; the aiohttp lane and the stub together need about as much
 _REMEMBERED_TEXTS = 20_000
 _TEXTS_OF_A_CALL = frozenset(("messages", "prompt", "tools", "cache_salt"))
 
@@ -51,9 +54,18 @@ class VirtualLane:
         self._waiting: dict[str, asyncio.Future[Event]] = {}
         self._timer: asyncio.Handle | None = None
         self._turning = False  # the timer is set for this very moment
+        self._free_at = 0.0  # when the next call can arrive
 
     def __repr__(self) -> str:
         return f"<VirtualLane {len(self._waiting)} requests, {self.replica!r}>"
+
+    async def arrive(self) -> None:
+        """Waits for a moment of one's own."""
+        now = asyncio.get_running_loop().time()
+        arrives_at = max(now, self._free_at)
+        self._free_at = arrives_at + APART_S
+        if arrives_at > now:
+            await asyncio.sleep(arrives_at - now)
 
     async def generate(self, requests: Sequence[Request]) -> list[Event]:
         """The last event of each request, when all have ended. Raises Rejected, or ValueError for what could never be served; then, and
@@ -162,6 +174,7 @@ class VirtualEndpoint(Endpoint):
         ]
         try:
             async with asyncio.timeout(self.config.call_timeout_s):
+                await self._lane.arrive()
                 events = await self._lane.generate(requests)
         except TimeoutError:
             raise CallError("timeout", f"no whole reply within {self.config.call_timeout_s:g} s") from None
