@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from fanmark.servers.engine.replica import Event, Replica, ReplicaStatistics
+from fanmark.servers.engine.group import Engine
+from fanmark.servers.engine.replica import Event, ReplicaStatistics
 from fanmark.servers.engine.request import Request
 
 _EARLY_S = 0.0005
@@ -37,11 +38,11 @@ class RealTime:
     """
 
     def __init__(
-        self, make: Callable[[], Replica], *, time_scale: float = 1.0, on_late: Callable[[float], None] = lambda _: None
+        self, make: Callable[[], Engine], *, time_scale: float = 1.0, on_late: Callable[[float], None] = lambda _: None
     ) -> None:
         self.time_scale = time_scale
         self._make, self._on_late = make, on_late
-        self._replica: Replica | None = make()
+        self._replica: Engine | None = make()
         self._slowdown = 1.0
         self._buried: list[ReplicaStatistics] = []
         self._sinks: dict[str, Sink] = {}

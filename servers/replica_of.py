@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from fanmark.servers.engine.batch import EngineConfig
+from fanmark.servers.engine.group import Engine, ReplicaGroup
 from fanmark.servers.engine.replica import Replica, Step
 
 if TYPE_CHECKING:
@@ -35,15 +36,23 @@ def serving_config(profile: "Profile", overrides: Mapping[str, Any] | None = Non
 
 def replica_of(
     profile: "Profile", config: EngineConfig, *, stream: bool = True, on_step: Callable[[Step], None] | None = None
-) -> Replica:
-    """An engine at rest. A token leaves the loop `egress_s` before the client has it, a request enters it `ingress_s` after."""
-    return Replica(
-        config,
-        profile.law,
-        engines=profile.settings.data_parallel,
-        asynchronous=profile.settings.asynchronous,
-        stream=stream,
-        ingress_s=profile.law.ingress_s,
-        token_s=profile.law.egress_s,
-        on_step=on_step,
-    )
+) -> Engine:
+    """An engine at rest. A token leaves the loop `egress_s` before the client has it, a request enters it `ingress_s` after. Data-parallel
+    engines that share their experts step together; others are a group, each on its own."""
+    settings = profile.settings
+    lockstep = settings.data_parallel if settings.expert_parallel else 1
+
+    def replica() -> Replica:
+        return Replica(
+            config,
+            profile.law,
+            engines=lockstep,
+            asynchronous=settings.asynchronous,
+            stream=stream,
+            ingress_s=profile.law.ingress_s,
+            token_s=profile.law.egress_s,
+            on_step=on_step,
+        )
+
+    count = settings.data_parallel // lockstep
+    return replica() if count == 1 else ReplicaGroup([replica() for _ in range(count)])

@@ -28,7 +28,8 @@ from fanmark.servers.answers import Answer, Lengths, Speaker, prompt_data
 from fanmark.servers.body_fields import ApiError
 from fanmark.servers.engine.batch import Rejected
 from fanmark.servers.engine.prompt import Prompt
-from fanmark.servers.engine.replica import Event, Replica
+from fanmark.servers.engine.group import Engine
+from fanmark.servers.engine.replica import Event
 from fanmark.servers.engine.request import Request
 from fanmark.servers.openai_api import Ask, Limits, check_context, parse_chat, parse_completions
 from fanmark.servers.profiles import Profile
@@ -46,7 +47,7 @@ class VirtualLane:
 
     name = "virtual"
 
-    def __init__(self, replica: Replica) -> None:
+    def __init__(self, replica: Engine) -> None:
         self.replica = replica
         self.finished = self.cached_tokens = (
             0  # requests that ended by themselves; tokens of their prompts that were cached

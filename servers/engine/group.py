@@ -54,3 +54,16 @@ class ReplicaGroup:
             busy_s=sum(part.busy_s for part in parts),
             joules=sum(part.joules for part in parts),
         )
+
+    @property
+    def slowdown(self) -> float:
+        """The factor by which every step takes longer than the law says."""
+        return self.replicas[0].slowdown
+
+    @slowdown.setter
+    def slowdown(self, factor: float) -> None:
+        for replica in self.replicas:
+            replica.slowdown = factor
+
+
+Engine = Replica | ReplicaGroup
