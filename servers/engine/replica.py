@@ -222,6 +222,8 @@ class Replica:
         end_at = self._flights[-1].end_at
         if self._stream or len(self.schedulers) > 1 or len(self._flights) < self._depth:
             return end_at
+        if self._adds or self._aborts:  # what is on its way may end before those that run, or make their steps shorter
+            return end_at
         run = self._foreseen()
         return end_at + run.seconds(run.steps) if run is not None else end_at
 
