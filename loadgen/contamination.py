@@ -9,10 +9,12 @@ _WITHIN_BLOCK_TOKENS = 15  # two texts may share the start of their wording, but
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt that was sent: for each of its prefixes that end with a message, where it is counted, its hash and the message's tokens."""
+    """A prompt that was sent: where its salt is counted, and for each of its prefixes that end with a message, where that is counted,
+    its hash and the message's tokens."""
 
     query: Hashable
     salt: Hashable
+    salts: Counter[Hashable]
     prefixes: Sequence[tuple[Counter[Hashable], Hashable, int]]
 
 
@@ -27,19 +29,20 @@ class Explained:
         """Registers a prompt, a list of (message, tokens); from message number `first_own` on its prefixes belong to `query` alone."""
         own = self._own.setdefault(query, Counter())
         prefix: Hashable = salt
-        self._shared[salt] += 1
+        salts = self._shared if first_own > 0 else own
+        salts[salt] += 1
         prefixes = []
         for i, (message, tokens) in enumerate(messages):
             prefix = hash((prefix, message))
             seen = own if i >= first_own else self._shared
             seen[prefix] += 1
             prefixes.append((seen, prefix, tokens))
-        return Prompt(query, salt, prefixes)
+        return Prompt(query, salt, salts, prefixes)
 
     def limit(self, prompt: Prompt) -> int:
         """The most tokens that other prompts sent until now can have left in the cache. To be asked when the reply is there: siblings that
         were sent a moment later may have been computed first."""
-        if self._shared[prompt.salt] < 2:
+        if prompt.salts[prompt.salt] < 2:
             return 0
         tokens = 0
         for seen, prefix, size in prompt.prefixes:

@@ -151,8 +151,9 @@ class ChatPrompts(_Kept):
             content = " ".join([*stem.split(" "), *(next(words) for _ in range(text.tokens))][: text.tokens])
             return Part(content, None)
         n = text.tokens - self._template.share(text.author, text.first)
-        if n < 1:
-            least = self.minimum(text.author, text.first)
+        salted = len(await self._tokenizer.encode(text.opening)) if text.opening and self._tokenizer else 0
+        if n < 1 + salted:
+            least = self.minimum(text.author, text.first) + salted
             raise ScenarioError(
                 f"a {text.author} message of {text.tokens} tokens: the target's chat template needs {least}"
             )

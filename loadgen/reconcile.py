@@ -16,6 +16,8 @@ _PAIRS = {
 
 LATENESS = "fanmark_stub_step_lateness_seconds"  # of our stub: how late its steps' results went out, a histogram
 _LATE_SHARE = 0.03
+# how a call ends that the server may have worked on; one that it refused (4xx, 429) or never got is in nobody's sums
+_UNHEARD = ("timeout", "http_5xx", "stream_cut", "bad_reply", "cancelled")
 
 
 def stub_on_time(
@@ -68,7 +70,7 @@ def reconcile(
         theirs = after[counter] - before.get(counter, 0.0)
         off = None if mine is None else 0.0 if theirs == mine else 100.0 * (theirs - mine) / max(mine, 1)
         found[counter] = {"client": mine, "server": theirs, "off_pct": off}
-    unheard = sum(1 for call in calls if call.kind == "call" and call.error is not None and call.sent_at is not None)
+    unheard = sum(call.error in _UNHEARD for call in calls if call.kind == "call" and call.sent_at is not None)
     offs = [pair["off_pct"] for pair in found.values() if pair["off_pct"] is not None]
     if not offs:
         return {"reconciled": None, "alone": None, "reason": "no counter to compare", **found}

@@ -298,12 +298,6 @@ def resources(
     for name in ("input_tokens", "cached_tokens", "output_tokens", "reasoning_tokens"):
         values = [getattr(call, name) for call in inferred]
         sums[name] = sum(values) if None not in values else None
-    if (
-        sums["reasoning_tokens"] is None
-        and sums["output_tokens"] is not None
-        and not any(call.reasoning_tokens for call in inferred)
-    ):
-        sums["reasoning_tokens"] = 0  # a server that counts none has none
     shaped = shape(calls)
     final = max(inferred, key=lambda call: call.done_at or 0.0, default=None)
     latency_s, critical_s = done_at - due_at, shaped["critical_path_s"]

@@ -252,6 +252,11 @@ class QueryRuntime:
         if tools is not None and not any(key == ("tools",) for key, _, _ in prompt):
             listed.append(("tools", tools.size or 0))
         first_own = next((i for i, (key, _, _) in enumerate(prompt) if key in own), len(prompt)) + len(listed)
+        if salt not in (
+            self.world.run_id,
+            f"{self.world.run_id}-{self.demand.arm}",
+        ):  # a salt of this query, or of this call
+            first_own = 0
         query = self.demand.query if salt == self.world.run_id else (self.demand.arm, self.demand.query)
         for _, _, part in prompt:
             listed.append((str(part.content), len(part.content) if part.size is None else part.size))

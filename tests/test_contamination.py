@@ -153,7 +153,7 @@ def test_the_first_prompt_under_a_salt_can_have_nothing_cached() -> None:
         (1, [ROLE, SYSTEM, QUESTION], 2, 15),  # a text before all others leaves nothing to share
         (2, [SYSTEM, QUESTION], 1, 100 + 15),  # another query shares what is common to all queries
         (2, [SYSTEM, QUESTION], 2, 100 + 15),
-        (2, [], 0, 15),
+        (2, [], 0, 0),  # a salt of its own, and nothing of this query was there
     ],
 )
 def test_what_a_prompt_before_explains(query: int, messages: list[Words], first_own: int, limit: int) -> None:

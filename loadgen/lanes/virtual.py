@@ -27,8 +27,8 @@ from fanmark.loadgen.tokenizers import LocalTokenizer
 from fanmark.servers.answers import Answer, Lengths, Speaker, prompt_data
 from fanmark.servers.body_fields import ApiError
 from fanmark.servers.engine.batch import Rejected
-from fanmark.servers.engine.prompt import Prompt
 from fanmark.servers.engine.group import Engine
+from fanmark.servers.engine.prompt import Prompt
 from fanmark.servers.engine.replica import Event
 from fanmark.servers.engine.request import Request
 from fanmark.servers.openai_api import Ask, Limits, check_context, parse_chat, parse_completions
