@@ -2,14 +2,14 @@
 
 Rules of the file:
 1. Events end with an empty line; lines end with LF, CRLF or CR; comment lines and unknown fields are skipped.
-2. Nothing is parsed while the stream runs: a lane appends (instant, bytes) and this reads them once, at the end.
+2. Nothing is parsed chunk by chunk: a lane collects (instant, bytes) and hands over many at a time, at the latest at the end. Each byte is
+   read once. A stream in which a CR turns up is read at the end, for only there it is sure where its lines end.
 3. Token counts come from `usage` alone. Chunks are counted only for gaps between them.
 4. An event's instant is that of the read in which its last byte came. Several events in one read are `coalesced`: the gap before them is
    split evenly over them, so that none is counted as 0.
 """
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,12 +23,12 @@ Chunks = Sequence[tuple[float, bytes]]
 _EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?!\n)){2}")  # an end of line of any kind, and an empty line
 
 
-class _Details(msgspec.Struct):
+class _Details(msgspec.Struct, gc=False):
     cached_tokens: int | None = None
     reasoning_tokens: int | None = None
 
 
-class Usage(msgspec.Struct):
+class Usage(msgspec.Struct, gc=False):
     """The server's own counts."""
 
     prompt_tokens: int
@@ -37,14 +37,14 @@ class Usage(msgspec.Struct):
     completion_tokens_details: _Details | None = None
 
 
-class _Message(msgspec.Struct):
+class _Message(msgspec.Struct, gc=False):
     content: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
 
 
-class _Choice(msgspec.Struct):
+class _Choice(msgspec.Struct, gc=False):
     delta: _Message | None = None
     message: _Message | None = None
     text: str | None = None
@@ -52,7 +52,7 @@ class _Choice(msgspec.Struct):
     token_ids: list[int] | None = None
 
 
-class _Chunk(msgspec.Struct):
+class _Chunk(msgspec.Struct, gc=False):
     choices: list[_Choice] = []
     usage: Usage | None = None
     error: Any = None
@@ -89,51 +89,149 @@ def events(chunks: Chunks) -> list[tuple[float, bytes]]:
     for match in _EVENT_END.finditer(body):
         while ends[i][0] < match.end():
             i += 1
-        data_lines = [
-            line[5:].removeprefix(b" ")
-            for line in body[start : match.start()].splitlines()
-            if line.startswith(b"data:")
-        ]
-        if data_lines:
-            found.append((ends[i][1], b"\n".join(data_lines)))
+        data = _data(body[start : match.start()])
+        if data is not None:
+            found.append((ends[i][1], data))
         start = match.end()
     return found
 
 
+def _data(event: bytes) -> bytes | None:
+    """The data of one event, its lines joined; None where it has none."""
+    lines = [line[5:].removeprefix(b" ") for line in event.splitlines() if line.startswith(b"data:")]
+    return b"\n".join(lines) if lines else None
+
+
+class StreamParser:
+    """One streamed reply, read in batches. A lane feeds it in order and asks for the reply once, when the body is whole."""
+
+    def __init__(self) -> None:
+        self._rest = b""  # of an event that is not whole yet
+        self._unread: list[tuple[float, bytes]] | None = None  # what came since the first CR
+        self._error: CallError | None = None
+        self._done = self._closed = False
+        self._text: list[str] = []
+        self._ids: list[int] | None = None
+        self._usage: Usage | None = None
+        self._finish: str | None = None
+        self._first_at: float | None = None
+        self._answer_at: float | None = None
+        self._before_at: float | None = None  # the instant of the chunks before the latest ones
+        self._at = 0.0  # that of the latest ones, and how many they are
+        self._together = 0
+        self._chunks = self._coalesced = 0
+        self._gaps: dict[int, int] = {}
+
+    def feed(self, reads: Chunks) -> None:
+        """More of the body, in reads of one instant each. What is wrong with it is told by `reply`."""
+        if self._unread is not None:
+            self._unread.extend(reads)
+            return
+        body = b"".join([self._rest, *[data for _, data in reads]])
+        if b"\r" in body:
+            self._unread = [(0.0, self._rest), *reads]  # no event ends within the rest: its instant is of no account
+            return
+        whole = body.split(b"\n\n")
+        found, i, end, read_end = [], -1, 0, len(self._rest)
+        self._rest = whole.pop()
+        for event in whole:
+            end += len(event) + 2
+            while read_end < end:
+                i += 1
+                read_end += len(reads[i][1])
+            if event.startswith(b"data: {") and b"\n" not in event:
+                found.append((reads[i][0], event[6:]))
+            elif (data := _data(event)) is not None:
+                found.append((reads[i][0], data))
+        self._take(found)
+
+    def reply(self) -> Reply:
+        """The whole reply. Raises CallError: "stream_cut" where neither [DONE] nor, after a finish, the closing usage is there,
+        "bad_reply" for what cannot be read."""
+        if self._unread is not None:
+            self._take(events(self._unread))
+        if self._error is not None:
+            raise self._error
+        if not self._done and (self._finish is None or not self._closed):
+            raise CallError("stream_cut", f"the stream ended after {self._chunks} chunks without [DONE]")
+        if self._first_at is None:
+            raise CallError("bad_reply", "the stream holds no token")
+        self._close_group()
+        return Reply(
+            text="".join(self._text),
+            token_ids=self._ids,
+            first_at=self._first_at,
+            answer_at=self._answer_at,
+            done_at=self._at,
+            usage=self._usage,
+            finish=self._finish,
+            gaps=self._gaps,
+            coalesced=self._coalesced,
+        )
+
+    def _take(self, found: Sequence[tuple[float, bytes]]) -> None:
+        if self._done or self._error is not None:
+            return
+        text: list[str] = []
+        try:
+            for at, data in found:
+                if data[:1] != b"{" and data.strip() == b"[DONE]":
+                    self._done = True
+                    break
+                chunk = _decode(data)
+                if chunk.usage is not None:
+                    self._usage = chunk.usage
+                self._closed = (
+                    chunk.usage is not None and not chunk.choices
+                )  # beside a choice, it may still lack its details
+                for choice in chunk.choices:
+                    self._choice(at, choice, text)
+        except CallError as e:
+            self._error = e
+        self._text.append("".join(text))
+
+    def _choice(self, at: float, choice: _Choice, text: list[str]) -> None:
+        delta = choice.delta
+        said = choice.text
+        thought = acted = False
+        if delta is not None:
+            thought = bool(delta.reasoning or delta.reasoning_content)
+            acted = bool(delta.tool_calls)
+            if said is None:
+                said = delta.content
+        if said:
+            text.append(said)
+        if choice.token_ids:
+            acted = True
+            if self._ids is None:
+                self._ids = []
+            self._ids.extend(choice.token_ids)
+        if choice.finish_reason:
+            self._finish = choice.finish_reason
+        if said or thought or acted:
+            self._chunks += 1
+            if self._answer_at is None and not thought:
+                self._answer_at = at
+            if self._first_at is None:
+                self._first_at = self._at = at
+            elif at != self._at:
+                self._close_group()
+                self._before_at, self._at, self._together = self._at, at, 0
+            self._together += 1
+
+    def _close_group(self) -> None:
+        """Chunks of one instant share the gap before them evenly; those that came with the first have none to share."""
+        self._coalesced += self._together - 1
+        if self._before_at is not None:
+            bucket = gap_bucket((self._at - self._before_at) / self._together)
+            self._gaps[bucket] = self._gaps.get(bucket, 0) + self._together
+
+
 def parse_stream(chunks: Chunks) -> Reply:
-    """The reply of a whole stream. Raises CallError: "stream_cut" where neither [DONE] nor, after a finish, the closing usage is there,
-    "bad_reply" for what cannot be read."""
-    text: list[str] = []
-    ids: list[int] | None = None
-    stamps: list[float] = []
-    answer_at = usage = finish = None
-    done = closed = False
-    for at, data in events(chunks):
-        if data.strip() == b"[DONE]":
-            done = True
-            break
-        chunk = _decode(data)
-        usage = chunk.usage or usage
-        closed = chunk.usage is not None and not chunk.choices  # usage beside a choice may still lack its details
-        for choice in chunk.choices:
-            delta = choice.delta or _Message()
-            said = choice.text if choice.text is not None else delta.content
-            if said or delta.reasoning or delta.reasoning_content or delta.tool_calls or choice.token_ids:
-                stamps.append(at)
-                if answer_at is None and not (delta.reasoning or delta.reasoning_content):
-                    answer_at = at
-            if said:
-                text.append(said)
-            if choice.token_ids:
-                ids = ids or []
-                ids.extend(choice.token_ids)
-            finish = choice.finish_reason or finish
-    if not done and (finish is None or not closed):
-        raise CallError("stream_cut", f"the stream ended after {len(stamps)} chunks without [DONE]")
-    if not stamps:
-        raise CallError("bad_reply", "the stream holds no token")
-    gaps, coalesced = _gaps(stamps)
-    return Reply("".join(text), ids, stamps[0], answer_at, stamps[-1], usage, finish, gaps, coalesced)
+    """The reply of a whole stream. Raises CallError, see StreamParser.reply."""
+    parser = StreamParser()
+    parser.feed(chunks)
+    return parser.reply()
 
 
 def parse_body(body: bytes, done_at: float) -> Reply:
@@ -154,19 +252,3 @@ def _decode(data: bytes) -> _Chunk:
     if chunk.error is not None or chunk.object == "error":
         raise CallError("bad_reply", f"an error in place of a reply: {data[:300].decode(errors='replace')}")
     return chunk
-
-
-def _gaps(stamps: Sequence[float]) -> tuple[dict[int, int], int]:
-    """Gaps between chunks; those of one read share the gap before the read evenly."""
-    gaps: Counter[int] = Counter()
-    coalesced, i, before = 0, 1, stamps[0]
-    while i < len(stamps) and stamps[i] == before:  # came together with the first: there is no gap to share
-        i, coalesced = i + 1, coalesced + 1
-    while i < len(stamps):
-        at, n = stamps[i], 1
-        while i + n < len(stamps) and stamps[i + n] == at:
-            n += 1
-        gaps[gap_bucket((at - before) / n)] += n
-        coalesced += n - 1
-        before, i = at, i + n
-    return dict(gaps), coalesced
