@@ -73,7 +73,8 @@ def test_a_call_has_the_engine_s_stamps_and_exact_counts() -> None:
     reply, sent, ended_at = in_virtual_time(main)
     tokenizer = Tokenizer(vocabulary())
     assert sent.at == 100.0
-    assert 100.0 < reply.first_at == reply.answer_at < reply.done_at <= ended_at
+    assert reply.answer_at == reply.first_at > 100.0
+    assert reply.first_at < reply.done_at <= ended_at
     assert ended_at - reply.done_at < 1e-8
     assert usage(reply) == (len(prompt_ids(tokenizer, MESSAGES)), 40, 0)
     assert len(tokenizer.encode(reply.text)) == 40
