@@ -1,31 +1,73 @@
-"""When queries start: pure pacing, in seconds since the run's start."""
+"""When queries start: pure pacing, in seconds since the schedule's start.
 
+A process gives arrivals at the unit rate, as ages: 1.0 is where one query is due on average. A rate, or stages of rates, turns an age
+into a time: that at which the integral of the rate reaches it. So every process can be had at every course of the rate.
+"""
+
+import math
 import random
-from collections.abc import Iterator
-from itertools import count, takewhile
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count, islice, takewhile
 
-from fanmark.loadgen.scenario import Load
-
-
-def constant(rate: float, phase: float = 0.0) -> Iterator[float]:
-    """Equal steps of 1 / rate, the first at phase / rate (0 <= phase < 1)."""
-    return ((i + phase) / rate for i in count())
+from fanmark.loadgen.scenario import Load, Stage
 
 
-def poisson(rate: float, rng: random.Random) -> Iterator[float]:
-    """Independent exponential gaps of mean 1 / rate, before the first arrival too."""
+def constant(phase: float = 0.0) -> Iterator[float]:
+    """Equal steps, the first at `phase` (0 <= phase < 1)."""
+    return (i + phase for i in count())
+
+
+def poisson(rng: random.Random) -> Iterator[float]:
+    """Independent exponential gaps, before the first arrival too."""
+    return _summed(lambda: rng.expovariate(1.0))
+
+
+def gamma(rng: random.Random, gap_cv: float) -> Iterator[float]:
+    """Independent gamma gaps with this coefficient of variation: above 1 arrivals come in bursts, at 1 they are Poisson's."""
+    shape = 1.0 / gap_cv**2
+    return _summed(lambda: rng.gammavariate(shape, 1.0 / shape))
+
+
+def _summed(gap: Callable[[], float]) -> Iterator[float]:
     at = 0.0
     while True:
-        at += rng.expovariate(rate)
+        at += gap()
         yield at
+
+
+def staged(ages: Iterator[float], stages: Sequence[Stage]) -> Iterator[float]:
+    """Times of the ages, stage after stage; ends with the last stage. Within one of T seconds from rate a to b, age grows by
+    a t + (b - a) t^2 / (2 T)."""
+    age = next(ages)
+    start_at = passed = 0.0
+    for stage in stages:
+        first, last = stage.rate, stage.rate if stage.to is None else stage.to
+        total = (first + last) / 2 * stage.seconds
+        while age - passed < total:
+            yield start_at + _into(age - passed, first, (last - first) / stage.seconds)
+            age = next(ages)
+        start_at, passed = start_at + stage.seconds, passed + total
+
+
+def _into(age: float, rate: float, slope: float) -> float:
+    """The t at which rate t + slope t^2 / 2 = age, in the form that does not cancel."""
+    return 2 * age / (rate + math.sqrt(max(0.0, rate * rate + 2 * slope * age))) if age else 0.0
 
 
 def open_loop(load: Load, seed: int, arm: str, place: float) -> Iterator[float]:
     """The start times of one arm's queries: `load.queries` of them, or those before `load.duration`. Each arm draws its own; `place`
     in [0, 1) keeps the constant arrivals of several arms apart."""
+    if load.process == "replay":
+        return iter(load.arrivals if isinstance(load.arrivals, list) else [])
     rng = random.Random(f"{seed}/arrivals/{arm}")
-    times = constant(load.rate, place) if load.process == "constant" else poisson(load.rate, rng)
+    processes: dict[str, Callable[[], Iterator[float]]] = {
+        "constant": lambda: constant(place),
+        "poisson": lambda: poisson(rng),
+        "gamma": lambda: gamma(rng, load.gap_cv),
+    }
+    ages = processes[load.process]()
+    times = staged(ages, load.stages) if load.stages else (age / load.rate for age in ages)
     if load.queries is not None:
-        return (at for _, at in zip(range(load.queries), times, strict=False))
-    duration = load.duration or 0.0
-    return takewhile(lambda at: at < duration, times)
+        return islice(times, load.queries)
+    end_at = math.inf if load.duration is None else load.duration
+    return takewhile(lambda at: at < end_at, times)

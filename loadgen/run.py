@@ -4,6 +4,7 @@ import asyncio
 import random
 import re
 from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -76,6 +77,9 @@ class Run:
         self._journal = journal
         self._now = now
         self._time_scale = time_scale
+        load = scenario.load
+        self._slots = asyncio.Semaphore(load.max_in_flight) if load.max_in_flight is not None else None
+        self._query_timeout_s = load.query_timeout_s * time_scale if load.query_timeout_s is not None else None
         self._running: set[asyncio.Task[None]] = set()
         self._explained = Explained()
         self._world = World(
@@ -213,14 +217,19 @@ class Run:
     async def _query(self, arm: Arm, runtime: QueryRuntime, due_at: float) -> None:
         """One query, from its due time to its record. The only place where any exception becomes an outcome."""
         counted = runtime.demand.query >= 0
-        started_at = self._now()
         outcome: Outcome = "failed"
         error: str | None = None
         if counted:
             self._tally.query_started(arm.name)
+        started_at = self._now()
         try:
-            await self._topologies[arm.topology].run(runtime, runtime.demand.params)
+            async with self._slots or nullcontext():
+                started_at = self._now()
+                async with asyncio.timeout(self._query_timeout_s):
+                    await self._topologies[arm.topology].run(runtime, runtime.demand.params)
             outcome = "completed"
+        except TimeoutError:
+            error = f"timeout: no final answer within {self.scenario.load.query_timeout_s:g} s"
         except asyncio.CancelledError:
             outcome = "abandoned"
         except CallError as e:

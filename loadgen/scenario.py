@@ -8,6 +8,7 @@ from fanmark.loadgen.lengths import Dist
 
 Tokens = Annotated[int, msgspec.Meta(ge=0)] | Dist
 Positive = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
+NotNegative = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Price = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 
@@ -100,12 +101,27 @@ class Tools(Table, frozen=True):
     ready_timeout_s: Positive = 30.0
 
 
+class Stage(Table, frozen=True):
+    """So many seconds at `rate` queries per second, or going evenly from `rate` to `to`."""
+
+    seconds: Positive
+    rate: NotNegative
+    to: NotNegative | None = None
+
+
 class Load(Table, frozen=True):
-    """When queries start. Each of rate, concurrency, queries and warmup is per arm."""
+    """When queries start. Each of rate, concurrency, queries and warmup is per arm. `stages` stand in place of `rate`; `gap_cv` is of the
+    gamma process; `arrivals` are start times, or the file that they are read from. At most `max_in_flight` queries run at a time: what
+    that delays is told apart. A query that takes longer than `query_timeout_s` is given up."""
 
     mode: Literal["open", "closed"] = "open"
     rate: Positive = 0.5
-    process: Literal["constant", "poisson"] = "poisson"
+    stages: list[Stage] = []
+    process: Literal["constant", "poisson", "gamma", "replay"] = "poisson"
+    gap_cv: Positive = 2.0
+    arrivals: str | list[NotNegative] | None = None
+    max_in_flight: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    query_timeout_s: Positive | None = None
     concurrency: Annotated[int, msgspec.Meta(ge=1)] = 1
     queries: Annotated[int, msgspec.Meta(ge=1)] | None = None
     duration: Positive | None = None

@@ -1,6 +1,7 @@
 """TOML -> a checked Scenario. Every mistake is one ScenarioError that names the file, the key, the value and the mend."""
 
 import dataclasses
+import math
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -90,13 +91,7 @@ def check(raw: Mapping[str, Any], source: str, topologies: Mapping[str, Topology
     _check_tools(file.tools, source)
     arms = [_arm(raw_arm, i, source, topologies) for i, raw_arm in enumerate(file.arm)]
     _check_arms(arms, targets, source)
-    load = file.load
-    if load.queries is not None and load.duration is not None:
-        raise ScenarioError(
-            f"{source}: [load] queries = {load.queries} and duration = {load.duration:g}: give one of the two"
-        )
-    if load.queries is None and load.duration is None:
-        load = msgspec.structs.replace(load, queries=20)
+    load = _load(file.load, source)
     scenario = Scenario(
         name=file.name,
         seed=file.seed,
@@ -111,6 +106,54 @@ def check(raw: Mapping[str, Any], source: str, topologies: Mapping[str, Topology
     )
     _check_lengths(scenario, source)
     return scenario
+
+
+def _load(load: Load, source: str) -> Load:
+    """The load with its arrivals read and its end settled: 20 queries where nothing else is said."""
+    if load.queries is not None and load.duration is not None:
+        raise ScenarioError(
+            f"{source}: [load] queries = {load.queries} and duration = {load.duration:g}: give one of the two"
+        )
+    if (load.process == "replay") != (load.arrivals is not None):
+        raise ScenarioError(
+            f'{source}: [load] process = "replay" and arrivals = FILE go together: give both or neither'
+        )
+    if load.stages and (load.mode == "closed" or load.process == "replay"):
+        raise ScenarioError(
+            f"{source}: [[load.stages]] set the rate of an open loop: not of a closed one, nor of a replay"
+        )
+    if any(stage.rate == 0 and not stage.to for stage in load.stages):
+        raise ScenarioError(f"{source}: [[load.stages]] rate = 0: give a rate above 0, or one to go `to`")
+    if load.arrivals is not None:
+        times = _arrivals(load.arrivals, source)
+        return msgspec.structs.replace(load, mode="open", arrivals=times, queries=len(times), duration=None)
+    if load.queries is None and load.duration is None:
+        seconds = sum(stage.seconds for stage in load.stages)
+        return msgspec.structs.replace(load, **({"duration": seconds} if seconds else {"queries": 20}))
+    return load
+
+
+def _arrivals(given: str | list[float], source: str) -> list[float]:
+    """Start times in order, from a list or from a file beside the scenario with one a line."""
+    if isinstance(given, list):
+        return sorted(given)
+    path = Path(source).parent / given
+    where = f"{source}: [load] arrivals = {given!r}"
+    try:
+        lines = path.read_text().split()
+    except (OSError, UnicodeDecodeError) as e:
+        raise ScenarioError(f"{where}: cannot be read ({e}): give a file with one start time (s) a line") from None
+    times = []
+    for i, line in enumerate(lines, start=1):
+        try:
+            times.append(float(line))
+        except ValueError:
+            times.append(-1.0)
+        if not 0 <= times[-1] < math.inf:
+            raise ScenarioError(f"{where}: line {i} is {line!r}: give a start time in seconds, 0 or more")
+    if not times:
+        raise ScenarioError(f"{where}: is empty: give one start time (s) a line")
+    return sorted(times)
 
 
 def _check_tools(tools: Tools, source: str) -> None:
@@ -284,5 +327,7 @@ def override_load(
         load.pop("queries", None)
         for table in arms:
             table.pop("queries", None)
+    if rate is not None:
+        load.pop("stages", None)
     if rate is not None or concurrency is not None:
         load["mode"] = "open" if rate is not None else "closed"

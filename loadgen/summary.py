@@ -119,6 +119,7 @@ def _load(load: Load, objective: Objective | None, queries: Sequence[Query], cal
     start_at = min(query.due_at for query in queries)
     end_at = max(query.done_at for query in queries)
     seconds = max(end_at - start_at, 1e-9)
+    steady_rate = load.mode == "open" and load.process != "replay" and not load.stages
     done = [query for query in queries if query.outcome == "completed"]
     spans = [
         (call.sent_at, call.done_at)
@@ -126,7 +127,8 @@ def _load(load: Load, objective: Objective | None, queries: Sequence[Query], cal
         if call.kind == "call" and call.sent_at is not None and call.done_at is not None
     ]
     return {
-        "offered_qps": load.rate if load.mode == "open" else len(queries) / seconds,
+        "offered_qps": load.rate if steady_rate else len(queries) / seconds,
+        "start_delay_s": distribution([query.started_at - query.due_at for query in queries]),
         "completed_qps": len(done) / seconds,
         "good_qps": sum(_good(query, objective) for query in queries) / seconds if objective else None,
         "calls_per_s": sum(call.kind == "call" for call in calls) / seconds,

@@ -140,9 +140,26 @@ FILE_MISTAKES = {
         "f.toml: [stub] time_scale = 0.5: must be a number of at least 1",
     ),
     "a wrong mode": ('[load]\nmode = "first"', 'f.toml: [load] mode = "first": must be one of "closed", "open"'),
-    "a process that is not there yet": (
-        '[load]\nprocess = "gamma"',
-        'f.toml: [load] process = "gamma": must be one of "constant", "poisson"',
+    "a process that is not there": (
+        '[load]\nprocess = "normal"',
+        'f.toml: [load] process = "normal": must be one of "constant", "gamma", "poisson", "replay"',
+    ),
+    "a replay of nothing": (
+        '[load]\nprocess = "replay"',
+        'f.toml: [load] process = "replay" and arrivals = FILE go together: give both or neither',
+    ),
+    "a replay of a file that is not there": (
+        '[load]\nprocess = "replay"\narrivals = "no.txt"',
+        "f.toml: [load] arrivals = 'no.txt': cannot be read ([Errno 2] No such file or directory: 'no.txt'): "
+        "give a file with one start time (s) a line",
+    ),
+    "stages of a closed loop": (
+        '[load]\nmode = "closed"\n[[load.stages]]\nseconds = 3\nrate = 1',
+        "f.toml: [[load.stages]] set the rate of an open loop: not of a closed one, nor of a replay",
+    ),
+    "a stage without a rate": (
+        "[[load.stages]]\nseconds = 3\nrate = 0",
+        "f.toml: [[load.stages]] rate = 0: give a rate above 0, or one to go `to`",
     ),
     "more repeats than there can be yet": ("[load]\nrepeats = 5", "f.toml: [load] repeats = 5: must be 1"),
     "a lane that is not there yet": (
