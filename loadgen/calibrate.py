@@ -1,29 +1,28 @@
 """Fits the step-time law of a profile to measurements: a calibration grid, a request trace, or a run's folder.
 
-Rules of the file:
-1. All coefficients are fitted as logarithms between bounds; below, the data sheet bounds them: no efficiency exceeds 1. One that ends
-   at its bound says that a mechanism is missing or the sheet is wrong, and `fit` names the efficiencies.
-2. A coefficient that the data do not tell apart stays near its prior (a weak pull), and its interval is wide.
-3. A grid's rows are steps, so the law is fitted to them directly. A trace's requests are served by the engine model in virtual
-   time, again and again, until their times match.
+A grid's rows are steps, so the law is fitted to them directly, here. A trace's requests are served by the engine model in virtual time,
+again and again, until their times match: fit_trace.py.
 """
 
 import datetime
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from fanmark.loadgen.errors import ScenarioError
-from fanmark.loadgen.traces import Served, Trace, load_run, load_trace, replay
+from fanmark.loadgen.fit_run import fit_run
+from fanmark.loadgen.fit_trace import fit_trace
+from fanmark.loadgen.fitting import HOST, bounds_of, etas, ideal_law, least_squares_fit, set_coefficients
+from fanmark.loadgen.run_trace import load_run
+from fanmark.loadgen.traces import load_trace
 from fanmark.servers.engine.request import Request
 from fanmark.servers.engine.step_time import BatchShape, StepLaw
 from fanmark.servers.profiles import (
     Chip,
-    Efficiencies,
     Model,
     Profile,
     ProfileError,
@@ -35,9 +34,6 @@ from fanmark.servers.profiles import (
     profile_toml,
 )
 from fanmark.servers.replica_of import engine_config, replica_of
-
-HOST = "host_s"  # ingress_s + egress_s: a client cannot tell them apart
-INGRESS_SHARE = 0.6
 
 
 def calibrate(source: Path, model: str, chip: str, kv_blocks: int | None = None, *, as_of: str = "") -> Profile:
@@ -51,16 +47,15 @@ def calibrate(source: Path, model: str, chip: str, kv_blocks: int | None = None,
     if source.is_file():
         profile = fit_grid(load_grid(source), model_, chip_, kv_blocks)
     elif (source / "calls.jsonl").is_file():
-        settings = prior_settings(model_, chip_)
-        profile = fit_trace(load_run(source, model_, chip_, _with_blocks(settings, kv_blocks)))
+        profile = fit_run(load_run(source, model_, chip_, kv_blocks))
     else:
         trace = load_trace(source, model_, chip_)
         profile = fit_trace(replace(trace, settings=_with_blocks(trace.settings, kv_blocks)))
+        profile = replace(profile, source="; ".join(trace.caveats))
     name = f"{model_.id}@{chip_.id}"
     month = as_of or datetime.date.today().strftime("%Y-%m")
-    profile = replace(
-        profile, name=name, source=f"fitted on {source.name}", as_of=month, confidence="B", origin="fitted"
-    )
+    said = "; ".join(filter(None, [f"fitted on {source.resolve().name}", profile.source]))
+    profile = replace(profile, name=name, source=said, as_of=month, confidence="B", origin="fitted")
     over = {n: v for n, v in profile.efficiencies().items() if not 0.0 < v <= 1.0 + 1e-6}
     if over:
         shown = ", ".join(f"{n} {v:.2f}" for n, v in over.items())
@@ -78,90 +73,6 @@ def write_profile(profile: Profile, path: Path) -> None:
 
 def _with_blocks(settings: Settings, kv_blocks: int | None) -> Settings:
     return settings if kv_blocks is None else replace(settings, num_blocks=kv_blocks)
-
-
-# Least squares on logarithms
-
-
-@dataclass(frozen=True, slots=True)
-class _Fitted:
-    law: StepLaw
-    intervals: dict[str, tuple[float, float]]
-    evaluations: int
-
-
-def _set(law: StepLaw, fitted: dict[str, float]) -> StepLaw:
-    values: dict[str, Any] = dict(fitted)
-    if HOST in values:
-        host = values.pop(HOST)
-        values |= {"ingress_s": INGRESS_SHARE * host, "egress_s": (1.0 - INGRESS_SHARE) * host}
-    return replace(law, **values)
-
-
-def _get(law: StepLaw, name: str) -> float:
-    return law.ingress_s + law.egress_s if name == HOST else float(getattr(law, name))
-
-
-def _least_squares(
-    law: StepLaw,
-    bounds: dict[str, tuple[float, float, float]],
-    residuals: Callable[[StepLaw], list[float]],
-    *,
-    iterations: int,
-    step: float,
-    pull: float,
-) -> _Fitted:
-    """Minimise robustly over the coefficients in `bounds` (low, start, high); 95 % intervals by the curvature at the end."""
-    import numpy as np
-    from scipy.optimize import least_squares
-
-    names = list(bounds)
-    low, start, high = (np.log([bounds[name][i] for name in names]) for i in range(3))
-    start = np.clip(start, low + 1e-3, high - 1e-3)
-
-    def law_at(y: Any) -> StepLaw:
-        return _set(law, {name: float(v) for name, v in zip(names, np.exp(y), strict=True)})
-
-    def all_residuals(y: Any) -> Any:
-        return np.concatenate([residuals(law_at(y)), pull * (y - start)])
-
-    found: Any = least_squares(
-        all_residuals,
-        start,
-        bounds=(low, high),
-        diff_step=[step] * len(names),
-        max_nfev=iterations,
-        loss="soft_l1",
-        f_scale=1.0,
-    )
-    count = len(found.fun) - len(names)
-    # The pull is no datum: it only keeps the matrix regular.
-    noise = math.sqrt(float(np.sum(found.fun[:count] ** 2)) / max(1, count - len(names)))
-    spread = np.sqrt(np.diag(np.linalg.pinv(found.jac.T @ found.jac))) * noise
-    ends = np.exp(np.clip([found.x - 1.96 * spread, found.x + 1.96 * spread], low, high))
-    intervals = {name: (float(ends[0][i]), float(ends[1][i])) for i, name in enumerate(names)}
-    return _Fitted(law_at(found.x), intervals, found.nfev)
-
-
-def _bounds(prior: StepLaw, ideal: StepLaw, slack: float = 1.0) -> dict[str, tuple[float, float, float]]:
-    """(low, start, high) of the coefficients that any measurement speaks of. `slack` > 1 lets them under the data sheet's."""
-    found = {
-        name: (getattr(ideal, name) / slack, getattr(prior, name), getattr(ideal, name) * factor)
-        for name, factor in (("dense_s", 30.0), ("token_s", 10.0), ("context_s", 10.0), ("attention_s", 50.0))
-    }
-    if prior.experts:
-        found["expert_s"] = (ideal.expert_s / slack, prior.expert_s, ideal.expert_s * 10.0)
-    found["sequence_s"] = (1e-7, max(2e-5, prior.sequence_s), max(1e-3, prior.sequence_s * 20.0))
-    found["knee"] = (1.3, 2.5, 6.0)
-    return found
-
-
-def _ideal(model: Model, chip: Chip, settings: Settings) -> StepLaw:
-    return prior_law(model, chip, settings, Efficiencies(1.0, 1.0, 1.0, 1.0))
-
-
-def _eta(profile: Profile) -> dict[str, float]:
-    return {f"eta_{name}": value for name, value in profile.efficiencies().items()}
 
 
 # A calibration grid
@@ -230,7 +141,7 @@ def fit_grid(grid: Grid, model: Model, chip: Chip, kv_blocks: int | None = None)
     """The law from a grid: decode rows are steps of batch `b`, prefill rows are the steps of one request and the host's cost."""
     settings = _grid_settings(grid, model, chip, kv_blocks)
     prior = prior_law(model, chip, settings)
-    bounds = _bounds(prior, _ideal(model, chip, settings))
+    bounds = bounds_of(prior, ideal_law(model, chip, settings))
     bounds["fixed_s"] = (1e-5, prior.fixed_s, 0.05)
     bounds[HOST] = (5e-4, 8e-3, 0.1)
     bounds["eager_launch_s"] = (1e-3, max(2e-3, prior.eager_launch_s), 0.5)
@@ -244,14 +155,14 @@ def fit_grid(grid: Grid, model: Model, chip: Chip, kv_blocks: int | None = None)
             found.append((lone_ttft_s(law, settings, tokens) / seconds - 1.0) / tolerance)
         return found
 
-    fitted = _least_squares(prior, bounds, residuals, iterations=400, step=1e-4, pull=0.05)
+    fitted = least_squares_fit(prior, bounds, residuals, iterations=400, step=1e-4, pull=0.05)
     profile = Profile(f"{model.id}@{chip.id}", model, chip, settings, fitted.law, "fitted", intervals=fitted.intervals)
     starved = [row for row in grid.decode if _is_starved(grid, row, settings)]
     if kv_blocks is None and starved:
         profile = replace(profile, settings=replace(settings, num_blocks=_starved_blocks(profile, grid, starved)))
     if any(row.joules for row in grid.decode):
         profile = replace(profile, law=fit_power(profile, grid))
-    return replace(profile, fit=_eta(profile))
+    return replace(profile, fit=etas(profile))
 
 
 def _starved_blocks(profile: Profile, grid: Grid, rows: Sequence[GridRow]) -> int:
@@ -313,7 +224,7 @@ def fit_power(profile: Profile, grid: Grid) -> StepLaw:
     from scipy.optimize import nnls
 
     units = [{"idle_w": 0.0, "memory_w": 0.0, "compute_w": 0.0} | {name: 1.0} for name in ("memory_w", "compute_w")]
-    laws = [replace(profile, law=_set(profile.law, unit)) for unit in units]
+    laws = [replace(profile, law=set_coefficients(profile.law, unit)) for unit in units]
     rows = []
     for row in grid.decode:
         if row.joules > 0.0 and row.wall > 0.0:
@@ -321,71 +232,3 @@ def fit_power(profile: Profile, grid: Grid) -> StepLaw:
             rows.append([row.wall / row.joules, *(part / row.joules for part in parts)])
     watts = nnls(np.array(rows), np.ones(len(rows)))[0]
     return replace(profile.law, idle_w=float(watts[0]), memory_w=float(watts[1]), compute_w=float(watts[2]))
-
-
-# A request trace or a run
-
-
-def fit_trace(trace: Trace, requests: int | None = None, iterations: int = 8) -> Profile:
-    """The law that makes the engine model serve the first `requests` requests (all) as they were served.
-
-    All requests of the trace are replayed each time, as later ones load the engine too, but only the first ones' times are looked
-    at: per request TPOT, end-to-end and TTFT (against its mean: a TTFT may be near 0), and the means of all three.
-    """
-    profile = trace.prior()
-    real = trace.served[:requests]
-    settings, known = trace.settings, not any("efficiencies mean nothing" in line for line in trace.caveats)
-    ideal = _ideal(trace.model, trace.chip, settings)
-    law = _scaled_to(profile, replace(profile.law, fixed_s=profile.law.fixed_s / 2), trace, real)
-    if not known:
-        ideal = law
-    bounds = _bounds(law, ideal, slack=1.0 if known else 10.0)
-    bounds["mixed_s"] = (1e-5, 1e-3, 0.1)
-    bounds["eager_launch_s"] = (1e-3, max(2e-3, law.eager_launch_s), 0.5)
-    if trace.client_side:
-        bounds[HOST] = (5e-4, 8e-3, 0.2)
-
-    def residuals(candidate: StepLaw) -> list[float]:
-        return _trace_residuals(real, replay(profile, candidate, trace)[: len(real)])
-
-    # Wide differences first: where the cache overflows, times jump with the least change of the law.
-    for step in (0.06, 0.02):
-        fitted = _least_squares(law, bounds, residuals, iterations=iterations, step=step, pull=0.3)
-        law = fitted.law
-        bounds = {name: (low, _get(law, name), high) for name, (low, _, high) in bounds.items()}
-    profile = replace(
-        profile,
-        name=f"fitted on {trace.name}",
-        law=fitted.law,
-        origin="fitted",
-        intervals=fitted.intervals,
-        confidence="B",
-    )
-    return replace(profile, fit=_eta(profile) if known else {})
-
-
-def _trace_residuals(real: Sequence[Served], predicted: Sequence[Served]) -> list[float]:
-    ttft_mean = math.fsum(r.ttft_s for r in real) / len(real)
-    found = []
-    for r, p in zip(real, predicted, strict=True):
-        found.append((p.ttft_s - r.ttft_s) / ttft_mean * 5.0)
-        found.append((p.e2e_s / r.e2e_s - 1.0) * 10.0)
-        if r.tpot_s and p.tpot_s:
-            found.append((p.tpot_s / r.tpot_s - 1.0) * 10.0)
-    for at in range(3):
-        pairs = [(r[at] or 0.0, p[at] or 0.0) for r, p in zip(real, predicted, strict=True)]
-        found.append((math.fsum(p for _, p in pairs) / max(1e-9, math.fsum(r for r, _ in pairs)) - 1.0) * 100.0)
-    return found
-
-
-def _scaled_to(profile: Profile, law: StepLaw, trace: Trace, real: Sequence[Served]) -> StepLaw:
-    """The law slowed down or sped up as a whole until the mean end-to-end time is about right: where the fit starts."""
-    names = ("dense_s", "expert_s", "token_s", "context_s", "attention_s", "fixed_s", "eager_launch_s", "sequence_s")
-    target = math.fsum(r.e2e_s for r in real)
-    for _ in range(6):
-        served = replay(profile, law, trace)[: len(real)]
-        factor = target / math.fsum(s.e2e_s for s in served)
-        if 0.9 < factor < 1.1:
-            break
-        law = replace(law, **{name: getattr(law, name) * factor for name in names})
-    return law

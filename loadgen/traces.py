@@ -2,12 +2,12 @@
 
 A trace folder holds `meta.json` (model, vLLM flags, hardware) and `requests.jsonl`, a line a request: `input_toks`, `output_toks`,
 `arrival_time` (Unix s) and the engine's own stamps `queued_ts`, `first_token_ts`, `last_token_ts` (monotonic s). The two clocks are
-brought together by the request that was queued fastest. A run's folder (calls.jsonl) gives the same from the client's side.
+brought together by the request that was queued fastest. run_trace.py reads the same from a run's folder.
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from heapq import heapify, heappop, heappush
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,11 +41,21 @@ class Served(NamedTuple):
     e2e_s: float
 
 
+class Trigger(NamedTuple):
+    """What a request waited for: the end of another (its place in the trace), and `delay_s` more."""
+
+    place: int
+    delay_s: float
+
+
 @dataclass(frozen=True, slots=True)
 class Trace:
     """What was asked, by arrival, and how it was served. `client_side`: the stamps are a client's, so host costs are in them.
 
-    `shared_tokens`: the longest prefix that was in the cache; it is put there before the first request.
+    `triggers`, by place: a request that has one arrives by it, whatever its `arrived_at`; empty: none has. `weights`, by place: how
+    much a request's times count in a fit; empty: all alike. `cached`, by place: prompt tokens that were in the cache. `steady_s`, by place:
+    the gap between its tokens but for stalls, where that is known. `shared_tokens`: a prefix of that many tokens, the ids from 0 on, is put
+    into the cache before the first request.
     """
 
     name: str
@@ -55,8 +65,14 @@ class Trace:
     requests: list[Request]
     served: list[Served]
     client_side: bool
+    triggers: list[Trigger | None] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    cached: list[int] = field(default_factory=list)
+    steady_s: list[float | None] = field(default_factory=list)
     shared_tokens: int = 0
     caveats: list[str] = field(default_factory=list)
+    budget_known: bool = True
+    blocks_known: bool = True
 
     def prior(self) -> Profile:
         """The profile of this trace's model, chip and settings that nobody has fitted yet."""
@@ -65,24 +81,45 @@ class Trace:
 
 
 def replay(profile: Profile, law: StepLaw, trace: Trace) -> list[Served]:
-    """The trace's requests, at their times, through an engine with the trace's settings and `law`; by the order of the trace."""
+    """The trace's requests through an engine with the trace's settings and `law`; by the order of the trace.
+
+    They arrive at their times, or as long after what they waited for as they did: a slower law delays what follows, as it would.
+    """
     if not trace.client_side:
         law = replace(law, ingress_s=0.0, egress_s=0.0)
     used = replace(profile, settings=trace.settings, law=law)
     replica = replica_of(used, engine_config(used), stream=False)
-    done = {}
     if trace.shared_tokens:
         replica.add(Request("shared", range(trace.shared_tokens), range(1)), 0.0)
-    for request in trace.requests:
-        replica.add(request, request.arrived_at)
-    for event in replica.advance(_END_S):
-        done[event.id] = event
-    served = []
-    for request in trace.requests:
-        event, tokens = done[request.id], len(request.output)
-        tpot = (event.at - event.first_at) / (tokens - 1) if tokens > 1 else None
-        served.append(Served(event.first_at - request.arrived_at, tpot, event.at - request.arrived_at))
-    return served
+    triggers = trace.triggers or [None] * len(trace.requests)
+    followers: dict[str, list[tuple[float, int]]] = {}
+    due: list[tuple[float, int]] = []
+    for place, (request, trigger) in enumerate(zip(trace.requests, triggers, strict=True)):
+        if trigger is None:
+            due.append((request.arrived_at, place))
+        else:
+            followers.setdefault(trace.requests[trigger.place].id, []).append((trigger.delay_s, place))
+    heapify(due)
+    served: dict[int, Served] = {}
+    arrived: dict[str, tuple[float, int]] = {}
+    while due or len(arrived) > len(served):
+        until = replica.next_at() if followers else None
+        if due and (until is None or due[0][0] <= until):
+            at, place = heappop(due)
+            request = trace.requests[place]
+            arrived[request.id] = at, place
+            replica.add(request, at)
+            continue
+        for event in replica.advance(_END_S if until is None else until):
+            if event.id not in arrived:
+                continue
+            at, place = arrived[event.id]
+            tokens = len(trace.requests[place].output)
+            tpot = (event.at - event.first_at) / (tokens - 1) if tokens > 1 else None
+            served[place] = Served(event.first_at - at, tpot, event.at - at)
+            for delay_s, follower in followers.pop(event.id, ()):
+                heappush(due, (event.at + delay_s, follower))
+    return [served[place] for place in range(len(trace.requests))]
 
 
 def load_trace(folder: Path, model: Model | None = None, chip: Chip | None = None) -> Trace:
@@ -101,7 +138,7 @@ class _Line(msgspec.Struct):
     last_token_ts: float
 
 
-def _lines(path: Path, kind: type[Any]) -> list[Any]:
+def read_lines(path: Path, kind: type[Any]) -> list[Any]:
     found = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
@@ -125,7 +162,7 @@ def _engine_trace(folder: Path, model: Model | None, chip: Chip | None) -> Trace
     if model is None or chip is None:
         found_model, found_chip, caveats = _parts(meta, folder.name)
         model, chip = model or found_model, chip or found_chip
-    lines: list[_Line] = sorted(_lines(folder / "requests.jsonl", _Line), key=lambda r: r.arrival_time)
+    lines: list[_Line] = sorted(read_lines(folder / "requests.jsonl", _Line), key=lambda r: r.arrival_time)
     offset = min(r.queued_ts - r.arrival_time for r in lines)
     start_at = lines[0].arrival_time
     requests, served = [], []
@@ -138,56 +175,14 @@ def _engine_trace(folder: Path, model: Model | None, chip: Chip | None) -> Trace
     return Trace(folder.name, model, chip, settings, requests, served, client_side=False, caveats=caveats)
 
 
-class _Call(msgspec.Struct):
-    kind: str
-    sent_at: float | None = None
-    first_at: float | None = None
-    done_at: float | None = None
-    input_tokens: int | None = None
-    cached_tokens: int | None = None
-    output_tokens: int | None = None
-    error: str | None = None
+PROMPT_SPAN = 1 << 24
 
 
-_LEAD_S = 1000.0  # before the first call of a run: time to fill the cache
-
-
-def load_run(folder: Path, model: Model, chip: Chip, settings: Settings) -> Trace:
-    """The calls of a run's folder that ended well, as a trace. What was cached is taken to be the same prefix for all of them.
-
-    A run does not know the server's settings: they are given. Raises ScenarioError.
-    """
-    calls = [c for c in _lines(folder / "calls.jsonl", _Call) if c.kind == "call" and c.error is None]
-    calls = sorted(
-        (c for c in calls if c.sent_at is not None and c.output_tokens and c.input_tokens), key=lambda c: c.sent_at
-    )
-    requests, served, shared = [], [], 0
-    for number, c in enumerate(calls):
-        if c.first_at is None or c.done_at is None:
-            continue
-        cached = min(c.cached_tokens or 0, c.input_tokens - 1) // settings.block_size * settings.block_size
-        shared = max(shared, cached)
-        arrived = _LEAD_S + c.sent_at - calls[0].sent_at
-        requests.append(unique_request(str(number), c.input_tokens, c.output_tokens, arrived, shared=cached))
-        tpot = (c.done_at - c.first_at) / (c.output_tokens - 1) if c.output_tokens > 1 else None
-        served.append(Served(c.first_at - c.sent_at, tpot, c.done_at - c.sent_at))
-    if len(requests) < 10:
-        raise ScenarioError(f"{folder}: {len(requests)} calls with stamps and token counts: a fit needs 10 at least")
-    caveats = ["the server's settings are not in a run: vLLM's defaults were taken"]
-    return Trace(
-        folder.name, model, chip, settings, requests, served, client_side=True, shared_tokens=shared, caveats=caveats
-    )
-
-
-_PROMPT_SPAN = 1 << 24
-
-
-def unique_request(name: str, input_tokens: int, output_tokens: int, arrived_at: float, shared: int = 0) -> Request:
-    """A request whose token ids no other name's has, but for the first `shared`, which are those of all."""
-    base = (int(name) + 1) * _PROMPT_SPAN
+def unique_request(name: str, input_tokens: int, output_tokens: int, arrived_at: float) -> Request:
+    """A request whose token ids no other name's has."""
+    base = (int(name) + 1) * PROMPT_SPAN
     prompt = range(base, base + input_tokens)
-    ids: Sequence[int] = prompt if not shared else [*range(shared), *prompt[shared:]]
-    return Request(name, ids, range(base + input_tokens, base + input_tokens + output_tokens), arrived_at=arrived_at)
+    return Request(name, prompt, range(base + input_tokens, base + input_tokens + output_tokens), arrived_at=arrived_at)
 
 
 def _parts(meta: dict[str, Any], folder: str) -> tuple[Model, Chip, list[str]]:

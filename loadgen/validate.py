@@ -27,7 +27,7 @@ def validate_trace(
     trace = load_trace(trace_dir)
     fitted_on = 0
     if profile is None:
-        from fanmark.loadgen.calibrate import fit_trace
+        from fanmark.loadgen.fit_trace import fit_trace
 
         fitted_on = len(trace.requests) // 2
         profile = fit_trace(trace, requests=fitted_on, iterations=iterations)
