@@ -224,9 +224,9 @@ def test_real_time_and_virtual_time_agree(tmp_path: Path) -> None:
     """At rest, where a millisecond more or less moves no request into another batch; benchmarks/two_clocks.py does it under load."""
     time_scale = 5.0
     flags = ["quickstart", "--queries", "2", "--set", "load.mode=closed", "--set", "load.arms=apart"]
-    lengths = {"answer": 30, "judge_answer": 30, "action": 8, "tool_result": 60}
+    lengths = {"answer": 20, "judge_answer": 20, "action": 6, "tool_result": 60}
     flags += [word for kind, tokens in lengths.items() for word in ("--set", f"workload.{kind}={tokens}")]
-    flags += ["--set", "tools.latency_s=0.03", "--set", "arm.mcp-chain.tool_calls=4"]
+    flags += ["--set", "tools.latency_s=0.03", "--set", "arm.mcp-chain.tool_calls=3"]
     real = fanmark(
         "run", *flags, "--set", f"stub.time_scale={time_scale}", "--quiet", "--json", "--out", str(tmp_path / "real")
     )
