@@ -7,7 +7,9 @@ from fanmark.loadgen.spread import lines, spread
 
 def _summary(latency_s: float, ttft_s: float | None) -> dict[str, object]:
     per_call = {"ttft_s": None if ttft_s is None else {"mean": ttft_s}, "tpot_s": None}
-    return {"arms": {"a": {"per_query": {"latency_s": {"mean": latency_s}, "cached_tokens": None}, "per_call": per_call}}}
+    return {
+        "arms": {"a": {"per_query": {"latency_s": {"mean": latency_s}, "cached_tokens": None}, "per_call": per_call}}
+    }
 
 
 def test_mean_extremes_and_the_farthest() -> None:
