@@ -26,13 +26,14 @@ class Prices(Table, frozen=True):
 
 
 class Target(Table, frozen=True):
-    """An inference endpoint. `model` None: the first that /v1/models lists. `params` pass through unchanged."""
+    """An inference endpoint. `model` None: the first that /v1/models lists. `params` pass through unchanged. `lane` "auto": the fast lane
+    for plain http:// without a proxy, on systems that have it, else aiohttp."""
 
     url: str
     model: str | None = None
     api_key_env: str | None = None
     api: Literal["chat", "completions"] = "chat"
-    lane: Literal["auto", "aiohttp"] = "auto"
+    lane: Literal["auto", "fast", "aiohttp"] = "auto"
     params: dict[str, Any] = {}
     headers: dict[str, str] = {}
     ca_file: str | None = None

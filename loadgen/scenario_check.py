@@ -88,6 +88,12 @@ def check(raw: Mapping[str, Any], source: str, topologies: Mapping[str, Topology
             raise ScenarioError(
                 f"{source}: {_target_key(name)} url = {show(target.url)}: must be http://HOST:PORT/v1 or https://..."
             )
+        if target.lane == "fast" and (target.proxy is not None or not target.url.startswith("http://")):
+            carries = f"url = {show(target.url)}" if target.proxy is None else f"proxy = {show(target.proxy)}"
+            raise ScenarioError(
+                f'{source}: {_target_key(name)} lane = "fast" with {carries}: it carries plain http:// without a proxy: '
+                'use "auto" or "aiohttp"'
+            )
     _check_tools(file.tools, source)
     arms = [_arm(raw_arm, i, source, topologies) for i, raw_arm in enumerate(file.arm)]
     _check_arms(arms, targets, source)

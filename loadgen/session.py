@@ -5,7 +5,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -32,6 +32,7 @@ from fanmark.loadgen.target import HttpEndpoint, connect
 from fanmark.loadgen.toolset import ToolSet
 
 _COUNTERS_SETTLE_S = 2.0
+_OPEN_LOOP_CONNECTIONS, _MOST_CONNECTIONS = 8, 4096
 
 ClientReport = Callable[[Sequence[float], float, float | None], dict[str, Any]]  # see Health.report
 
@@ -58,13 +59,12 @@ class Result:
 
 async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: Options) -> Result:
     """Runs the scenario and leaves its folder. Raises FanmarkError before anything is sent where something is wrong."""
-    loop = asyncio.get_running_loop()
-    origin = loop.time()
+    origin = time.monotonic()
 
     time_scale = 1.0 if scenario.targets else scenario.stub.time_scale
 
     def now() -> float:  # in the servers' seconds: a slowed stub and its tools are a slower clock, not slower servers
-        return (loop.time() - origin) / time_scale
+        return (time.monotonic() - origin) / time_scale
 
     async with AsyncExitStack() as stack:
         targets, caveats = dict(scenario.targets), list[str]()
@@ -73,7 +73,7 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
         tools = await _tools(scenario, stack) if uses_tools(scenario, topologies) else None
         endpoints: dict[str, HttpEndpoint] = {}
         for name, target in targets.items():
-            endpoints[name] = await connect(name, target, now)
+            endpoints[name] = await connect(name, target, now, time_scale=time_scale)
             stack.push_async_callback(endpoints[name].lane.close)
             if tools is not None:
                 await endpoints[name].expose(tools.schemas, system=scenario.workload.system != 0)
@@ -89,10 +89,11 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
             where = next(iter(targets.values())).url
             print(f"target   {where} ({next(iter(endpoints.values())).server})", file=options.progress)
             print(f"metrics  http://127.0.0.1:{port}/metrics", file=options.progress, flush=True)
+        await _open_connections(scenario, endpoints.values())
         started = datetime.now(UTC)
         before = {name: await endpoint.counters() for name, endpoint in endpoints.items()}
         health = Health(now)
-        origin = loop.time()  # the run's start
+        origin = time.monotonic()  # the run's start
         whole = await _execute(one, tally, health, journal, options, now)
         seconds = now()
         journal.flush()
@@ -113,6 +114,14 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
     found = assemble(scenario, queries, endpoints, server, health.report, one.drift, run_part, stub, partial=not whole)
     (options.out / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
     return Result(found, interrupted=not whole)
+
+
+async def _open_connections(scenario: Scenario, endpoints: Iterable[HttpEndpoint]) -> None:
+    """Opens what the first calls need before the clock starts: a connection for each user of a closed loop, a few for an open one."""
+    loads = [scenario.load_of(arm) for arm in scenario.arms]
+    count = sum(load.concurrency if load.mode == "closed" else _OPEN_LOOP_CONNECTIONS for load in loads)
+    for endpoint in endpoints:
+        await endpoint.open_ahead(min(count, _MOST_CONNECTIONS))
 
 
 def uses_tools(scenario: Scenario, topologies: Mapping[str, Topology]) -> bool:

@@ -10,6 +10,7 @@ import msgspec
 
 from fanmark.loadgen.endpoint import Endpoint
 from fanmark.loadgen.errors import CallError, ScenarioError, UnreachableError
+from fanmark.loadgen.lanes import fast
 from fanmark.loadgen.lanes.http import HttpLane, Sent
 from fanmark.loadgen.lanes.sse import Reply
 from fanmark.loadgen.prompts import ChatPrompts, TokenPrompts, measure_template
@@ -19,12 +20,14 @@ from fanmark.loadgen.tokenizers import LocalTokenizer, RemoteTokenizer, one_toke
 from fanmark.servers.tokenizer import Tokenizer as StubTokenizer
 from fanmark.servers.tokenizer import vocabulary
 
+AnyLane = HttpLane | fast.FastLane
+
 
 class HttpEndpoint(Endpoint):
     """A target that is reached over HTTP."""
 
     def __init__(
-        self, name: str, config: Target, lane: HttpLane, model: str, server: str, headers: dict[str, str]
+        self, name: str, config: Target, lane: AnyLane, model: str, server: str, headers: dict[str, str]
     ) -> None:
         super().__init__(name, config, model, server)
         self.max_model_len: int | None = None
@@ -33,8 +36,13 @@ class HttpEndpoint(Endpoint):
         self._tokenizer: RemoteTokenizer | None = None
 
     @property
-    def lane(self) -> HttpLane:
+    def lane(self) -> AnyLane:
         return self._lane
+
+    async def open_ahead(self, count: int) -> None:
+        """Opens connections for `count` calls at a time, where the lane can."""
+        if isinstance(self._lane, fast.FastLane):
+            await self._lane.open_ahead(self.config.url, count)
 
     @property
     def root(self) -> str:
@@ -110,9 +118,14 @@ def parse_counters(text: str) -> dict[str, float] | None:
 
 
 async def connect(
-    name: str, config: Target, now: Callable[[], float], environ: Mapping[str, str] = os.environ
+    name: str,
+    config: Target,
+    now: Callable[[], float],
+    environ: Mapping[str, str] = os.environ,
+    time_scale: float = 1.0,
 ) -> HttpEndpoint:
-    """Waits for the target, chooses or checks the model and measures its tokenizer. Raises ScenarioError or UnreachableError."""
+    """Waits for the target, chooses or checks the model and measures its tokenizer. `now` runs `time_scale` times slower than seconds.
+    Raises ScenarioError or UnreachableError."""
     headers = dict(config.headers)
     if config.api_key_env is not None:
         key = environ.get(config.api_key_env)
@@ -121,15 +134,14 @@ async def connect(
                 f"{config.url}: the API key is missing: set the environment variable {config.api_key_env}"
             )
         headers["Authorization"] = f"Bearer {key}"
-    tls: ssl.SSLContext | bool = not config.insecure
-    if config.ca_file is not None:
-        try:
-            tls = ssl.create_default_context(cafile=config.ca_file)
-        except OSError as e:
-            raise ScenarioError(f"{config.url}: ca_file = {config.ca_file!r}: {e.strerror or e}") from None
-    lane = HttpLane(now, tls=tls, proxy=config.proxy)
+    lane = _lane(config, now, time_scale)
     try:
-        listed = await _models(config, lane, headers)
+        status, body = await _models(config, lane, headers)
+        if lane.name == "fast" and config.lane == "auto" and 300 <= status < 400:  # sent on elsewhere: aiohttp follows
+            await lane.close()
+            lane = _http_lane(config, now)
+            status, body = await _models(config, lane, headers)
+        listed = _listed(config, status, body)
         model = _choose(config, [entry["id"] for entry in listed])
         server = await _server(config, lane, headers)
         endpoint = HttpEndpoint(name, config, lane, model, server, headers)
@@ -141,13 +153,35 @@ async def connect(
     return endpoint
 
 
-async def _models(config: Target, lane: HttpLane, headers: Mapping[str, str]) -> list[dict[str, Any]]:
+def _lane(config: Target, now: Callable[[], float], time_scale: float) -> AnyLane:
+    """The lane that the target wants."""
+    plain = config.url.startswith("http://") and config.proxy is None
+    if config.lane == "fast" and not fast.available():
+        raise ScenarioError(
+            f'{config.url}: lane = "fast" needs epoll, which this system lacks: use "auto" or "aiohttp"'
+        )
+    if config.lane == "fast" or (config.lane == "auto" and plain and fast.available()):
+        return fast.FastLane(now, time_scale=time_scale)
+    return _http_lane(config, now)
+
+
+def _http_lane(config: Target, now: Callable[[], float]) -> HttpLane:
+    tls: ssl.SSLContext | bool = not config.insecure
+    if config.ca_file is not None:
+        try:
+            tls = ssl.create_default_context(cafile=config.ca_file)
+        except OSError as e:
+            raise ScenarioError(f"{config.url}: ca_file = {config.ca_file!r}: {e.strerror or e}") from None
+    return HttpLane(now, tls=tls, proxy=config.proxy)
+
+
+async def _models(config: Target, lane: AnyLane, headers: Mapping[str, str]) -> tuple[int, bytes]:
+    """Status and body of /models, once the target answers."""
     url = f"{config.url.rstrip('/')}/models"
     give_up_at = asyncio.get_running_loop().time() + config.ready_timeout_s
     while True:
         try:
-            status, body = await lane.get(url, headers, timeout_s=config.ready_timeout_s)
-            break
+            return await lane.get(url, headers, timeout_s=config.ready_timeout_s)
         except CallError as e:
             if asyncio.get_running_loop().time() + 0.25 > give_up_at:
                 raise UnreachableError(
@@ -155,6 +189,10 @@ async def _models(config: Target, lane: HttpLane, headers: Mapping[str, str]) ->
                     "(ready_timeout_s waits longer)"
                 ) from None
             await asyncio.sleep(0.25)
+
+
+def _listed(config: Target, status: int, body: bytes) -> list[dict[str, Any]]:
+    url = f"{config.url.rstrip('/')}/models"
     if status in (401, 403):
         hint = (
             f"the key in {config.api_key_env} is refused" if config.api_key_env else "name its variable by api_key_env"
@@ -180,7 +218,7 @@ def _choose(config: Target, listed: Sequence[str]) -> str:
     return config.model
 
 
-async def _server(config: Target, lane: HttpLane, headers: Mapping[str, str]) -> str:
+async def _server(config: Target, lane: AnyLane, headers: Mapping[str, str]) -> str:
     root = config.url.rstrip("/").removesuffix("/v1")
     try:
         status, body = await lane.get(f"{root}/version", headers)

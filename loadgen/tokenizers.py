@@ -3,22 +3,27 @@
 import asyncio
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
 from fanmark.loadgen.errors import CallError
-from fanmark.loadgen.lanes.http import HttpLane
 from fanmark.servers.tokenizer import Tokenizer as StubTokenizer
 
 _WORDS_WANTED = 256
 _AT_ONCE = 32
 
 
+class Poster(Protocol):
+    """What carries a request to the target: a lane."""
+
+    async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> tuple[int, bytes]: ...
+
+
 class RemoteTokenizer:
     """vLLM's /tokenize. Raises CallError where it is not there."""
 
-    def __init__(self, lane: HttpLane, root: str, model: str, headers: Mapping[str, str]) -> None:
+    def __init__(self, lane: Poster, root: str, model: str, headers: Mapping[str, str]) -> None:
         self._lane = lane
         self._url = f"{root}/tokenize"
         self._model = model

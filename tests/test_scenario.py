@@ -163,8 +163,16 @@ FILE_MISTAKES = {
     ),
     "more repeats than there can be yet": ("[load]\nrepeats = 5", "f.toml: [load] repeats = 5: must be 1"),
     "a lane that is not there yet": (
-        f'{TARGET}lane = "fast"',
-        'f.toml: [target] lane = "fast": must be one of "aiohttp", "auto"',
+        f'{TARGET}lane = "openai"',
+        'f.toml: [target] lane = "openai": must be one of "aiohttp", "auto", "fast"',
+    ),
+    "the fast lane with TLS": (
+        '[target]\nurl = "https://h/v1"\nlane = "fast"',
+        'f.toml: [target] lane = "fast" with url = "https://h/v1": it carries plain http:// without a proxy: use "auto" or "aiohttp"',
+    ),
+    "the fast lane by a proxy": (
+        f'{TARGET}lane = "fast"\nproxy = "http://p"',
+        'f.toml: [target] lane = "fast" with proxy = "http://p": it carries plain http:// without a proxy: use "auto" or "aiohttp"',
     ),
     "a wrong API of a named target": (
         '[targets.big]\nurl = "http://h/v1"\napi = "responses"',

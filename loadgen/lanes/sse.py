@@ -89,9 +89,8 @@ def events(chunks: Chunks) -> list[tuple[float, bytes]]:
     for match in _EVENT_END.finditer(body):
         while ends[i][0] < match.end():
             i += 1
-        data = _data(body[start : match.start()])
-        if data is not None:
-            found.append((ends[i][1], data))
+        if (told := _data(body[start : match.start()])) is not None:
+            found.append((ends[i][1], told))
         start = match.end()
     return found
 
