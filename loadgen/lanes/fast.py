@@ -165,13 +165,16 @@ class FastLane:
         """Where a request goes, and the first lines of its head; made once for each URL."""
         known = self._heads.get((method, url))
         if known is None:
-            parts = urlsplit(url)
-            if parts.scheme != "http" or not parts.hostname:
-                raise ValueError(f"{url}: the fast lane carries http:// only")
-            path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-            host = parts.netloc.rpartition("@")[2]
-            head = f"{method} {path} HTTP/1.1\r\nHost: {host}\r\nAccept: */*\r\nAccept-Encoding: identity\r\n"
-            known = self._heads[method, url] = (parts.hostname, parts.port or 80), head.encode("ascii")
+            try:
+                parts = urlsplit(url)
+                if parts.scheme != "http" or not parts.hostname:
+                    raise ValueError("the fast lane carries http://HOST only")
+                path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+                host = parts.netloc.rpartition("@")[2]
+                head = f"{method} {path} HTTP/1.1\r\nHost: {host}\r\nAccept: */*\r\nAccept-Encoding: identity\r\n"
+                known = self._heads[method, url] = (parts.hostname, parts.port or 80), head.encode("ascii")
+            except ValueError as e:
+                raise CallError("connect", f"{url}: {e}") from None
         return known
 
     async def _exchange(
@@ -263,9 +266,9 @@ class FastLane:
                     self._addresses[address] = [(family, where)]
                     return self._opened(sock, address)
             raise reason
-        except OSError as e:
+        except (OSError, UnicodeError) as e:
             self._addresses.pop(address, None)
-            raise CallError("connect", f"cannot connect to {address[0]}:{address[1]}: {e.strerror or e}") from None
+            raise CallError("connect", f"cannot connect to {address[0]}:{address[1]}: {e}") from None
 
     def _opened(self, sock: socket.socket, address: Address) -> _Connection:
         self._clock.ask_stamps(sock)
