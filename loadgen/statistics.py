@@ -71,6 +71,8 @@ def paired_ratio(own: Mapping[int, float], base: Mapping[int, float], seed: int)
     too_few = found | {"method": "too few queries"}
     if min(len(own), len(base)) < 2:
         return too_few
+    if own == base:  # an arm against itself: each resample's ratio is 1
+        return found | {"low": 1.0, "high": 1.0, "method": "paired bootstrap over queries"}
     import numpy as np
 
     numbers = sorted(own.keys() | base.keys())

@@ -320,8 +320,8 @@ def test_a_cancelled_call_is_aborted_at_the_server() -> None:
 
     stalled: list[Any] = [head(SSE, CHUNKED) + chunked(EVENTS)[:200], ...]
     for make in LANES.values():
-        script = Script([stalled, [head(SSE, CHUNKED) + chunked(EVENTS)]])
-        assert on_a_loop(with_server(script, lambda script, make=make: one(make, script))) == (MEANT, 2)  # type: ignore[misc]
+        answers: list[Sequence[Any]] = [stalled, [head(SSE, CHUNKED) + chunked(EVENTS)]]
+        assert on_a_loop(with_server(Script(answers), lambda script, make=make: one(make, script))) == (MEANT, 2)  # type: ignore[misc]
 
 
 def test_a_port_that_refuses_and_a_name_that_is_none() -> None:
