@@ -78,6 +78,9 @@ def reconcile(
     if unheard:
         reason = f"{unheard} calls ended without the server's count"
         return {"reconciled": None, "alone": None if more else True, "reason": reason, **found}
+    if sums["prompt_tokens"] is None or sums["generation_tokens"] is None:
+        reason = "calls came back without usage"
+        return {"reconciled": None, "alone": None if more else True, "reason": reason, **found}
     wrong = [name for name, pair in found.items() if pair["off_pct"]]
     reason = f"{', '.join(wrong)} differ" if wrong else f"{len(offs)} counters equal"
     return {"reconciled": not wrong, "alone": not more, "reason": reason, **found}
