@@ -43,8 +43,8 @@ CASES: dict[str, tuple[Any, Any, list[Call], bool | None, bool | None, str]] = {
         BEFORE, {**AFTER, "generation_tokens": 529.0}, TWO, False, True, "generation_tokens differ"),
     "usage without cached tokens leaves that counter out": (
         BEFORE, AFTER, [call((100, None, 20)), call((50, None, 10))], True, True, "3 counters equal"),
-    "usage that never came leaves but the number of calls": (
-        BEFORE, AFTER, [call((None, None, None))] * 2, True, True, "1 counters equal"),
+    "usage that never came leaves nothing to hold the tokens against": (
+        BEFORE, AFTER, [call((None, None, None))] * 2, None, True, "calls came back without usage"),
     "a call that was cut off is the server's to count": (
         BEFORE, {**AFTER, "prompt_tokens": 1250.0, "request_success": 10.0},
         [*TWO, call((None, None, None), "stream_cut")], None, None, "1 calls ended without the server's count"),
