@@ -12,10 +12,12 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 from fanmark.loadgen.fitting import HOST, Bounds, Fitted, bounds_of, coefficient, etas, ideal_law, least_squares_fit
+from fanmark.loadgen.pure_calls import Decode, alone, lone_ttft_s, pure_decodes, spans_of
 from fanmark.loadgen.traces import Served, Trace, replay
-from fanmark.servers.engine.step_time import BatchShape, StepLaw
+from fanmark.servers.engine.step_time import StepLaw
 from fanmark.servers.profiles import Profile
 
 # How well a client knows a time: a share of it, its clock and the network, and what each call sent just before adds (one processor
@@ -25,7 +27,6 @@ _CLOCK_S = 2e-3
 _CROWD_S = 5e-4
 _CROWD_WINDOW_S = 0.1
 
-_PURE_SHARE = 0.02  # of an answer's time, during which other prompts may be read
 _ENOUGH_BATCHES, _ENOUGH_PROMPTS = 4, 4  # different ones, for rule 1
 _FAR_BETTER = 0.7  # of the cost
 _BUDGETS = (2048, 4096, 8192, 16384)
@@ -39,14 +40,14 @@ def fit_run(trace: Trace, iterations: int = 8) -> Profile:
     `fit` holds the mean absolute error of what was fitted to, by call: gaps between tokens and times to the first, in percent.
     """
     tolerances = _tolerances(trace)
-    pure, lone = _pure_decodes(trace), _alone(trace)
+    pure, lone = pure_decodes(trace), alone(trace)
     prompts = {len(trace.requests[p].prompt) for p in lone}
     profile = trace.prior()
-    if len({shape.seqs for _, _, shape in pure}) >= _ENOUGH_BATCHES and len(prompts) >= _ENOUGH_PROMPTS:
+    if len({max(d.batches)[1].seqs for d in pure}) >= _ENOUGH_BATCHES and len(prompts) >= _ENOUGH_PROMPTS:
         fitted, trace = _by_steps(trace, pure, lone, tolerances)
         law, budget = fitted.law, trace.settings.max_num_batched_tokens
-        gaps = [(gap_s, law.seconds(shape)) for _, gap_s, shape in pure]
-        firsts = [(trace.served[p].ttft_s, _lone_ttft_s(law, trace, p, budget)) for p in lone]
+        gaps = [(d.gap_s, d.predicted_s(law)) for d in pure]
+        firsts = [(trace.served[p].ttft_s, lone_ttft_s(law, trace, p, budget)) for p in lone]
     else:
         fitted = _by_replay(profile, trace, tolerances, iterations)
         both = list(zip(trace.served, replay(profile, fitted.law, trace), strict=True))
@@ -76,7 +77,7 @@ def _bounds(trace: Trace) -> Bounds:
 
 def _by_steps(
     trace: Trace,
-    pure: Sequence[tuple[int, float, BatchShape]],
+    pure: Sequence[Decode],
     lone: Sequence[int],
     tolerances: Sequence[tuple[float, float]],
 ) -> tuple[Fitted, Trace]:
@@ -84,9 +85,9 @@ def _by_steps(
 
     def fit(budget: int) -> tuple[Fitted, float]:
         def residuals(law: StepLaw) -> list[float]:
-            found = [(law.seconds(shape) - gap_s) / tolerances[p][1] for p, gap_s, shape in pure]
+            found = [(d.predicted_s(law) - d.gap_s) / tolerances[d.place][1] for d in pure]
             return found + [
-                (_lone_ttft_s(law, trace, p, budget) - trace.served[p].ttft_s) / tolerances[p][0] for p in lone
+                (lone_ttft_s(law, trace, p, budget) - trace.served[p].ttft_s) / tolerances[p][0] for p in lone
             ]
 
         fitted = least_squares_fit(trace.prior().law, _bounds(trace), residuals, iterations=400, step=1e-4, pull=0.05)
@@ -113,70 +114,6 @@ def _by_steps(
 def _cost(residuals: Sequence[float]) -> float:
     """Robust: a residual counts by its size, above 1 no longer by its square."""
     return math.fsum(2.0 * (math.sqrt(1.0 + r * r) - 1.0) for r in residuals)
-
-
-def _lone_ttft_s(law: StepLaw, trace: Trace, place: int, budget: int) -> float:
-    """Time to first token of a request that has the engine to itself: its chunks, and the launch of the step after them."""
-    request = trace.requests[place]
-    done, prompt = trace.cached[place], len(request.prompt)
-    end_s = launched_s = 0.0
-    while done < prompt:
-        chunk = min(prompt - done, budget)
-        shape = BatchShape(chunk, 0, 0, chunk * (done + chunk / 2), 1)
-        launched_s += law.launch_seconds(shape)
-        end_s = max(end_s + law.gpu_seconds(shape), launched_s)
-        done += chunk
-    if len(request.output) > 1:
-        end_s = max(end_s, launched_s + law.graph_launch_s)
-    return law.ingress_s + end_s + law.egress_s
-
-
-def _spans(trace: Trace) -> list[tuple[float, float, float]]:
-    """When each request arrived, had its first token and its last, as the client saw it."""
-    return [
-        (r.arrived_at, r.arrived_at + s.ttft_s, r.arrived_at + s.e2e_s)
-        for r, s in zip(trace.requests, trace.served, strict=True)
-    ]
-
-
-def _alone(trace: Trace) -> list[int]:
-    """The places of the calls during which there was no other."""
-    spans = _spans(trace)
-    found, busy_until = [], -math.inf
-    for place, (sent_at, _, done_at) in enumerate(spans):
-        follows = spans[place + 1][0] if place + 1 < len(spans) else math.inf
-        if trace.weights[place] and busy_until <= sent_at and done_at <= follows:
-            found.append(place)
-        busy_until = max(busy_until, done_at)
-    return found
-
-
-def _pure_decodes(trace: Trace) -> list[tuple[int, float, BatchShape]]:
-    """The calls that wrote their answer while no prompt was read, the gap between their tokens (s) and the mean batch meanwhile."""
-    spans = _spans(trace)
-    longest_s = max(done_at - sent_at for sent_at, _, done_at in spans)
-    arrivals = [span[0] for span in spans]
-    found = []
-    for place, (_, first_at, done_at) in enumerate(spans):
-        gap_s = trace.steady_s[place]
-        if not trace.weights[place] or gap_s is None:
-            continue
-        span_s = done_at - first_at
-        reading_s = seqs = context = 0.0
-        for other in range(bisect_left(arrivals, first_at - longest_s), bisect_right(arrivals, done_at)):
-            sent, first, done = spans[other]
-            if other != place:
-                reading_s += max(0.0, min(done_at, first) - max(first_at, sent))
-            share_s = min(done_at, done) - max(first_at, first)
-            if share_s <= 0.0:
-                continue
-            request = trace.requests[other]
-            written = ((max(first_at, first) + min(done_at, done)) / 2 - first) / (done - first) * len(request.output)
-            seqs += share_s / span_s
-            context += share_s / span_s * (len(request.prompt) + written)
-        if reading_s <= _PURE_SHARE * span_s:
-            found.append((place, gap_s, BatchShape(0, round(seqs), round(context), 0.0, round(seqs))))
-    return found
 
 
 # By replay
@@ -230,33 +167,35 @@ def _tolerances(trace: Trace) -> list[tuple[float, float]]:
 def _with_blocks(profile: Profile, trace: Trace, tolerances: Sequence[tuple[float, float]]) -> Trace:
     """Rule 3: the trace with the KV blocks at which its calls are served as they were, if it tells them."""
     formula = trace.settings.num_blocks
-    if _blocks_wanted(trace) < 0.6 * formula:
+    wanted = _blocks_wanted(trace)
+    most = max(wanted)
+    if most < 0.6 * formula:
         return replace(trace, caveats=[*trace.caveats, f"num_blocks {formula}: by memory, the run never needed them"])
+    crowded = [t if w >= 0.5 * most else (0.0, 0.0) for t, w in zip(tolerances, wanted, strict=True)]
 
     def cost(blocks: int) -> float:
         candidate = replace(trace, settings=replace(trace.settings, num_blocks=blocks))
-        return _cost(_residuals(trace, replay(profile, profile.law, candidate), tolerances))
+        return _cost(_residuals(trace, replay(profile, profile.law, candidate), crowded))
 
     least = max(-(-(len(r.prompt) + len(r.output)) // trace.settings.block_size) for r in trace.requests) + 1
     coarse = min({max(least, formula * percent // 100) for percent in range(36, 165, 8)}, key=cost)
     best = min({max(least, coarse * percent // 100) for percent in range(94, 108, 2)}, key=cost)
     if cost(best) >= _FAR_BETTER * cost(formula):
-        return replace(trace, caveats=[*trace.caveats, f"num_blocks {formula}: by memory, the run contradicts it not"])
+        said = f"num_blocks {formula}: by memory, no other number explains the run far better"
+        return replace(trace, caveats=[*trace.caveats, said])
     said = f"num_blocks {best}: by calls that waited for them (by memory {formula})"
     return replace(trace, settings=replace(trace.settings, num_blocks=best), caveats=[*trace.caveats, said])
 
 
-def _blocks_wanted(trace: Trace) -> int:
-    """The most KV blocks that the calls in flight at once would have filled, what they found in the cache left out."""
-    changes = []
-    for (sent_at, _, done_at), request, cached in zip(_spans(trace), trace.requests, trace.cached, strict=True):
-        blocks = -(-(len(request.prompt) + len(request.output) - cached) // trace.settings.block_size)
+def _blocks_wanted(trace: Trace) -> list[int]:
+    """By place: the most KV blocks that the calls in flight with it would have filled together, found in the cache or not."""
+    stamps, changes = spans_of(trace), []
+    for (sent_at, _, done_at), request in zip(stamps, trace.requests, strict=True):
+        blocks = -(-(len(request.prompt) + len(request.output)) // trace.settings.block_size)
         changes += [(sent_at, 1, blocks), (done_at, 0, -blocks)]
-    most = wanted = 0
-    for _, _, blocks in sorted(changes):
-        wanted += blocks
-        most = max(most, wanted)
-    return most
+    changes.sort()
+    times, sums = [at for at, _, _ in changes], list(accumulate(blocks for _, _, blocks in changes))
+    return [max(sums[bisect_left(times, sent) : bisect_right(times, done)]) for sent, _, done in stamps]
 
 
 def _error_pct(pairs: Sequence[tuple[float, float]]) -> float:

@@ -28,7 +28,7 @@ from fanmark.servers.engine.request import Request
 from fanmark.servers.profiles import Chip, Model, ProfileError, Settings, load_profile, prior_settings
 
 LEAD_S = 1000.0  # before the first call of a run: time to fill the cache
-_STEADY_TOKENS = 15  # gaps from which a gap is read
+_STEADY_TOKENS = 31  # gaps from which a gap is read
 _ARM_COUNTS_AS = 16.0  # calls that each arm weighs in a fit, however many it has
 
 
@@ -130,19 +130,24 @@ def _served(s: _Stamped) -> Served:
 
 
 def _steady_s(s: _Stamped) -> float | None:
-    """The gap between its tokens, stalls left out: gaps of three medians that no tokens in quick succession make up for."""
+    """The gap between its tokens: their mean, stalls of three medians left out; where tokens in quick succession make up for a stall,
+    the mean of the middle half. A single burst without a stall is left out as well: where one long step after another reads prompts,
+    the first token of the one comes out with that of the other."""
     count = s.output_tokens - 1
     if count < _STEADY_TOKENS:
         return None
-    span_s, gaps = s.done_at - s.first_at, sorted((bucket_gap_s(bucket), n) for bucket, n in s.record.gaps.items())
-    if sum(n for _, n in gaps) != count:
+    span_s, seen = s.done_at - s.first_at, s.record.gaps
+    gaps = sorted(bucket_gap_s(bucket) for bucket, n in seen.items() for _ in range(n))
+    if len(gaps) != count:
         return span_s / count  # several tokens a chunk
-    ordered = [gap_s for gap_s, n in gaps for _ in range(n)]
-    median_s = ordered[count // 2]
-    stalls = [gap_s for gap_s in ordered if gap_s > 3.0 * median_s]
-    if not stalls or sum(gap_s < median_s / 3.0 for gap_s in ordered) >= len(stalls):
-        return span_s / count
-    return (span_s - math.fsum(stalls)) / (count - len(stalls))
+    median_s = gaps[count // 2]
+    stalls = [gap_s for gap_s in gaps if gap_s > 3.0 * median_s]
+    if stalls and gaps[0] < median_s / 2.0:
+        middle = gaps[count // 4 : -(count // 4)]
+        return math.fsum(middle) / len(middle)
+    single = gaps[0] < median_s / 3.0 <= gaps[1]
+    left_out = [*stalls, *gaps[:single]]
+    return (span_s - math.fsum(left_out)) / (count - len(left_out))
 
 
 def _scenario(folder: Path) -> dict[str, Any]:

@@ -14,12 +14,12 @@ from fanmark.loadgen.calibrate import (
     calibrate,
     decode_gap_s,
     fit_grid,
-    fit_trace,
     load_grid,
     lone_ttft_s,
     write_profile,
 )
 from fanmark.loadgen.errors import ScenarioError
+from fanmark.loadgen.fit_trace import fit_trace
 from fanmark.loadgen.traces import Trace, replay, unique_request
 from fanmark.loadgen.validate import grid_table, validate_grid
 from fanmark.servers.profiles import Profile, ProfileError, load_chip, load_model, load_profile, prior_profile

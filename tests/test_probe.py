@@ -1,0 +1,114 @@
+"""The bundled scenario `probe`: what is fitted to it gives the law back that answered it, whatever the run's folder keeps to itself."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tomli_w
+
+from fanmark.agents import topologies
+from fanmark.loadgen.calibrate import calibrate, decode_gap_s, lone_ttft_s, write_profile
+from fanmark.loadgen.run_trace import load_run
+from fanmark.loadgen.scenario_check import check, read
+from fanmark.loadgen.simulate import Options, simulate, with_profile
+from fanmark.servers.profiles import Profile, load_profile
+
+
+def probed(profile: str, out: Path) -> Path:
+    """The folder of a probe of this profile in virtual time."""
+    table = topologies()
+    raw, source = read("probe")
+    result = simulate(with_profile(check(raw, source, table), profile), table, Options(out, "test", []))
+    assert not result.interrupted
+    return out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def of(profile: str) -> Path:
+        if profile not in made:
+            made[profile] = probed(profile, tmp_path_factory.mktemp("probe") / "run")
+        return made[profile]
+
+    return of
+
+
+def forget_server(folder: Path, copy: Path) -> Path:
+    """The same folder as of a server that is not ours."""
+    copy.mkdir()
+    (copy / "calls.jsonl").write_bytes((folder / "calls.jsonl").read_bytes())
+    scenario = {"load": {"mode": "closed"}, "targets": {"default": {"url": "http://127.0.0.1:8000/v1"}}}
+    (copy / "scenario.toml").write_text(tomli_w.dumps(scenario))
+    return copy
+
+
+def worst_pct(fitted: Profile, true: Profile) -> tuple[float, float]:
+    """Decode steps at 45 batches and contexts that fit the cache, and first tokens of 14 lone prompts."""
+    room = true.settings.num_blocks * true.settings.block_size
+    decode = [
+        decode_gap_s(fitted.law, b, context, 64) / decode_gap_s(true.law, b, context, 64) - 1.0
+        for b in (1, 2, 4, 8, 16, 32, 64, 96, 128)
+        for context in (128, 512, 1024, 2048, 4096, 8192)
+        if b * (context + 64) < room
+    ]
+    first = [
+        lone_ttft_s(fitted.law, fitted.settings, n) / lone_ttft_s(true.law, true.settings, n) - 1.0
+        for n in (64, 128, 256, 400, 512, 600, 1024, 1500, 2048, 3000, 4096, 8192, 12000, 16000)
+    ]
+    return 100.0 * max(map(abs, decode)), 100.0 * max(map(abs, first))
+
+
+@pytest.mark.parametrize("name", ["qwen3-30b-a3b@h100", "qwen3-32b@h100"])
+def test_a_probe_gives_the_law_back(name: str, folder: Callable[[str], Path], tmp_path: Path) -> None:
+    true = load_profile(name)
+    model, chip = name.split("@")
+    profile = calibrate(folder(name), model, chip)
+    assert profile.settings == true.settings, "the embedded stub's are known"
+    decode, first = worst_pct(profile, true)
+    assert decode < 1.0 and first < 0.5, (decode, first)
+    assert profile.fit["gap_error_pct"] < 1.0 and profile.fit["ttft_error_pct"] < 0.5
+    write_profile(profile, tmp_path / "p.toml")
+    again = load_profile(tmp_path / "p.toml")
+    assert again.caveats() == [] and again.source == "fitted on run"
+    assert worst_pct(again, true)[0] == pytest.approx(decode, abs=0.01)
+
+
+def test_budget_and_blocks_of_a_foreign_server_come_out_of_the_calls(
+    folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    bundled = load_profile("qwen3-30b-a3b@h100")
+    true = replace(bundled, settings=replace(bundled.settings, max_num_batched_tokens=2048, num_blocks=6000))
+    write_profile(true, tmp_path / "true.toml")
+    foreign = forget_server(probed(str(tmp_path / "true.toml"), tmp_path / "made"), tmp_path / "run")
+    profile = calibrate(foreign, "qwen3-30b-a3b", "h100")
+    assert profile.settings.max_num_batched_tokens == 2048
+    assert profile.settings.num_blocks == pytest.approx(6000, rel=0.05)
+    decode, first = worst_pct(profile, true)
+    assert decode < 1.0 and first < 0.5, (decode, first)
+    for said in ("max_num_seqs 1024, max_num_batched_tokens 8192 and 1 chips are defaults", "a budget of 2048"):
+        assert said in profile.source
+    assert "by calls that waited for them" in profile.source
+
+
+def test_blocks_that_are_given_stand(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    foreign = forget_server(folder("qwen3-32b@h100"), tmp_path / "run")
+    profile = calibrate(foreign, "qwen3-32b", "h100", 3450)
+    assert (profile.settings.num_blocks, profile.settings.max_num_batched_tokens) == (3450, 8192)
+    assert "num_blocks" not in profile.source
+
+
+def test_calls_wait_for_what_they_waited_for(folder: Callable[[str], Path]) -> None:
+    true = load_profile("qwen3-30b-a3b@h100")
+    trace = load_run(folder("qwen3-30b-a3b@h100"), true.model, true.chip)
+    assert len(trace.requests) == 650 and sum(t is None for t in trace.triggers) == 1, "all but the first"
+    assert trace.shared_tokens == 0 and sum(map(bool, trace.cached)) == 10, "two calls of each query of `cached`"
+    for place, cached in enumerate(trace.cached):
+        if cached:
+            parent = trace.triggers[place]
+            assert parent is not None
+            earlier = trace.requests[parent.place]
+            known = [*earlier.prompt, *earlier.output]
+            assert list(trace.requests[place].prompt[:cached]) == known[:cached]
