@@ -152,7 +152,9 @@ class StreamParser:
         if self._error is not None:
             raise self._error
         if not self._done and (self._finish is None or not self._closed):
-            raise CallError("stream_cut", f"the stream ended after {self._chunks} chunks without [DONE]")
+            raise CallError(
+                "stream_cut", f"the stream ended after {self._chunks + self._together} chunks without [DONE]"
+            )
         if self._first_at is None:
             raise CallError("bad_reply", "the stream holds no token")
         self._close_group()
@@ -174,7 +176,7 @@ class StreamParser:
         text: list[str] = []
         try:
             for at, data in found:
-                if data[:1] != b"{" and data.strip() == b"[DONE]":
+                if data == b"[DONE]" or (data[:1] != b"{" and data.strip() == b"[DONE]"):
                     self._done = True
                     break
                 chunk = _decode(data)
@@ -184,42 +186,44 @@ class StreamParser:
                     chunk.usage is not None and not chunk.choices
                 )  # beside a choice, it may still lack its details
                 for choice in chunk.choices:
-                    self._choice(at, choice, text)
+                    delta, said = choice.delta, choice.text
+                    thought = acted = False
+                    if delta is not None:
+                        if said is None:
+                            said = delta.content
+                        thought = bool(delta.reasoning or delta.reasoning_content)
+                        acted = bool(delta.tool_calls)
+                    if said:
+                        text.append(said)
+                    if choice.token_ids:
+                        acted = True
+                        self._ids = [] if self._ids is None else self._ids
+                        self._ids.extend(choice.token_ids)
+                    if choice.finish_reason:
+                        self._finish = choice.finish_reason
+                    if said or thought or acted:
+                        if self._answer_at is None and not thought:
+                            self._answer_at = at
+                        if at == self._at and self._together:
+                            self._together += 1
+                        else:
+                            self._next_group(at)
         except CallError as e:
             self._error = e
         self._text.append("".join(text))
 
-    def _choice(self, at: float, choice: _Choice, text: list[str]) -> None:
-        delta = choice.delta
-        said = choice.text
-        thought = acted = False
-        if delta is not None:
-            thought = bool(delta.reasoning or delta.reasoning_content)
-            acted = bool(delta.tool_calls)
-            if said is None:
-                said = delta.content
-        if said:
-            text.append(said)
-        if choice.token_ids:
-            acted = True
-            if self._ids is None:
-                self._ids = []
-            self._ids.extend(choice.token_ids)
-        if choice.finish_reason:
-            self._finish = choice.finish_reason
-        if said or thought or acted:
-            self._chunks += 1
-            if self._answer_at is None and not thought:
-                self._answer_at = at
-            if self._first_at is None:
-                self._first_at = self._at = at
-            elif at != self._at:
-                self._close_group()
-                self._before_at, self._at, self._together = self._at, at, 0
-            self._together += 1
+    def _next_group(self, at: float) -> None:
+        """A chunk that came later than those before it."""
+        if self._together:
+            self._close_group()
+            self._before_at = self._at
+        else:
+            self._first_at = at
+        self._at, self._together = at, 1
 
     def _close_group(self) -> None:
         """Chunks of one instant share the gap before them evenly; those that came with the first have none to share."""
+        self._chunks += self._together
         self._coalesced += self._together - 1
         if self._before_at is not None:
             bucket = gap_bucket((self._at - self._before_at) / self._together)
