@@ -110,24 +110,26 @@ class _Kept:
 
     def __init__(self, make: Callable[[Text], Awaitable[Part]]) -> None:
         self._make = make
-        self._parts: dict[Text, asyncio.Future[Part]] = {}
+        self._of: dict[
+            str, dict[Text, asyncio.Future[Part]]
+        ] = {}  # by the seed's first two names: a query's own are together
 
     async def part(self, text: Text) -> Part:
         """The message as sent."""
-        part = self._parts.get(text)
+        parts = self._of.setdefault("/".join(text.seed.split("/", 2)[:2]), {})
+        part = parts.get(text)
         if part is None:
-            part = self._parts[text] = asyncio.ensure_future(self._make(text))
+            part = parts[text] = asyncio.ensure_future(self._make(text))
         try:
             return await asyncio.shield(part)
         except CallError:
-            if self._parts.get(text) is part:
-                del self._parts[text]
+            if parts.get(text) is part:
+                del parts[text]
             raise
 
     def forget(self, seed: str) -> None:
-        """Drops the texts of one query."""
-        for text in [text for text in self._parts if text.seed.startswith(f"{seed}/")]:
-            del self._parts[text]
+        """Drops the texts of one query, by its seed: two names with a / between them."""
+        self._of.pop(seed, None)
 
 
 class ChatPrompts(_Kept):

@@ -103,7 +103,9 @@ class FastLane:
     ) -> Reply:
         """Posts `body` and reads the whole reply. Raises CallError, HttpError for a status of 400 or more."""
         try:
-            exchange = await self._exchange("POST", url, body, headers, timeout_s, sent, stream)
+            where, message = self._head("POST", url)[0], [self._message("POST", url, body, headers)]
+            del body
+            exchange = await self._exchange(where, message, timeout_s, sent, stream)
         except TimeoutError:
             raise CallError("timeout", f"no whole reply within {timeout_s:g} s") from None
         except (BadResponse, ConnectionError) as e:
@@ -112,8 +114,8 @@ class FastLane:
         if status >= 400:
             raise HttpError(status, exchange.body().decode(errors="replace"))
         if status >= 300:
-            where = exchange.response.headers.get("location", "nowhere")
-            raise CallError("bad_reply", f"HTTP {status}: sent on to {where}: give that as the target")
+            place = exchange.response.headers.get("location", "nowhere")
+            raise CallError("bad_reply", f"HTTP {status}: sent on to {place}: give that as the target")
         if exchange.parser is None:
             return parse_body(exchange.body(), exchange.read_at)
         exchange.parser.feed(exchange.reads)
@@ -133,7 +135,8 @@ class FastLane:
         self, method: str, url: str, body: bytes, headers: Mapping[str, str], timeout_s: float
     ) -> tuple[int, bytes]:
         try:
-            exchange = await self._exchange(method, url, body, headers, timeout_s, Sent(), False)
+            where, message = self._head(method, url)[0], [self._message(method, url, body, headers)]
+            exchange = await self._exchange(where, message, timeout_s, Sent(), False)
         except TimeoutError:
             raise CallError("timeout", f"no reply within {timeout_s:g} s") from None
         except (BadResponse, ConnectionError) as e:
@@ -177,23 +180,19 @@ class FastLane:
                 raise CallError("connect", f"{url}: {e}") from None
         return known
 
-    async def _exchange(
-        self,
-        method: str,
-        url: str,
-        body: bytes,
-        headers: Mapping[str, str],
-        timeout_s: float,
-        sent: Sent,
-        stream: bool,
-    ) -> _Exchange:
-        """One request and its whole response. Raises TimeoutError, BadResponse, ConnectionError, or CallError where none is reached."""
-        address, head = self._head(method, url)
+    def _message(self, method: str, url: str, body: bytes, headers: Mapping[str, str]) -> bytes:
+        """The whole request."""
         lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
         if lines.count("\r") != len(headers) or lines.count("\n") != len(headers) or "\0" in lines:
             raise ValueError("a header with an end of line in it")
         size = f"Content-Length: {len(body)}\r\n" if method == "POST" else ""
-        message = b"".join((head, lines.encode("latin-1"), size.encode("ascii"), b"\r\n", body))
+        return b"".join((self._head(method, url)[1], lines.encode("latin-1"), size.encode("ascii"), b"\r\n", body))
+
+    async def _exchange(
+        self, address: Address, message: list[bytes], timeout_s: float, sent: Sent, stream: bool
+    ) -> _Exchange:
+        """One request, taken out of `message` so that it is not kept once it is sent, and its whole response. Raises TimeoutError,
+        BadResponse, ConnectionError, or CallError where nobody is reached."""
         exchange = _Exchange(self._loop.create_future())
         if stream:
             exchange.parser = StreamParser()
@@ -206,7 +205,7 @@ class FastLane:
                 connection.exchange = exchange
                 self._in_flight += 1
                 sent.at = exchange.read_at = self._now()
-                self._write(connection, exchange, memoryview(message))
+                self._write(connection, exchange, memoryview(message.pop()))
                 await exchange.whole
                 if exchange.error is not None:
                     raise exchange.error
