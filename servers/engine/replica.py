@@ -158,16 +158,17 @@ class Replica:
     def abort(self, request_id: str, now: float) -> bool:
         """The client is gone: no event follows, and the blocks are free from the next step on. False if it had ended already."""
         self._run(nextafter(now, -inf))
+        withheld = any(entry[2].id == request_id for entry in self._outbox)
+        if withheld:  # on its way to the client, of a request that may have ended in the engine
+            self._outbox = [entry for entry in self._outbox if entry[2].id != request_id]
+            heapify(self._outbox)
         if request_id not in self._tracks:
-            return False
+            return withheld
         for i, (_, request) in enumerate(self._adds):
             if request.id == request_id:
                 del self._adds[i], self._tracks[request_id]
                 return True
         self._aborts.append((now, request_id))
-        if any(entry[2].id == request_id for entry in self._outbox):
-            self._outbox = [entry for entry in self._outbox if entry[2].id != request_id]
-            heapify(self._outbox)
         return True
 
     def next_at(self) -> float | None:
