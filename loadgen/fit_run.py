@@ -3,7 +3,8 @@
 Rules of the file:
 1. Lone calls, and calls that decoded while no other's prompt was read, tell a step's time by themselves. Where there are enough of
    them (the scenario `probe` sees to it), the law is fitted to them alone: no queue, and so no chance, is in them.
-2. Elsewhere the engine model serves all calls in virtual time, each as long after what it waited for as it was, until times match.
+2. Elsewhere they are where the fit starts, and the engine model serves all calls in virtual time, each as long after what it waited
+   for as it was, until times match.
 3. The token budget is the default unless another one explains the lone calls far better; the KV blocks are the memory formula's
    unless calls together wanted more than most of them, and another number explains their times far better.
 """
@@ -43,13 +44,15 @@ def fit_run(trace: Trace, iterations: int = 8) -> Profile:
     pure, lone = pure_decodes(trace), alone(trace)
     prompts = {len(trace.requests[p].prompt) for p in lone}
     profile = trace.prior()
+    fitted, trace = _by_steps(trace, pure, lone, tolerances)
+    budget = trace.settings.max_num_batched_tokens
     if len({max(d.batches)[1].seqs for d in pure}) >= _ENOUGH_BATCHES and len(prompts) >= _ENOUGH_PROMPTS:
-        fitted, trace = _by_steps(trace, pure, lone, tolerances)
-        law, budget = fitted.law, trace.settings.max_num_batched_tokens
+        law = fitted.law
         gaps = [(d.gap_s, d.predicted_s(law)) for d in pure]
         firsts = [(trace.served[p].ttft_s, lone_ttft_s(law, trace, p, budget)) for p in lone]
     else:
-        fitted = _by_replay(profile, trace, tolerances, iterations)
+        by_steps = _steps_residuals(trace, pure, lone, tolerances, budget)
+        fitted = _by_replay(replace(profile, law=fitted.law), trace, tolerances, by_steps, iterations)
         both = list(zip(trace.served, replay(profile, fitted.law, trace), strict=True))
         gaps = [(r.tpot_s, p.tpot_s) for r, p in both if r.tpot_s and p.tpot_s]
         firsts = [(r.ttft_s, p.ttft_s) for r, p in both if r.ttft_s]
@@ -84,12 +87,7 @@ def _by_steps(
     """Rule 1: the law, and the trace with the token budget that goes with it."""
 
     def fit(budget: int) -> tuple[Fitted, float]:
-        def residuals(law: StepLaw) -> list[float]:
-            found = [(d.predicted_s(law) - d.gap_s) / tolerances[d.place][1] for d in pure]
-            return found + [
-                (lone_ttft_s(law, trace, p, budget) - trace.served[p].ttft_s) / tolerances[p][0] for p in lone
-            ]
-
+        residuals = _steps_residuals(trace, pure, lone, tolerances, budget)
         fitted = least_squares_fit(trace.prior().law, _bounds(trace), residuals, iterations=400, step=1e-4, pull=0.05)
         return fitted, _cost(residuals(fitted.law))
 
@@ -97,7 +95,7 @@ def _by_steps(
     fitted, cost = fit(default)
     if trace.budget_known:
         return fitted, trace
-    longest = max(len(trace.requests[p].prompt) for p in lone)
+    longest = max((len(trace.requests[p].prompt) for p in lone), default=0)
     for budget in _BUDGETS:
         if budget == default or min(budget, default) >= longest:
             continue
@@ -111,6 +109,20 @@ def _by_steps(
     return fitted, trace
 
 
+def _steps_residuals(
+    trace: Trace,
+    pure: Sequence[Decode],
+    lone: Sequence[int],
+    tolerances: Sequence[tuple[float, float]],
+    budget: int,
+) -> _Residuals:
+    def residuals(law: StepLaw) -> list[float]:
+        found = [(d.predicted_s(law) - d.gap_s) / tolerances[d.place][1] for d in pure]
+        return found + [(lone_ttft_s(law, trace, p, budget) - trace.served[p].ttft_s) / tolerances[p][0] for p in lone]
+
+    return residuals
+
+
 def _cost(residuals: Sequence[float]) -> float:
     """Robust: a residual counts by its size, above 1 no longer by its square."""
     return math.fsum(2.0 * (math.sqrt(1.0 + r * r) - 1.0) for r in residuals)
@@ -119,20 +131,22 @@ def _cost(residuals: Sequence[float]) -> float:
 # By replay
 
 
-def _by_replay(profile: Profile, trace: Trace, tolerances: Sequence[tuple[float, float]], iterations: int) -> Fitted:
-    """Rule 2."""
+def _by_replay(
+    start: Profile, trace: Trace, tolerances: Sequence[tuple[float, float]], by_steps: _Residuals, iterations: int
+) -> Fitted:
+    """Rule 2: from the law of `start` on, with what steps there are."""
 
     def residuals(law: StepLaw) -> list[float]:
-        return _residuals(trace, replay(profile, law, trace), tolerances)
+        return by_steps(law) + _residuals(trace, replay(start, law, trace), tolerances)
 
-    bounds = _bounds(trace)
+    law = start.law
+    bounds = {name: (low, coefficient(law, name), high) for name, (low, _, high) in _bounds(trace).items()}
     bounds["mixed_s"] = (1e-5, 1e-4, 0.1)
-    law = profile.law
     for step in (
         0.06,
         0.02,
     ):  # wide differences first: where a queue builds up, times jump with the least change of the law
-        fitted = least_squares_fit(law, bounds, residuals, iterations=iterations, step=step, pull=0.05)
+        fitted = least_squares_fit(law, bounds, residuals, iterations=iterations, step=step, pull=0.3)
         law = fitted.law
         bounds = {name: (low, coefficient(law, name), high) for name, (low, _, high) in bounds.items()}
     return fitted

@@ -70,7 +70,7 @@ def load_run(folder: Path, model: Model, chip: Chip, kv_blocks: int | None = Non
     if len(targets) > 1:
         shown = ", ".join(sorted(map(str, targets)))
         raise ScenarioError(f"{folder}: calls to several targets ({shown}): a profile is fitted on a run against one")
-    calls = sorted((s for c in sent if (s := _stamped(c)) is not None), key=lambda s: s.sent_at)
+    calls = sorted((s for c in sent if (s := _stamped(c)) is not None), key=lambda s: (s.sent_at, s.first_at))
     if len(calls) < 10:
         raise ScenarioError(f"{folder}: {len(calls)} calls with stamps and token counts: a fit needs 10 at least")
     scenario = _scenario(folder)

@@ -53,7 +53,7 @@ def test_warm_up_counts_nothing_and_every_arm_alike(tmp_path: Path) -> None:
 def test_a_closed_loop_waits_for_its_arm_and_an_open_one_for_the_clock(tmp_path: Path) -> None:
     calls = [call(i, 1.5 * i) for i in range(10)]
     closed = trace_of(tmp_path, calls, '[load]\nmode = "closed"\n').triggers
-    assert closed[0] is None and closed[4] == (3, pytest.approx(0.5))
+    assert closed[0] is None and closed[4] == Trigger(3, 0.5)
     assert trace_of(tmp_path, calls, '[load]\nmode = "open"\n').triggers == [None] * 10
 
 
