@@ -29,7 +29,7 @@ TICK_S = 0.002
 TICK_FROM = 128
 IDLE_S = 60.0
 READ_BYTES = 65_536
-BATCH_READS = 16  # a stream's reads are parsed so many at a time, which bounds what each holds in memory
+BATCH_READS = 8  # a stream's reads are parsed so many at a time, which bounds what each holds in memory
 OPEN_AT_ONCE = 64
 Address = tuple[str, int]
 

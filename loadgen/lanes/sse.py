@@ -104,6 +104,26 @@ def _data(event: bytes) -> bytes | None:
 class StreamParser:
     """One streamed reply, read in batches. A lane feeds it in order and asks for the reply once, when the body is whole."""
 
+    __slots__ = (
+        "_answer_at",
+        "_at",
+        "_before_at",
+        "_chunks",
+        "_closed",
+        "_coalesced",
+        "_done",
+        "_error",
+        "_finish",
+        "_first_at",
+        "_gaps",
+        "_ids",
+        "_rest",
+        "_text",
+        "_together",
+        "_unread",
+        "_usage",
+    )
+
     def __init__(self) -> None:
         self._rest = b""  # of an event that is not whole yet
         self._unread: list[tuple[float, bytes]] | None = None  # what came since the first CR
