@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from fanmark.loadgen.errors import ScenarioError
+from fanmark.loadgen.lanes.virtual import APART_S
 from fanmark.servers.engine.request import Request
 from fanmark.servers.engine.step_time import StepLaw
 from fanmark.servers.profiles import (
@@ -31,7 +32,6 @@ from fanmark.servers.profiles import (
 from fanmark.servers.replica_of import engine_config, replica_of
 
 _END_S = 1e9  # later than any replay ends
-_APART_S = 0.0002  # between two calls that a client makes at once; the same as of lanes/virtual.py
 
 
 class Served(NamedTuple):
@@ -105,7 +105,7 @@ def replay(profile: Profile, law: StepLaw, trace: Trace) -> list[Served]:
     served: dict[int, Served] = {}
     arrived: dict[str, tuple[float, int]] = {}
     sent_at: dict[int, float] = {}
-    free_at, apart_s = 0.0, _APART_S if trace.client_side else 0.0
+    free_at, apart_s = 0.0, APART_S if trace.client_side else 0.0
     while due or len(arrived) > len(served):
         until = replica.next_at() if followers else None
         if due and (until is None or due[0][0] <= until):
