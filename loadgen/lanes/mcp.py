@@ -216,6 +216,8 @@ class _Connection:
             except asyncio.CancelledError:
                 living.cancel()
                 await asyncio.wait({living})
+                if not living.cancelled():
+                    living.exception()  # it ends with the connection: how is nobody's business any more
                 raise
             self._give_up(attempt)
             error = None if living.cancelled() else living.exception()
