@@ -60,6 +60,8 @@ class Progress:
             if name != self._tally.baseline and (ratio := self._tally.amplification(name, "calls")) is not None
         )
         failed = sum(arm.finished["failed"] for arm in arms.values())
+        if not any(arm.started for arm in arms.values()):
+            return f"{self._now():6.1f} s  warming up, {flying} calls in flight"
         return (
             f"{self._now():6.1f} s  {done}{of} queries done"
             + (f", {failed} failed" if failed else "")
