@@ -28,6 +28,8 @@ SHORT = [
     *("--set", "workload.tool_result=40"),
     *("--set", "tools.latency_s=0.01"),
 ]
+# and where the chain's length does not matter
+BRIEF = [*SHORT, "--set", "arm.mcp-chain.tool_calls=2", "--set", "load.warmup=0"]
 
 
 def fanmark(*args: str, env: dict[str, str] | None = None, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
@@ -144,13 +146,15 @@ def test_quickstart_counts_exactly(tmp_path: Path, api: str) -> None:
 
 
 def test_the_resolved_scenario_repeats_the_run(tmp_path: Path) -> None:
-    first = run_json(tmp_path / "a", "--queries", "2", "--concurrency", "2", *SHORT)
-    again = run_json(tmp_path / "b", str(tmp_path / "a" / "scenario.toml"))
-    for name, arm in first["arms"].items():
-        for resource in ("calls", "input_tokens", "output_tokens"):
-            assert again["arms"][name]["per_query"][resource] == arm["per_query"][resource]
-    texts = [[q["expected"] for q in lines(tmp_path / run / "queries.jsonl") if not q["warmup"]] for run in "ab"]
-    assert sorted(map(str, texts[0])) == sorted(map(str, texts[1]))
+    """What a run writes as its scenario asks for the very same queries, with every flag in it."""
+    flags = ["--queries", "3", "--rate", "4", "--seed", "5", *BRIEF]
+    run_json(tmp_path / "run", *flags)
+    plans = [
+        json.loads(fanmark("run", *again, "--dry-run", "--json").stdout)
+        for again in (flags, [str(tmp_path / "run" / "scenario.toml")])
+    ]
+    assert plans[0] == plans[1]
+    assert plans[0]["mcp-chain"]["tool_calls"] == 6
 
 
 def test_a_target_with_a_key_and_arms_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +169,7 @@ def test_a_target_with_a_key_and_arms_apart(tmp_path: Path, monkeypatch: pytest.
             "1",
             "--set",
             "load.arms=apart",
-            *SHORT,
+            *BRIEF,
         ]
         refused = fanmark("run", *flags, "--out", str(tmp_path / "none"), env={"OPENAI_API_KEY": ""})
         assert refused.returncode == 2
@@ -185,7 +189,7 @@ def test_a_target_with_a_key_and_arms_apart(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_run_against_a_server_that_did_more_is_not_alone(tmp_path: Path) -> None:
     with running_stub() as stub:
-        load = ["--queries", "3", "--rate", "3", *SHORT]
+        load = ["--queries", "3", "--rate", "3", *BRIEF]
         with started(tmp_path / "run", "--target", f"{stub.url}/v1", "--strict", *load) as process:
             assert process.stderr is not None
             assert any("metrics" in line for line in process.stderr)
@@ -207,7 +211,7 @@ def test_a_run_against_a_server_that_did_more_is_not_alone(tmp_path: Path) -> No
 
 
 def test_metrics_while_it_runs(tmp_path: Path) -> None:
-    with started(tmp_path / "run", "--queries", "4", "--rate", "3", *SHORT) as process:
+    with started(tmp_path / "run", "--queries", "4", "--rate", "3", *BRIEF) as process:
         assert process.stderr is not None
         url = next(m[0] for line in process.stderr if (m := re.search(r"http://\S+/metrics", line)))
         text = ""
@@ -223,7 +227,7 @@ def test_metrics_while_it_runs(tmp_path: Path) -> None:
         process.communicate(timeout=60)
         assert process.returncode == 0
         assert 'fanmark_amplification_ratio{arm="debate",resource="calls",topology="debate"} 9.0' in text
-        assert 'fanmark_expected_calls{arm="mcp-chain",topology="tool-chain"} 13.0' in text
+        assert 'fanmark_expected_calls{arm="mcp-chain",topology="tool-chain"} 3.0' in text
         assert 'fanmark_query_calls_bucket{arm="debate",le="8.0",topology="debate"} 0.0' in text
 
 
@@ -314,7 +318,7 @@ def test_mistakes_that_need_a_server(stub_url: str, tmp_path: Path) -> None:
 
 
 def _chain(server: str) -> list[str]:
-    return ["--queries", "2", "--concurrency", "2", *SHORT[:6], "--set", f"tools.server=[{server}]"]
+    return ["--queries", "2", "--concurrency", "2", *SHORT[:6], *BRIEF[-2:], "--set", f"tools.server=[{server}]"]
 
 
 def test_a_tool_server_by_command(tmp_path: Path) -> None:
@@ -351,7 +355,7 @@ def test_a_hosted_endpoint_that_refuses_what_it_does_not_know(tmp_path: Path) ->
     with subprocess.Popen([sys.executable, str(script), "k3y"], stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
-            flags = ["--target", server.stdout.readline().strip(), "--queries", "3", "--concurrency", "3", *SHORT]
+            flags = ["--target", server.stdout.readline().strip(), "--queries", "3", "--concurrency", "3", *BRIEF]
             found = run_json(tmp_path / "run", *flags, env={"OPENAI_API_KEY": "k3y"})
             wrong = fanmark("run", *flags, "--out", str(tmp_path / "none"), env={"OPENAI_API_KEY": "another"})
         finally:
