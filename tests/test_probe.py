@@ -73,7 +73,8 @@ def test_a_probe_gives_the_law_back(name: str, folder: Callable[[str], Path], tm
     assert profile.fit["gap_error_pct"] < 1.0 and profile.fit["ttft_error_pct"] < 0.5
     write_profile(profile, tmp_path / "p.toml")
     again = load_profile(tmp_path / "p.toml")
-    assert again.caveats() == [] and again.source == "fitted on run"
+    unmeasured = f"profile {again.name}: joules by the chip's rated watts and priors, never measured"
+    assert again.caveats() == [unmeasured] and again.source == "fitted on run"
     assert worst_pct(again, true)[0] == pytest.approx(decode, abs=0.01)
 
 

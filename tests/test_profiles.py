@@ -1,5 +1,6 @@
 """Profiles: the bundled parts hold together, files are refused in one line, and weak figures can be asked for."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from fanmark.servers.profiles import (
     model_ids,
 )
 from fanmark.servers.profiles.parts import unfilled
+from fanmark.servers.profiles.priors import prior_law
 
 TEMPLATES = ("gpt-5.4", "grok-4.20")
 
@@ -177,3 +179,13 @@ def test_dimensions_that_do_not_give_the_declared_count_are_refused(tmp_path: Pa
     )
     with pytest.raises(ProfileError, match=r"its dimensions give 8\.03e9 parameters, total_params says 9\.00e9"):
         load_profile(path)
+
+
+def test_joules_that_nobody_measured_are_said_to_be_so() -> None:
+    """The bundled grids measured joules; the same law with the powers of its priors did not."""
+    fitted = load_profile("qwen3-30b-a3b@h100")
+    assert fitted.caveats() == []
+    prior = prior_law(fitted.model, fitted.chip, fitted.settings)
+    law = replace(fitted.law, idle_w=prior.idle_w, memory_w=prior.memory_w, compute_w=prior.compute_w)
+    said = "profile qwen3-30b-a3b@h100: joules by the chip's rated watts and priors, never measured"
+    assert replace(fitted, law=law).caveats() == [said]

@@ -42,7 +42,13 @@ class Profile:
             lines += _weak_figures(self.model, self.chip, self.settings)
         elif self.confidence in ("C", "U"):
             lines.append(f"profile {self.name}: grade {self.confidence} ({self.source}, {self.as_of})")
+        if self.origin == "fitted" and self.energy_known and not self._energy_measured():
+            lines.append(f"profile {self.name}: joules by the chip's rated watts and priors, never measured")
         return lines
+
+    def _energy_measured(self) -> bool:
+        prior, law = prior_law(self.model, self.chip, self.settings), self.law
+        return (law.idle_w, law.memory_w, law.compute_w) != (prior.idle_w, prior.memory_w, prior.compute_w)
 
     def efficiencies(self) -> dict[str, float]:
         """What the data sheet's rates would need over what the law takes; a sound law has all of them in (0, 1]."""
