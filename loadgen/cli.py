@@ -104,7 +104,7 @@ def run(
         planned = dry.plan(checked, table)
         print(_json(planned) if json else "\n".join(dry.lines(planned)))
         return 0
-    from fanmark.loadgen import session
+    from fanmark.loadgen import results, session
 
     folder = _folder(out, checked.name)
     options = session.Options(
@@ -119,7 +119,7 @@ def run(
     if json:
         print(_json(result.summary))
     else:
-        session.print_result(result.summary, folder)
+        results.print_result(result.summary, folder)
     return exit_code(result.summary, result.interrupted, strict)
 
 
@@ -143,7 +143,7 @@ def simulate(
 ) -> int:
     """Runs a scenario in virtual time against the engine model: nothing is contacted, the same seed gives the same bytes."""
     from fanmark.agents import topologies
-    from fanmark.loadgen import scenario_check, session
+    from fanmark.loadgen import results, scenario_check
     from fanmark.loadgen import simulate as simulation
     from fanmark.loadgen.user_topology import with_users
 
@@ -164,7 +164,7 @@ def simulate(
     if json:
         print(_json(result.summary))
     else:
-        session.print_result(result.summary, folder)
+        results.print_result(result.summary, folder)
     return exit_code(result.summary, result.interrupted, strict)
 
 

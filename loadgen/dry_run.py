@@ -6,9 +6,9 @@ from typing import Any
 
 from fanmark.agents.runtime import Topology
 from fanmark.loadgen.arrivals import open_loop
+from fanmark.loadgen.costs import dollars
 from fanmark.loadgen.demand import draw_demand, expected_tokens
 from fanmark.loadgen.records import Call
-from fanmark.loadgen.run import dollars
 from fanmark.loadgen.scenario import Arm, Scenario
 from fanmark.loadgen.table import columns, number
 from fanmark.loadgen.walk import walk

@@ -6,19 +6,20 @@ import re
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, Protocol
-
-import msgspec
 
 from fanmark.agents.runtime import Topology
 from fanmark.loadgen.arrivals import open_loop
 from fanmark.loadgen.contamination import Explained
+from fanmark.loadgen.costs import mismatches, resources
+from fanmark.loadgen.crew import Alone, Crew
 from fanmark.loadgen.demand import Demand, draw_demand, expected_tokens
 from fanmark.loadgen.endpoint import Endpoint
 from fanmark.loadgen.errors import CallError
-from fanmark.loadgen.records import Call, Outcome, Query, shape
+from fanmark.loadgen.records import Outcome, Query
 from fanmark.loadgen.runtime import QueryRuntime, ToolUse, World
-from fanmark.loadgen.scenario import Arm, Prices, Scenario
+from fanmark.loadgen.scenario import Arm, Load, Scenario
 from fanmark.loadgen.tally import Tally
 from fanmark.loadgen.walk import walk
 
@@ -66,6 +67,7 @@ class Run:
         run_id: str,
         now: Callable[[], float],
         time_scale: float = 1.0,
+        crew: Crew | None = None,
     ) -> None:
         self.scenario = scenario
         self.drift = Drift()
@@ -77,6 +79,7 @@ class Run:
         self._journal = journal
         self._now = now
         self._time_scale = time_scale
+        self._crew = crew or Alone(now)
         load = scenario.load
         self._slots = asyncio.Semaphore(load.max_in_flight) if load.max_in_flight is not None else None
         self._query_timeout_s = load.query_timeout_s * time_scale if load.query_timeout_s is not None else None
@@ -140,13 +143,13 @@ class Run:
         await self._together(self._make_texts(arm) for arm in arms)
         if self.scenario.load.arms == "interleaved":
             await self._together(self._warm_up(arm) for arm in arms)
-            start_at = self._now()
+            start_at = (await self._crew.meet()).at
             await self._together(self._arm(arm, start_at, i / len(arms)) for i, arm in enumerate(arms))
             return
         random.Random(f"{self.scenario.seed}/order").shuffle(arms)
         for arm in arms:  # each waits for its own queries, so the next one finds the server drained
             await self._warm_up(arm)
-            await self._arm(arm, self._now(), 0.0)
+            await self._arm(arm, (await self._crew.meet()).at, 0.0)
 
     async def _together(self, parts: Iterator[Coroutine[Any, Any, None]]) -> None:
         async with asyncio.TaskGroup() as group:
@@ -154,24 +157,33 @@ class Run:
                 group.create_task(part)
 
     async def _warm_up(self, arm: Arm) -> None:
-        demands = [self._demand(arm, -1 - i) for i in range(self.scenario.load_of(arm).warmup)]
+        numbers = range(self._crew.index, self.scenario.load_of(arm).warmup, self._crew.count)
+        demands = [self._demand(arm, -1 - i) for i in numbers]
         await self._together(self._query(arm, QueryRuntime(self._world, d), self._now()) for d in demands)
 
     async def _arm(self, arm: Arm, start_at: float, place: float) -> None:
         load = self.scenario.load_of(arm)
         if load.mode == "closed":
-            numbers = iter(range(load.queries if load.queries is not None else 10**9))
+            numbers = self._own_numbers(load)
             end_at = start_at + load.duration if load.duration is not None else None
-            await self._together(self._user(arm, numbers, end_at) for _ in range(load.concurrency))
+            users = range(self._crew.index, load.concurrency, self._crew.count)
+            await self._together(self._user(arm, numbers, end_at) for _ in users)
             return
         mine: list[asyncio.Task[None]] = []
         for i, at in enumerate(open_loop(load, self.scenario.seed, arm.name, place)):
+            if i % self._crew.count != self._crew.index:
+                continue
             runtime = QueryRuntime(self._world, self._demand(arm, i))
             await self._prepare(arm, runtime)
             if await self._stopped_before(start_at + at):
                 break
             mine.append(self._spawn(self._query(arm, runtime, start_at + at)))
         await asyncio.gather(*mine)
+
+    def _own_numbers(self, load: Load) -> Iterator[int]:
+        """The queries of a closed loop that this worker's users share: each user's turn, round after round, is one worker's."""
+        all_numbers = range(load.queries) if load.queries is not None else count()
+        return (n for n in all_numbers if n % load.concurrency % self._crew.count == self._crew.index)
 
     async def _user(self, arm: Arm, numbers: Iterator[int], end_at: float | None) -> None:
         """One of a closed loop's users: the next query as soon as the last one is answered."""
@@ -274,9 +286,9 @@ class Run:
         if topology.expected is None:
             return {}
         form = topology.expected(runtime.demand.params, runtime)
-        for key, count in form.reads.items():
+        for key, times in form.reads.items():
             base = key[1:] if key[0] == "quoted" else key
-            if count and runtime.sizes.get(key) is None and base in runtime.replies:
+            if times and runtime.sizes.get(key) is None and base in runtime.replies:
                 endpoint, author, text = runtime.replies[base]
                 try:
                     counted = await endpoint.prompts.reply_size("user" if key[0] == "quoted" else author, text)
@@ -296,77 +308,3 @@ class Run:
             "depth": form.depth,
             "width": form.width,
         }
-
-
-def resources(
-    calls: list[Call], due_at: float, done_at: float, prices: Mapping[str, Prices | None]
-) -> dict[str, float | None]:
-    """The per_query resources of summary.json, from a query's records. What is not known is None."""
-    inferred = [call for call in calls if call.kind == "call"]
-    sums: dict[str, float | None] = {}
-    for name in ("input_tokens", "cached_tokens", "output_tokens", "reasoning_tokens"):
-        values = [getattr(call, name) for call in inferred]
-        sums[name] = sum(values) if None not in values else None
-    shaped = shape(calls)
-    final = max(inferred, key=lambda call: call.done_at or 0.0, default=None)
-    latency_s, critical_s = done_at - due_at, shaped["critical_path_s"]
-    known = sums["input_tokens"] is not None and sums["cached_tokens"] is not None
-    return {
-        "calls": len(inferred),
-        "tool_calls": len(calls) - len(inferred),
-        "input_tokens": sums["input_tokens"],
-        "cached_tokens": sums["cached_tokens"],
-        "fresh_tokens": (sums["input_tokens"] or 0) - (sums["cached_tokens"] or 0) if known else None,
-        "output_tokens": sums["output_tokens"],
-        "reasoning_tokens": sums["reasoning_tokens"],
-        "latency_s": latency_s,
-        "first_answer_s": final.answer_at - due_at if final and final.answer_at is not None else None,
-        "work_s": shaped["work_s"],
-        "critical_path_s": critical_s,
-        "tool_s": shaped["tool_s"],
-        "client_s": max(0.0, latency_s - critical_s),
-        "parallelism": shaped["work_s"] / critical_s if critical_s else None,
-        "depth": shaped["depth"],
-        "width": shaped["width"],
-        "gpu_s": None,
-        "joules": None,
-        "dollars": dollars(inferred, prices),
-    }
-
-
-def dollars(calls: list[Call], prices: Mapping[str, Prices | None]) -> float | None:
-    """The bill by token prices; None where a price or a count is missing. A call that failed without a count is not on it."""
-    total = 0.0
-    for call in calls:
-        if call.error is not None and call.input_tokens is None:
-            continue
-        price = prices.get(call.target or "")
-        if price is None or call.input_tokens is None or call.output_tokens is None:
-            return None
-        cached = (call.cached_tokens or 0) if price.cached_input is not None else 0
-        total += (call.input_tokens - cached) * price.input + cached * (price.cached_input or 0.0)
-        total += call.output_tokens * price.output
-    return total / 1e6
-
-
-def mismatches(query: Query, *, exact_output: bool) -> list[str]:
-    """The resources in which a completed query differs from its closed form; unknown ones are not compared."""
-    off = []
-    for name, expected in query.expected.items():
-        measured = query.resources[name]
-        if expected is None or measured is None:
-            continue
-        bound = name == "output_tokens" and not exact_output
-        if measured > expected if bound else measured != expected:
-            off.append(name)
-    return off
-
-
-def resolved(scenario: Scenario) -> dict[str, Any]:
-    """The scenario as a table that, written as TOML, repeats the run. Keys come from the environment and are not in it."""
-    table: dict[str, Any] = msgspec.to_builtins(scenario)
-    arms = [{k: v for k, v in arm.items() if k != "params"} | arm["params"] for arm in table.pop("arms")]
-    del table["source"]
-    if table["targets"]:
-        del table["stub"]
-    return table | {"arm": arms}

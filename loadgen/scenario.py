@@ -186,3 +186,13 @@ class Scenario(Table, frozen=True):
     def baseline(self) -> Arm:
         """The arm that all others are set against."""
         return next(arm for arm in self.arms if arm.baseline)
+
+
+def resolved(scenario: Scenario) -> dict[str, Any]:
+    """The scenario as a table that, written as TOML, repeats the run. Keys come from the environment and are not in it."""
+    table: dict[str, Any] = msgspec.to_builtins(scenario)
+    arms = [{k: v for k, v in arm.items() if k != "params"} | arm["params"] for arm in table.pop("arms")]
+    del table["source"]
+    if table["targets"]:
+        del table["stub"]
+    return table | {"arm": arms}

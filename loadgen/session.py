@@ -4,10 +4,9 @@ import asyncio
 import gc
 import math
 import signal
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, TextIO
 import msgspec
 
 from fanmark.agents.runtime import Topology
-from fanmark.loadgen import embedded, reconcile, summary, table
+from fanmark.loadgen import embedded, reconcile
 from fanmark.loadgen.demand import draw_demand
 from fanmark.loadgen.endpoint import Endpoint
 from fanmark.loadgen.errors import ScenarioError
@@ -24,18 +23,17 @@ from fanmark.loadgen.health import Health
 from fanmark.loadgen.lengths import Dist
 from fanmark.loadgen.live import Progress
 from fanmark.loadgen.metrics import serve
+from fanmark.loadgen.minimums import check_lengths
 from fanmark.loadgen.records import Journal, Query, read_queries
-from fanmark.loadgen.run import Drift, Run, resolved
-from fanmark.loadgen.scenario import Scenario, Target
-from fanmark.loadgen.statistics import merge_gaps
+from fanmark.loadgen.results import assemble
+from fanmark.loadgen.run import Run
+from fanmark.loadgen.scenario import Scenario, Target, resolved
 from fanmark.loadgen.tally import Tally
 from fanmark.loadgen.target import HttpEndpoint, connect
 from fanmark.loadgen.toolset import ToolSet
 
 _COUNTERS_SETTLE_S = 2.0
 _OPEN_LOOP_CONNECTIONS, _MOST_CONNECTIONS = 8, 4096
-
-ClientReport = Callable[[Sequence[float], float, float | None], dict[str, Any]]  # see Health.report
 
 
 @dataclass(frozen=True)
@@ -191,35 +189,6 @@ def tool_latency(latency_s: float | Dist, time_scale: float) -> str:
     return msgspec.json.encode(given).decode()
 
 
-def check_lengths(scenario: Scenario, topologies: Mapping[str, Topology], endpoints: Mapping[str, Endpoint]) -> None:
-    """Refuses messages too short for a chat template's share, naming the minimum, before anything is sent."""
-    for arm in scenario.arms:
-        topology = topologies[arm.topology]
-        if topology.expected is None:
-            continue
-        load = scenario.load_of(arm)
-        for i in range(min(load.queries or 200, 200)):
-            demand = draw_demand(scenario, arm, topology, i)
-            kinds = {str(key[0]) for key in topology.expected(demand.params, demand).reads} & scenario_kinds(
-                demand.lengths
-            )
-            for kind in kinds:
-                author = "system" if kind == "system" else "user"
-                first = kind == "system" or (kind == "question" and demand.lengths["system"] == 0)
-                least = max(endpoint.prompts.minimum(author, first) for endpoint in endpoints.values())  # type: ignore[arg-type]
-                if 0 < demand.lengths[kind] < least:
-                    raise ScenarioError(
-                        f"{scenario.source}: [workload] {kind} = {demand.lengths[kind]}: the target's chat template needs "
-                        f'at least {least} (or 0: no such message; or api = "completions")'
-                    )
-
-
-def scenario_kinds(lengths: Mapping[str, int]) -> set[str]:
-    """Kinds of message whose text is ours to make."""
-    replies = {"answer", "judge_answer", "action", "tool_result", "critique", "plan", "vote", "turn", "compaction"}
-    return set(lengths) - replies
-
-
 def open_folder(out: Path, scenario: Scenario) -> Journal:
     """The run's folder with its scenario.toml, and a journal in it. Raises ScenarioError where it holds a run or cannot be written."""
     import tomli_w
@@ -308,77 +277,3 @@ async def _stub_on_time(
             mean_s = math.fsum(seconds) / len(seconds)
             found.append(reconcile.stub_on_time(before[name], await endpoint.counters(), mean_s, time_scale))
     return min((each for each in found if each is not None), default=None)
-
-
-def assemble(
-    scenario: Scenario,
-    queries: Sequence[Query],
-    endpoints: Mapping[str, Endpoint],
-    server: dict[str, Any],
-    client_report: ClientReport,
-    drift: Drift,
-    run_part: dict[str, Any],
-    stub: tuple[bool, str] | None = None,
-    *,
-    partial: bool,
-) -> dict[str, Any]:
-    """The whole of summary.json."""
-    arms = summary.summarise_arms(scenario, queries)
-    counted = [c for q in queries if not q.warmup for c in q.calls if c.kind == "call" and c.sent_at is not None]
-    ttft = sorted(c.first_at - c.sent_at for c in counted if c.first_at is not None and c.sent_at is not None)
-    # chunks that came together with a call's first are in no gap: a reply that came all at once is coalesced as a whole
-    chunks = sum(merge_gaps([c.gaps for c in counted]).values()) + len(counted)
-    client = client_report(
-        [c.sent_at - c.due_at for c in counted if c.sent_at is not None],
-        min(1.0, sum(c.coalesced for c in counted) / chunks) if chunks else 0.0,
-        ttft[len(ttft) // 2] if ttft else None,
-    )
-    knowable = scenario.workload.cache != "warm" and any(c.cached_tokens is not None for c in counted)
-    parts = list(server.values()) if "reconciled" not in server else [server]
-    ticked = {
-        key: None if any(p[key] is None for p in parts) else all(p[key] for p in parts)
-        for key in ("reconciled", "alone")
-    } | {"reason": "; ".join(p["reason"] for p in parts)}
-    targets = {
-        name: {"url": e.config.url, "model": e.model, "server": e.server, "lane": e.lane.name}
-        for name, e in endpoints.items()
-    }
-    notes = [note for endpoint in endpoints.values() for note in endpoint.notes]
-    if counted and not knowable and scenario.workload.cache != "warm":
-        notes.append(
-            "the target reports no cached tokens (vLLM: --enable-prompt-tokens-details): cached and fresh are unknown"
-        )
-    if all(_constant(scenario, arm.name) for arm in scenario.arms):
-        notes.append("all lengths are constant: equal queries run in phase, latencies hold for this pattern only")
-    return {
-        "schema": summary.SCHEMA,
-        "partial": partial,
-        "run": run_part,
-        "target": next(iter(targets.values())) if len(targets) == 1 else targets,
-        "validity": summary.validity(arms, ticked, client, drift.unexplained if knowable else None, stub),
-        "arms": arms,
-        "client": client,
-        "server": server,
-        "retokenized_pct": 100.0 * (drift.read - drift.written) / drift.written if drift.written else None,
-        "notes": notes,
-    }
-
-
-def _constant(scenario: Scenario, arm: str) -> bool:
-    workload = scenario.workload_of(next(a for a in scenario.arms if a.name == arm))
-    return isinstance(workload.answer, int) and isinstance(workload.question, int)
-
-
-def print_result(found: Mapping[str, Any], out: Path, to: TextIO = sys.stdout) -> None:
-    """The table, the checks, and where the files are."""
-    run_part, target = found["run"], found["target"]
-    started = sum(arm["queries"]["started"] for arm in found["arms"].values())
-    where = target if "url" in target else next(iter(target.values()))
-    with suppress(BrokenPipeError):
-        print(
-            f"{run_part['name']}: {started} queries in {run_part['seconds']:.0f} s on {where['model']} ({where['server']})",
-            file=to,
-        )
-        if found["partial"]:
-            print("INTERRUPTED: this is what was measured until then", file=to)
-        print("\n".join(["", *table.lines(found), f"files    {out}"]), file=to)

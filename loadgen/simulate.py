@@ -21,10 +21,12 @@ from fanmark.loadgen.clock import run_virtually
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.lanes.virtual import VirtualEndpoint
 from fanmark.loadgen.lanes.virtual_tools import VirtualTools
+from fanmark.loadgen.minimums import check_lengths
 from fanmark.loadgen.records import read_queries
+from fanmark.loadgen.results import assemble
 from fanmark.loadgen.run import Run
 from fanmark.loadgen.scenario import Scenario, Target
-from fanmark.loadgen.session import Result, assemble, check_lengths, open_folder, tool_latency, uses_tools
+from fanmark.loadgen.session import Result, open_folder, tool_latency, uses_tools
 from fanmark.loadgen.tally import Tally
 from fanmark.loadgen.toolset import ToolSet
 from fanmark.servers.profiles import Profile, ProfileError, load_profile

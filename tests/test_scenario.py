@@ -16,8 +16,7 @@ from fanmark.agents.runtime import Topology
 from fanmark.loadgen import scenario_check
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.lengths import Dist
-from fanmark.loadgen.run import resolved
-from fanmark.loadgen.scenario import Prices, Scenario
+from fanmark.loadgen.scenario import Prices, Scenario, resolved
 from fanmark.loadgen.session import _without_none
 
 SINGLE = '[[arm]]\nname = "single"\ntopology = "single"\nbaseline = true\n'

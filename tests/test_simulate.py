@@ -19,7 +19,8 @@ from fanmark.agents.runtime import Runtime, Topology
 from fanmark.agents.single import Params
 from fanmark.loadgen import scenario_check
 from fanmark.loadgen.clock import Deadlock
-from fanmark.loadgen.session import Result, print_result
+from fanmark.loadgen.results import print_result
+from fanmark.loadgen.session import Result
 from fanmark.loadgen.simulate import Options, ignored, repeatable, simulate, with_profile
 
 FILES = ("calls.jsonl", "queries.jsonl", "scenario.toml", "summary.json")

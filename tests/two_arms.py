@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from fanmark.agents import topologies
+from fanmark.loadgen.costs import resources
 from fanmark.loadgen.records import Call, Query
-from fanmark.loadgen.run import resources
 from fanmark.loadgen.scenario import Prices, Scenario
 from fanmark.loadgen.scenario_check import check
 

@@ -1,0 +1,70 @@
+"""What one query cost, from its records, and where that differs from its closed form. Pure."""
+
+from collections.abc import Mapping
+
+from fanmark.loadgen.records import Call, Query, shape
+from fanmark.loadgen.scenario import Prices
+
+
+def resources(
+    calls: list[Call], due_at: float, done_at: float, prices: Mapping[str, Prices | None]
+) -> dict[str, float | None]:
+    """The per_query resources of summary.json, from a query's records. What is not known is None."""
+    inferred = [call for call in calls if call.kind == "call"]
+    sums: dict[str, float | None] = {}
+    for name in ("input_tokens", "cached_tokens", "output_tokens", "reasoning_tokens"):
+        values = [getattr(call, name) for call in inferred]
+        sums[name] = sum(values) if None not in values else None
+    shaped = shape(calls)
+    final = max(inferred, key=lambda call: call.done_at or 0.0, default=None)
+    latency_s, critical_s = done_at - due_at, shaped["critical_path_s"]
+    known = sums["input_tokens"] is not None and sums["cached_tokens"] is not None
+    return {
+        "calls": len(inferred),
+        "tool_calls": len(calls) - len(inferred),
+        "input_tokens": sums["input_tokens"],
+        "cached_tokens": sums["cached_tokens"],
+        "fresh_tokens": (sums["input_tokens"] or 0) - (sums["cached_tokens"] or 0) if known else None,
+        "output_tokens": sums["output_tokens"],
+        "reasoning_tokens": sums["reasoning_tokens"],
+        "latency_s": latency_s,
+        "first_answer_s": final.answer_at - due_at if final and final.answer_at is not None else None,
+        "work_s": shaped["work_s"],
+        "critical_path_s": critical_s,
+        "tool_s": shaped["tool_s"],
+        "client_s": max(0.0, latency_s - critical_s),
+        "parallelism": shaped["work_s"] / critical_s if critical_s else None,
+        "depth": shaped["depth"],
+        "width": shaped["width"],
+        "gpu_s": None,
+        "joules": None,
+        "dollars": dollars(inferred, prices),
+    }
+
+
+def dollars(calls: list[Call], prices: Mapping[str, Prices | None]) -> float | None:
+    """The bill by token prices; None where a price or a count is missing. A call that failed without a count is not on it."""
+    total = 0.0
+    for call in calls:
+        if call.error is not None and call.input_tokens is None:
+            continue
+        price = prices.get(call.target or "")
+        if price is None or call.input_tokens is None or call.output_tokens is None:
+            return None
+        cached = (call.cached_tokens or 0) if price.cached_input is not None else 0
+        total += (call.input_tokens - cached) * price.input + cached * (price.cached_input or 0.0)
+        total += call.output_tokens * price.output
+    return total / 1e6
+
+
+def mismatches(query: Query, *, exact_output: bool) -> list[str]:
+    """The resources in which a completed query differs from its closed form; unknown ones are not compared."""
+    off = []
+    for name, expected in query.expected.items():
+        measured = query.resources[name]
+        if expected is None or measured is None:
+            continue
+        bound = name == "output_tokens" and not exact_output
+        if measured > expected if bound else measured != expected:
+            off.append(name)
+    return off

@@ -1,0 +1,90 @@
+"""What a run leaves: the whole of summary.json put together, and what is printed of it."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+from fanmark.loadgen import summary, table
+from fanmark.loadgen.endpoint import Endpoint
+from fanmark.loadgen.records import Query
+from fanmark.loadgen.run import Drift
+from fanmark.loadgen.scenario import Scenario
+from fanmark.loadgen.statistics import merge_gaps
+
+ClientReport = Callable[[Sequence[float], float, float | None], dict[str, Any]]  # see Health.report
+
+
+def assemble(
+    scenario: Scenario,
+    queries: Sequence[Query],
+    endpoints: Mapping[str, Endpoint],
+    server: dict[str, Any],
+    client_report: ClientReport,
+    drift: Drift,
+    run_part: dict[str, Any],
+    stub: tuple[bool, str] | None = None,
+    *,
+    partial: bool,
+) -> dict[str, Any]:
+    """The whole of summary.json."""
+    arms = summary.summarise_arms(scenario, queries)
+    counted = [c for q in queries if not q.warmup for c in q.calls if c.kind == "call" and c.sent_at is not None]
+    ttft = sorted(c.first_at - c.sent_at for c in counted if c.first_at is not None and c.sent_at is not None)
+    # chunks that came together with a call's first are in no gap: a reply that came all at once is coalesced as a whole
+    chunks = sum(merge_gaps([c.gaps for c in counted]).values()) + len(counted)
+    client = client_report(
+        [c.sent_at - c.due_at for c in counted if c.sent_at is not None],
+        min(1.0, sum(c.coalesced for c in counted) / chunks) if chunks else 0.0,
+        ttft[len(ttft) // 2] if ttft else None,
+    )
+    knowable = scenario.workload.cache != "warm" and any(c.cached_tokens is not None for c in counted)
+    parts = list(server.values()) if "reconciled" not in server else [server]
+    ticked = {
+        key: None if any(p[key] is None for p in parts) else all(p[key] for p in parts)
+        for key in ("reconciled", "alone")
+    } | {"reason": "; ".join(p["reason"] for p in parts)}
+    targets = {
+        name: {"url": e.config.url, "model": e.model, "server": e.server, "lane": e.lane.name}
+        for name, e in endpoints.items()
+    }
+    notes = [note for endpoint in endpoints.values() for note in endpoint.notes]
+    if counted and not knowable and scenario.workload.cache != "warm":
+        notes.append(
+            "the target reports no cached tokens (vLLM: --enable-prompt-tokens-details): cached and fresh are unknown"
+        )
+    if all(_constant(scenario, arm.name) for arm in scenario.arms):
+        notes.append("all lengths are constant: equal queries run in phase, latencies hold for this pattern only")
+    return {
+        "schema": summary.SCHEMA,
+        "partial": partial,
+        "run": run_part,
+        "target": next(iter(targets.values())) if len(targets) == 1 else targets,
+        "validity": summary.validity(arms, ticked, client, drift.unexplained if knowable else None, stub),
+        "arms": arms,
+        "client": client,
+        "server": server,
+        "retokenized_pct": 100.0 * (drift.read - drift.written) / drift.written if drift.written else None,
+        "notes": notes,
+    }
+
+
+def _constant(scenario: Scenario, arm: str) -> bool:
+    workload = scenario.workload_of(next(a for a in scenario.arms if a.name == arm))
+    return isinstance(workload.answer, int) and isinstance(workload.question, int)
+
+
+def print_result(found: Mapping[str, Any], out: Path, to: TextIO = sys.stdout) -> None:
+    """The table, the checks, and where the files are."""
+    run_part, target = found["run"], found["target"]
+    started = sum(arm["queries"]["started"] for arm in found["arms"].values())
+    where = target if "url" in target else next(iter(target.values()))
+    with suppress(BrokenPipeError):
+        print(
+            f"{run_part['name']}: {started} queries in {run_part['seconds']:.0f} s on {where['model']} ({where['server']})",
+            file=to,
+        )
+        if found["partial"]:
+            print("INTERRUPTED: this is what was measured until then", file=to)
+        print("\n".join(["", *table.lines(found), f"files    {out}"]), file=to)
