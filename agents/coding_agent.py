@@ -82,4 +82,11 @@ def expected(p: Params, drawn: Drawn) -> Expected:
     )
 
 
-TOPOLOGY = Topology("coding-agent", "a tool chain that sums its context up when it is full", Params, run, expected)
+TOPOLOGY = Topology(
+    "coding-agent",
+    "a tool chain that sums its context up when it is full",
+    Params,
+    run,
+    expected,
+    "Q --> [act --> tool] x n --> sum up --> [act --> tool] x n --> A",
+)

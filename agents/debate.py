@@ -1,15 +1,31 @@
 """Multi-agent debate (Du et al. 2023, arXiv 2305.14325): N agents answer, read each other's answers and revise; a judge may conclude.
 
 round 1:        every agent reads S, Q
-round r, last:  S, Q, F, the N answers of round r - 1 in agent order
-round r, full:  the agent's own history: S, Q, then per round its answer, F, the other N - 1 answers
+round r, last:  S, Q, F, the answers of round r - 1 that it hears, in agent order, its own among them
+round r, full:  the agent's own history: S, Q, then per round its answer, F, the other answers that it hears
 judge:          S, Q, the answers of the last round (or of all rounds), its instruction
+Whom an agent hears: all; the nearest on a ring (sparse: arXiv 2406.11776); or its group (arXiv 2409.14051), and after each stage of rounds,
+in place of its group, one answer of every group.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from fanmark.agents.runtime import Author, Drawn, Expected, Key, Message, Runtime, Topology, at_least, place, together
+from fanmark.agents.runtime import (
+    Drawn,
+    Expected,
+    Key,
+    Message,
+    Runtime,
+    Topology,
+    at_least,
+    is_probability,
+    seats,
+    stopped,
+    system_key,
+    together,
+)
 
 ROLES = (
     "You are the careful analyst: check every step, define your terms and say how sure you are of each.",
@@ -17,80 +33,86 @@ ROLES = (
     "You are the pragmatist: prefer what works in practice, and give numbers, limits and examples.",
     "You are the generalist: connect the question with what is known elsewhere, and look for what was left out.",
 )
-REVISE = (
-    "Here are the answers that the agents gave in the round before, one message each. Use them as advice: "
-    "compare them with your own, correct mistakes, and give your updated answer to the question."
-)
-JUDGE = (
-    "You are the judge of this debate. The messages above are the agents' answers. Weigh them against each other, "
-    "name the one that is best supported, and write the final answer to the question."
-)
+REVISE = "Here are answers of the round before, a message each. Use them as advice, correct mistakes, and answer the question anew."
+JUDGE = "You are the judge. Weigh the agents' answers against each other, and write the final answer out of what is best supported."
 
 
 @dataclass(frozen=True, slots=True)
 class Params:
-    """`rounds` includes the first. `role_position` says where an agent's own text stands in its prompts."""
+    """`rounds` includes the first; from round `stop_from` on the debate ends after a round with `stop_probability`, drawn from the query's
+    seed. `neighbours`: how many others are heard, as far as there are. Agents are dealt into `groups`; a stage is `stage_rounds`."""
 
     agents: int = 4
     rounds: int = 2
     judge: Literal["none", "last", "all"] = "last"
     transcript: Literal["last", "full"] = "last"
     role_position: Literal["head", "tail"] = "tail"
+    system: Literal["shared", "own"] = "shared"
+    neighbours: int | Literal["all"] = "all"
+    groups: int = 1
+    stage_rounds: int = 2
+    stop_probability: float = 0.0
+    stop_from: int = 1
 
     def __post_init__(self) -> None:
-        at_least(1, agents=self.agents, rounds=self.rounds)
+        at_least(1, agents=self.agents, rounds=self.rounds, groups=self.groups, stage_rounds=self.stage_rounds)
+        at_least(0, neighbours=self.agents if self.neighbours == "all" else self.neighbours)
+        is_probability(stop_probability=self.stop_probability)
+
+    def hears(self, i: int, r: int) -> list[int]:
+        """The agents whose answers of round r agent i reads after it, in order; its own is among them."""
+        if self.groups > 1 and r % self.stage_rounds == 0:
+            return sorted({i, *range(min(self.groups, self.agents))})
+        group = range(i % self.groups, self.agents, self.groups)
+        far = {j: min((i - j) % self.agents, (j - i) % self.agents) for j in group}
+        wanted = len(group) if self.neighbours == "all" else self.neighbours + 1
+        return sorted(sorted(group, key=lambda j: far[j])[:wanted])
 
 
 async def run(rt: Runtime, p: Params) -> None:
-    author: Author = "system" if p.role_position == "head" else "user"
-    roles = [rt.message(("role", i), ROLES[i % len(ROLES)], author) for i in range(p.agents)]
-    histories = [[rt.system, rt.question] for _ in roles]
+    agents = seats(rt, ((i, ROLES[i % len(ROLES)]) for i in range(p.agents)), p.role_position, p.system)
     revise = rt.message(("instruction",), REVISE)
+    histories = [[rt.question] for _ in agents]
     rounds: list[list[Message]] = []
 
-    async def answer(i: int, r: int, prompt: list[Message]) -> Message:
-        prompt = place(roles[i], prompt, p.role_position)
+    async def answer(i: int, r: int) -> Message:
+        prompt = agents[i].prompt(histories[i])
         return await rt.infer(prompt, writes=("answer", r, i), role=f"agent-{i + 1}", round=r)
 
     for r in range(1, p.rounds + 1):
-        if r > 1:
-            before = rounds[-1]
-            quoted = [rt.quote(reply) for reply in before]
+        rounds.append(await together(answer(i, r) for i in range(p.agents)))
+        if stopped(rt, r, p.rounds, p.stop_probability, p.stop_from):
+            break
+        for i, own in enumerate(rounds[-1]):
             if p.transcript == "last":
-                histories = [[rt.system, rt.question, revise, *quoted] for _ in roles]
+                histories[i] = [rt.question, revise, *(rt.quote(rounds[-1][j]) for j in p.hears(i, r))]
             else:
-                for i, history in enumerate(histories):
-                    history += [before[i], revise, *quoted[:i], *quoted[i + 1 :]]
-        rounds.append(await together(answer(i, r, prompt) for i, prompt in enumerate(histories)))
+                histories[i] += [own, revise, *(rt.quote(rounds[-1][j]) for j in p.hears(i, r) if j != i)]
 
     if p.judge != "none":
         heard = rounds[-1] if p.judge == "last" else [reply for answers in rounds for reply in answers]
-        verdict = rt.message(("judge_instruction",), JUDGE)
-        prompt = [rt.system, rt.question, *(rt.quote(reply) for reply in heard), verdict]
-        await rt.infer(prompt, writes=("judge_answer",), role="judge", round=p.rounds + 1)
+        prompt = [rt.system, rt.question, *map(rt.quote, heard), rt.message(("judge_instruction",), JUDGE)]
+        await rt.infer(prompt, writes=("judge_answer",), role="judge", round=len(rounds) + 1)
 
 
-def expected(p: Params, _: Drawn) -> Expected:
-    """N R calls (+1 judge), depth R (+1), width N. Each round r < R: its answers are read by all N agents in the next round ("last"), or
-    once in each of the R - r later rounds, by their writer as its own and by the N - 1 others as quotes ("full")."""
-    n, last = p.agents, p.rounds
-    judge = p.judge != "none"
-    reads: dict[Key, int] = {("system",): n * last + judge, ("question",): n * last + judge}
-    reads |= {("role", i): last for i in range(n)}
-    reads["instruction",] = n * last * (last - 1) // 2 if p.transcript == "full" else n * (last - 1)
-    for r in range(1, last + 1):
-        later = last - r
-        judged = p.judge == "all" or (p.judge == "last" and r == last)
-        for i in range(n):
-            if p.transcript == "full":
-                reads["answer", r, i] = later
-                reads["quoted", "answer", r, i] = (n - 1) * later + judged
-            else:
-                reads["quoted", "answer", r, i] = n * (r < last) + judged
-    if judge:
-        reads[("judge_instruction",)] = 1
-    writes = {"answer": n * last} | ({"judge_answer": 1} if judge else {})
+def expected(p: Params, drawn: Drawn) -> Expected:
+    """N R calls (+1 judge), depth R (+1), width N. What an agent hears of round r it reads in the next round ("last"), or in each of the
+    R - r later ones ("full"), its own answer then as its own."""
+    n, full, judge = p.agents, p.transcript == "full", int(p.judge != "none")
+    last = next(r for r in range(1, p.rounds + 1) if stopped(drawn, r, p.rounds, p.stop_probability, p.stop_from))
+    reads: Counter[Key] = Counter({("question",): n * last + judge, ("system",): judge, ("judge_instruction",): judge})
+    for i in range(n):
+        reads.update({system_key(i, p.system): last, ("role", i): last})
+        for r in range(1, last):
+            times = last - r if full else 1
+            own = {("answer", r, i): times} if full else {}
+            reads.update(own | {("quoted", "answer", r, j): times for j in p.hears(i, r) if j != i or not full})
+            reads["instruction",] += times
+    for r in range(1 if p.judge == "all" else last, last + 1):
+        reads.update({("quoted", "answer", r, i): judge for i in range(n)})
+    writes = {"answer": n * last, "judge_answer": judge}
     return Expected(calls=n * last + judge, depth=last + judge, width=n, writes=writes, reads=reads)
 
 
-TOPOLOGY = Topology("debate", "N agents answer, read each other and revise; a judge concludes", Params, run, expected)
+SUMMARY = "N agents answer, read each other and revise; a judge concludes"
+TOPOLOGY = Topology("debate", SUMMARY, Params, run, expected, "Q ==> A | A | A | A ==> A | A | A | A --> J")

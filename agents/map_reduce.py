@@ -54,4 +54,11 @@ def expected(p: Params, _: Drawn) -> Expected:
     return Expected(calls=calls, depth=len(sizes), width=p.chunks, writes={"answer": calls}, reads=reads)
 
 
-TOPOLOGY = Topology("map-reduce", "a call for every chunk, then calls that merge their results", Params, run, expected)
+TOPOLOGY = Topology(
+    "map-reduce",
+    "a call for every chunk, then calls that merge their results",
+    Params,
+    run,
+    expected,
+    "chunks ==> A | A | A | A ==> A | A --> A",
+)

@@ -3,12 +3,13 @@
 wave v:  the lead reads S, Q, then its own plans and all workers' answers so far; writes a plan
          every worker starts afresh with S, D, its task (F): a tool chain of t steps and an answer; all workers at once
 final:   the lead reads S, Q and all of that; writes the judge's answer
+cite:    with `citations`, one more reads S, Q, all workers' answers and the lead's; writes it anew
 """
 
 from dataclasses import dataclass
 
 from fanmark.agents.runtime import Drawn, Expected, Key, Message, Runtime, Topology, at_least, together
-from fanmark.agents.tool_chain import act, reads_of
+from fanmark.agents.tool_chain import act, reads_of, steps_of
 
 TASK = (
     "You are worker {} of {}, who share the question below among them; this is wave {}. Take your share of it: look up what is "
@@ -18,20 +19,22 @@ TASK = (
 
 @dataclass(frozen=True, slots=True)
 class Params:
-    """`tool_calls` of each worker in each wave."""
+    """`tool_calls` of each worker in each wave, `tools_per_step` at once."""
 
     workers: int = 4
     waves: int = 1
     tool_calls: int = 6
+    tools_per_step: int = 1
+    citations: bool = False
 
     def __post_init__(self) -> None:
-        at_least(1, workers=self.workers, waves=self.waves)
+        at_least(1, workers=self.workers, waves=self.waves, tools_per_step=self.tools_per_step)
         at_least(0, tool_calls=self.tool_calls)
 
     def chain(self, wave: int, worker: int) -> list[range]:
-        """The numbers of a worker's tool calls (both count from 1), one a step."""
-        first = ((wave - 1) * self.workers + worker - 1) * self.tool_calls
-        return [range(n, n + 1) for n in range(first, first + self.tool_calls)]
+        """The numbers of a worker's tool calls (both count from 1), by steps."""
+        before = (wave - 1) * self.workers + worker - 1
+        return steps_of(self.tool_calls, self.tools_per_step, before * self.tool_calls)
 
 
 async def run(rt: Runtime, p: Params) -> None:
@@ -43,32 +46,49 @@ async def run(rt: Runtime, p: Params) -> None:
             context = await act(rt, context, wave, numbers, role, after=[plan])
         return await rt.infer(context, writes=("answer", wave, i), role=role, round=wave, tools=True, after=[plan])
 
-    context = [rt.system, rt.question]
+    context, found = [rt.system, rt.question], list[Message]()
     for wave in range(1, p.waves + 1):
         plan = await rt.infer(context, writes=("plan", wave), role="lead", round=wave)
         reports = await together(work(wave, i, plan) for i in range(1, p.workers + 1))
-        context += [plan, *(rt.quote(report) for report in reports)]
-    await rt.infer(context, writes=("judge_answer",), role="lead", round=p.waves + 1)
+        found += map(rt.quote, reports)
+        context += [plan, *found[-p.workers :]]
+    final = await rt.infer(context, writes=("judge_answer",), role="lead", round=p.waves + 1)
+    if p.citations:
+        prompt = [rt.system, rt.question, *found, rt.quote(final)]
+        await rt.infer(prompt, writes=("judge_answer", "cited"), role="citer", round=p.waves + 2)
 
 
 def expected(p: Params, _: Drawn) -> Expected:
-    """V lead calls and V W chains of t + 1 calls, then the last lead call. Wave v is read by the V - v later plans and at the end."""
-    chains = p.waves * p.workers
-    steps = chains * (p.tool_calls + 1)
-    reads: dict[Key, int] = {("question",): p.waves + 1, ("system",): p.waves + 1 + steps, ("tools",): steps}
+    """V lead calls and V W chains of s + 1 calls, then the last lead call (+1 citing). Wave v is read by the V - v later plans and at the
+    end, its reports once more by who cites."""
+    chains, cited = p.waves * p.workers, int(p.citations)
+    steps = len(p.chain(1, 1)) + 1
+    lead = p.waves + 1
+    reads: dict[Key, int] = {("question",): lead + cited, ("system",): lead + cited + chains * steps}
+    reads |= {("tools",): chains * steps, ("quoted", "judge_answer"): cited}
+    times: dict[Key, int] = {}
     for wave in range(1, p.waves + 1):
         reads["plan", wave] = later = p.waves - wave + 1
         for i in range(1, p.workers + 1):
-            reads |= {("instruction", wave, i): p.tool_calls + 1, ("quoted", "answer", wave, i): later}
-            reads |= reads_of(p.chain(wave, i))
+            chain = p.chain(wave, i)
+            reads |= {("instruction", wave, i): steps, ("quoted", "answer", wave, i): later + cited} | reads_of(chain)
+            times |= {("action", numbers[0]): len(numbers) for numbers in chain}
     return Expected(
-        calls=p.waves + steps + 1,
+        calls=lead + cited + chains * steps,
         tool_calls=chains * p.tool_calls,
-        depth=p.waves * (p.tool_calls + 2) + 1,
+        depth=p.waves * (steps + 1) + 1 + cited,
         width=p.workers,
-        writes={"plan": p.waves, "action": chains * p.tool_calls, "answer": chains, "judge_answer": 1},
+        writes={"plan": p.waves, "action": chains * p.tool_calls, "answer": chains, "judge_answer": 1 + cited},
         reads=reads,
+        times=times,
     )
 
 
-TOPOLOGY = Topology("orchestrator", "a lead plans waves of tool-using workers and concludes", Params, run, expected)
+TOPOLOGY = Topology(
+    "orchestrator",
+    "a lead plans waves of tool-using workers and concludes",
+    Params,
+    run,
+    expected,
+    "Q --> [plan ==> workers, each [act --> tool] x n --> A] x waves --> J",
+)

@@ -6,10 +6,23 @@ round r:  every member reads S, Q, the plan, from round 2 on all turns of the ro
 final:    the leader reads S, Q, the plan, the turns of the last round (or of all), F
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from fanmark.agents.runtime import Author, Drawn, Expected, Key, Message, Runtime, Topology, at_least, place, together
+from fanmark.agents.runtime import (
+    Drawn,
+    Expected,
+    Key,
+    Message,
+    Runtime,
+    Topology,
+    at_least,
+    seats,
+    system_key,
+    systems,
+    together,
+)
 
 LEADER = "You lead this panel: keep it to the question, say where its members disagree, and settle what can be settled."
 SPECIALISTS = (
@@ -32,41 +45,43 @@ CONCLUDE = (
 
 @dataclass(frozen=True, slots=True)
 class Params:
-    """Members are the specialists and, if `leader_in_rounds`, the leader. `role_position`: where a member's own text stands."""
+    """Members are the specialists and, if `leader_in_rounds`, the leader. `role_position`: where a member's own text stands; `system`: one
+    system message for all, or one each."""
 
     specialists: int = 3
     rounds: int = 2
     leader_in_rounds: bool = True
     transcript: Literal["last", "full"] = "last"
     role_position: Literal["head", "tail"] = "tail"
+    system: Literal["shared", "own"] = "shared"
 
     def __post_init__(self) -> None:
         at_least(1, specialists=self.specialists, rounds=self.rounds)
 
 
 async def run(rt: Runtime, p: Params) -> None:
-    author: Author = "system" if p.role_position == "head" else "user"
     texts = {f"specialist-{i + 1}": SPECIALISTS[i % len(SPECIALISTS)] for i in range(p.specialists)}
     texts |= {"leader": LEADER} if p.leader_in_rounds else {}
-    roles = {name: rt.message(("role", name), text, author) for name, text in texts.items()}
-    discuss, conclude = (
-        rt.message(("instruction", "discuss"), DISCUSS),
-        rt.message(("instruction", "conclude"), CONCLUDE),
-    )
+    members = dict(zip(texts, seats(rt, texts.items(), p.role_position, p.system), strict=True))
+    [system] = systems(rt, ["leader"], p.system)
+    discuss = rt.message(("instruction", "discuss"), DISCUSS)
 
-    async def turn(name: str, r: int, prompt: list[Message]) -> Message:
-        prompt = place(roles[name], prompt, p.role_position)
+    async def turn(name: str, r: int, said: list[Message]) -> Message:
+        prompt = members[name].prompt(said)
         return rt.quote(await rt.infer(prompt, writes=("turn", r, name), role=name, round=r))
 
-    prompt = [rt.system, rt.question, rt.message(("instruction", "plan"), PLAN)]
-    plan = await rt.infer(prompt, writes=("plan",), role="leader", round=0)
-    opening = [rt.system, rt.question, rt.quote(plan)]
+    async def lead(r: int, writes: Key, said: list[Message]) -> Message:
+        return await rt.infer([system, *said], writes=writes, role="leader", round=r)
+
+    plan = await lead(0, ("plan",), [rt.question, rt.message(("instruction", "plan"), PLAN)])
+    opening = [rt.question, rt.quote(plan)]
     heard: list[Message] = []
     for r in range(1, p.rounds + 1):
-        prompt = [*opening, *heard, discuss] if r > 1 else opening
-        turns = await together(turn(name, r, prompt) for name in roles)
+        said = [*opening, *heard, discuss] if r > 1 else opening
+        turns = await together(turn(name, r, said) for name in members)
         heard = [*heard, *turns] if p.transcript == "full" else turns
-    await rt.infer([*opening, *heard, conclude], writes=("judge_answer",), role="leader", round=p.rounds + 1)
+    conclude = rt.message(("instruction", "conclude"), CONCLUDE)
+    await lead(p.rounds + 1, ("judge_answer",), [*opening, *heard, conclude])
 
 
 def expected(p: Params, _: Drawn) -> Expected:
@@ -74,10 +89,13 @@ def expected(p: Params, _: Drawn) -> Expected:
     ones ("full"); at the end those of the last round ("last") or all are read once more."""
     members = [*(f"specialist-{i + 1}" for i in range(p.specialists)), *(["leader"] if p.leader_in_rounds else [])]
     n, last = len(members), p.rounds
-    reads: dict[Key, int] = {("system",): n * last + 2, ("question",): n * last + 2, ("quoted", "plan"): n * last + 1}
-    reads |= {("instruction", "plan"): 1, ("instruction", "discuss"): n * (last - 1), ("instruction", "conclude"): 1}
+    reads: Counter[Key] = Counter({("question",): n * last + 2, ("quoted", "plan"): n * last + 1})
+    reads.update(
+        {("instruction", "plan"): 1, ("instruction", "discuss"): n * (last - 1), ("instruction", "conclude"): 1}
+    )
+    reads[system_key("leader", p.system)] += 2
     for name in members:
-        reads["role", name] = last
+        reads.update({system_key(name, p.system): last, ("role", name): last})
         for r in range(1, last + 1):
             readings = n * (last - r) + 1 if p.transcript == "full" else n * (r < last) + (r == last)
             reads["quoted", "turn", r, name] = readings
@@ -85,4 +103,11 @@ def expected(p: Params, _: Drawn) -> Expected:
     return Expected(calls=n * last + 2, depth=last + 2, width=n, writes=writes, reads=reads)
 
 
-TOPOLOGY = Topology("panel", "a leader plans, all speak in short rounds, the leader concludes", Params, run, expected)
+TOPOLOGY = Topology(
+    "panel",
+    "a leader plans, all speak in short rounds, the leader concludes",
+    Params,
+    run,
+    expected,
+    "Q --> plan ==> L | 1 | 2 | 3 ==> L | 1 | 2 | 3 --> J",
+)

@@ -45,4 +45,11 @@ def expected(p: Params, _: Drawn) -> Expected:
     return Expected(calls=m + 2, depth=m + 2, width=1, writes={"plan": 1, "answer": m + 1}, reads=reads)
 
 
-TOPOLOGY = Topology("planner", "one plans, executors do a step each, one concludes", Params, run, expected)
+TOPOLOGY = Topology(
+    "planner",
+    "one plans, executors do a step each, one concludes",
+    Params,
+    run,
+    expected,
+    "Q --> plan --> step --> step --> step --> A",
+)

@@ -27,4 +27,6 @@ def expected(p: Params, _: Drawn) -> Expected:
     return Expected(calls=1, depth=1, width=1, writes={"answer": p.effort}, reads={("system",): 1, ("question",): 1})
 
 
-TOPOLOGY = Topology("reasoning", "one call thinks long and answers", Params, run, expected)
+TOPOLOGY = Topology(
+    "reasoning", "one call thinks long and answers", Params, run, expected, "Q --> think, think, think, A"
+)

@@ -2,22 +2,25 @@
 
 draft:     the writer reads S, Q
 critic k:  reads S, Q, the latest draft
-writer k:  reads S, Q, the latest draft as its own, the critique of it
+writer k:  reads S, Q, the latest draft as its own, the critique of it; after which the critic may be satisfied
 """
 
 from dataclasses import dataclass
 
-from fanmark.agents.runtime import Drawn, Expected, Key, Runtime, Topology, at_least
+from fanmark.agents.runtime import Drawn, Expected, Key, Runtime, Topology, at_least, is_probability, stopped
 
 
 @dataclass(frozen=True, slots=True)
 class Params:
-    """`rounds` of critique and revision after the first draft."""
+    """At most `rounds` of critique and revision after the first draft. After each, the draft satisfies with `stop_probability`, drawn from
+    the query's seed."""
 
     rounds: int = 2
+    stop_probability: float = 0.0
 
     def __post_init__(self) -> None:
         at_least(0, rounds=self.rounds)
+        is_probability(stop_probability=self.stop_probability)
 
 
 async def run(rt: Runtime, p: Params) -> None:
@@ -26,16 +29,27 @@ async def run(rt: Runtime, p: Params) -> None:
     for k in range(1, p.rounds + 1):
         critique = await rt.infer([*task, rt.quote(draft)], writes=("critique", k), role="critic", round=k)
         draft = await rt.infer([*task, draft, rt.quote(critique)], writes=("answer", k), role="writer", round=k)
+        if stopped(rt, k, p.rounds, p.stop_probability):
+            return
 
 
-def expected(p: Params, _: Drawn) -> Expected:
-    """1 + 2k calls, one after another. A draft but the last is read by the critic and by its writer, a critique once."""
-    calls = 1 + 2 * p.rounds
+def expected(p: Params, drawn: Drawn) -> Expected:
+    """1 + 2k calls, one after another, k rounds until it satisfies. A draft but the last is read by the critic and by its writer, a
+    critique once."""
+    rounds = next((k for k in range(1, p.rounds + 1) if stopped(drawn, k, p.rounds, p.stop_probability)), 0)
+    calls = 1 + 2 * rounds
     reads: dict[Key, int] = {("system",): calls, ("question",): calls}
-    for k in range(p.rounds):
+    for k in range(rounds):
         reads |= {("answer", k): 1, ("quoted", "answer", k): 1, ("quoted", "critique", k + 1): 1}
-    writes = {"answer": p.rounds + 1, "critique": p.rounds}
+    writes = {"answer": rounds + 1, "critique": rounds}
     return Expected(calls=calls, depth=calls, width=1, writes=writes, reads=reads)
 
 
-TOPOLOGY = Topology("reflection", "a writer drafts, a critic objects, the writer revises", Params, run, expected)
+TOPOLOGY = Topology(
+    "reflection",
+    "a writer drafts, a critic objects, the writer revises",
+    Params,
+    run,
+    expected,
+    "Q --> draft --> [critique --> draft] x rounds",
+)

@@ -103,13 +103,14 @@ class Expected:
 @dataclass(frozen=True, slots=True)
 class Topology:
     """A row of the table of topologies. `params` is a frozen dataclass whose mistakes are ValueErrors; an int in it may be a
-    distribution in the scenario, which is drawn once a query."""
+    distribution in the scenario, which is drawn once a query. `sketch` draws the shape: `-->` one after another, `==>` all at once."""
 
     name: str
     summary: str
     params: type[Any]
     run: Callable[[Runtime, Any], Coroutine[Any, Any, None]]
     expected: Callable[[Any, Drawn], Expected] | None = None
+    sketch: str = ""
 
 
 async def together(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -122,9 +123,57 @@ async def together(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     return [task.result() for task in tasks]
 
 
-def place(role: Message, prompt: list[Message], position: Literal["head", "tail"]) -> list[Message]:
-    """An agent's own text before everything (nothing is shared with the others) or after it (all before it is shared)."""
-    return [role, *prompt] if position == "head" else [*prompt, role]
+def systems(rt: Runtime, names: Iterable[str | int], whose: Literal["shared", "own"]) -> list[Message]:
+    """Each agent's system message: the one that all share, or one of its own, which differs from the first word on."""
+    if whose == "shared":
+        return [rt.system for _ in names]
+    return [rt.message(("system", name), f"{name}: {rt.system.text}", "system") for name in names]
+
+
+def system_key(name: str | int, whose: Literal["shared", "own"]) -> Key:
+    """The key of an agent's system message."""
+    return ("system",) if whose == "shared" else ("system", name)
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """Where an agent speaks from: its system message, and its own text, which stands before everything ("head": nothing is shared with the
+    others) or after it ("tail": all before it is shared)."""
+
+    system: Message
+    role: Message
+    position: Literal["head", "tail"]
+
+    def prompt(self, said: Iterable[Message]) -> list[Message]:
+        """What the agent reads when all this was said to it."""
+        return [self.role, self.system, *said] if self.position == "head" else [self.system, *said, self.role]
+
+
+def seats(
+    rt: Runtime,
+    roles: Iterable[tuple[str | int, str]],
+    position: Literal["head", "tail"],
+    whose: Literal["shared", "own"],
+) -> list[Seat]:
+    """A seat for each agent of `roles`: its name and its own text."""
+    author: Author = "system" if position == "head" else "user"
+    return [
+        Seat(system, rt.message(("role", name), text, author), position)
+        for name, text in roles
+        for system in systems(rt, [name], whose)
+    ]
+
+
+def stopped(drawn: Drawn, r: int, rounds: int, probability: float, first: int = 1) -> bool:
+    """Whether round r is the last: it is number `rounds`, or the query's seed stops here; not before round `first`."""
+    return r >= rounds or (r >= first and drawn.chance("stop", r) < probability)
+
+
+def is_probability(**values: float) -> None:
+    """Raises ValueError naming the first value outside [0, 1]."""
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} = {value}: must be from 0 to 1")
 
 
 def at_least(minimum: int, **values: int) -> None:

@@ -34,4 +34,11 @@ def expected(p: Params, _: Drawn) -> Expected:
     return Expected(calls=n, depth=1, width=n, writes={"answer": p.samples}, reads={("system",): n, ("question",): n})
 
 
-TOPOLOGY = Topology("self-consistency", "n samples of one prompt; the client counts votes", Params, run, expected)
+TOPOLOGY = Topology(
+    "self-consistency",
+    "n samples of one prompt; the client counts votes",
+    Params,
+    run,
+    expected,
+    "Q ==> A | A | A | A | A",
+)

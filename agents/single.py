@@ -19,4 +19,4 @@ def expected(p: Params, _: Drawn) -> Expected:
     return Expected(calls=1, depth=1, width=1, writes={"answer": 1}, reads={("system",): 1, ("question",): 1})
 
 
-TOPOLOGY = Topology("single", "one call answers", Params, run, expected)
+TOPOLOGY = Topology("single", "one call answers", Params, run, expected, "Q --> A")

@@ -22,19 +22,18 @@ class Params:
         at_least(0, tool_calls=self.tool_calls)
         at_least(1, tools_per_step=self.tools_per_step)
 
-    def steps(self) -> list[range]:
-        """The numbers of the tool calls of each step."""
-        return [
-            range(first, min(first + self.tools_per_step, self.tool_calls))
-            for first in range(0, self.tool_calls, self.tools_per_step)
-        ]
-
 
 async def run(rt: Runtime, p: Params) -> None:
-    context = [rt.system, rt.question]
-    for step, numbers in enumerate(p.steps(), start=1):
+    context, steps = [rt.system, rt.question], steps_of(p.tool_calls, p.tools_per_step)
+    for step, numbers in enumerate(steps, start=1):
         context = await act(rt, context, step, numbers, role="agent")
-    await rt.infer(context, writes=("answer",), role="agent", round=len(p.steps()) + 1, tools=True)
+    await rt.infer(context, writes=("answer",), role="agent", round=len(steps) + 1, tools=True)
+
+
+def steps_of(tool_calls: int, tools_per_step: int, first: int = 0) -> list[range]:
+    """The numbers of the tool calls of each step, from `first` on."""
+    end = first + tool_calls
+    return [range(n, min(n + tools_per_step, end)) for n in range(first, end, tools_per_step)]
 
 
 async def act(
@@ -61,7 +60,7 @@ def reads_of(steps: Sequence[range]) -> dict[Key, int]:
 
 def expected(p: Params, _: Drawn) -> Expected:
     """t tool calls in s steps: s + 1 calls, one after another, all of which read S, D and Q."""
-    steps = p.steps()
+    steps = steps_of(p.tool_calls, p.tools_per_step)
     reads: dict[Key, int] = {(kind,): len(steps) + 1 for kind in ("system", "tools", "question")} | reads_of(steps)
     return Expected(
         calls=len(steps) + 1,
@@ -75,5 +74,10 @@ def expected(p: Params, _: Drawn) -> Expected:
 
 
 TOPOLOGY = Topology(
-    "tool-chain", "one agent acts, reads the tool's result, acts again, and answers", Params, run, expected
+    "tool-chain",
+    "one agent acts, reads the tool's result, acts again, and answers",
+    Params,
+    run,
+    expected,
+    "Q --> [act --> tool] x steps --> A",
 )

@@ -26,4 +26,6 @@ def expected(p: Params, _: Drawn) -> Expected:
     return Expected(calls=0, tool_calls=p.tool_calls, depth=0, width=0, writes={}, reads={})
 
 
-TOPOLOGY = Topology("tools-only", "tool calls in turn, and no call of a model", Params, run, expected)
+TOPOLOGY = Topology(
+    "tools-only", "tool calls in turn, and no call of a model", Params, run, expected, "tool --> tool --> tool"
+)

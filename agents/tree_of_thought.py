@@ -79,5 +79,10 @@ def expected(p: Params, _: Drawn) -> Expected:
 
 
 TOPOLOGY = Topology(
-    "tree-of-thought", "grow thoughts, vote on each, keep the best, level by level", Params, run, expected
+    "tree-of-thought",
+    "grow thoughts, vote on each, keep the best, level by level",
+    Params,
+    run,
+    expected,
+    "Q ==> thoughts ==> votes --> the best ==> thoughts ==> votes",
 )

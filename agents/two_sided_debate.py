@@ -6,7 +6,7 @@ round r:  affirmative, negative, judge, one after another; each reads S, Q and a
 
 from dataclasses import dataclass
 
-from fanmark.agents.runtime import Drawn, Expected, Key, Message, Runtime, Topology, at_least
+from fanmark.agents.runtime import Drawn, Expected, Key, Message, Runtime, Topology, at_least, is_probability, stopped
 
 SPEAKERS = {"affirmative": "answer", "negative": "answer", "judge": "judge_answer"}
 """Who speaks in a round, in this order, and the kind of what they say."""
@@ -21,13 +21,7 @@ class Params:
 
     def __post_init__(self) -> None:
         at_least(1, rounds=self.rounds)
-        if not 0 <= self.stop_probability <= 1:
-            raise ValueError(f"stop_probability = {self.stop_probability}: must be from 0 to 1")
-
-
-def satisfied(p: Params, drawn: Drawn, r: int) -> bool:
-    """Whether the judge ends the debate after round r."""
-    return r == p.rounds or drawn.chance("stop", r) < p.stop_probability
+        is_probability(stop_probability=self.stop_probability)
 
 
 async def run(rt: Runtime, p: Params) -> None:
@@ -37,14 +31,14 @@ async def run(rt: Runtime, p: Params) -> None:
             heard = [words if by == speaker else rt.quote(words) for by, words in said]
             prompt = [rt.system, rt.question, *heard]
             said.append((speaker, await rt.infer(prompt, writes=(kind, speaker, r), role=speaker, round=r)))
-        if satisfied(p, rt, r):
+        if stopped(rt, r, p.rounds, p.stop_probability):
             return
 
 
 def expected(p: Params, drawn: Drawn) -> Expected:
     """3 calls a round, one after another, R rounds until the judge is satisfied. What is said as number j of 3R is read 3R - j times,
     R - r of them by its own speaker."""
-    last = next(r for r in range(1, p.rounds + 1) if satisfied(p, drawn, r))
+    last = next(r for r in range(1, p.rounds + 1) if stopped(drawn, r, p.rounds, p.stop_probability))
     calls = 3 * last
     reads: dict[Key, int] = {("system",): calls, ("question",): calls}
     for r in range(1, last + 1):
@@ -55,4 +49,11 @@ def expected(p: Params, drawn: Drawn) -> Expected:
     return Expected(calls=calls, depth=calls, width=1, writes=writes, reads=reads)
 
 
-TOPOLOGY = Topology("two-sided-debate", "two sides argue in turn until the judge is satisfied", Params, run, expected)
+TOPOLOGY = Topology(
+    "two-sided-debate",
+    "two sides argue in turn until the judge is satisfied",
+    Params,
+    run,
+    expected,
+    "Q --> [for --> against --> J] x rounds",
+)

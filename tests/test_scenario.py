@@ -25,8 +25,8 @@ TARGET = '[target]\nurl = "http://h:8000/v1"\n'
 LENGTH = 'a whole number of at least 0 or a distribution, as { dist = "lognormal", mean = 400, cv = 0.5 }'
 DISTS = '"constant", "exponential", "gamma", "lognormal", "uniform"'
 ARM_KEYS = (
-    "agents, baseline, concurrency, judge, name, queries, rate, role_position, rounds, target, targets, topology, "
-    "transcript, warmup, workload"
+    "agents, baseline, concurrency, groups, judge, name, neighbours, queries, rate, role_position, rounds, stage_rounds, "
+    "stop_from, stop_probability, system, target, targets, topology, transcript, warmup, workload"
 )
 
 
@@ -279,6 +279,7 @@ ARM_MISTAKES = {
     "an unknown parameter": ("agent = 3", "unknown key 'agent': did you mean 'agents'?"),
     "a key with no likeness": ("zzz = 3", f"unknown key 'zzz': allowed are {ARM_KEYS}"),
     "a wrong choice of a parameter": ('judge = "first"', 'judge = "first": must be one of "all", "last", "none"'),
+    "a wrong number of neighbours": ('neighbours = "most"', 'neighbours = "most": must be a whole number or "all"'),
     "a text for a count": ('agents = "4"', 'agents = "4": must be a whole number'),
     "a fraction of an agent": ("agents = 2.5", "agents = 2.5: must be a whole number"),
     "a truth value for a count": ("rounds = true", "rounds = true: must be a whole number"),

@@ -19,6 +19,7 @@ Lengths = Mapping[str, int]
 Counts = tuple[int, int, int, int, int, int]  # calls, tool calls, input, output, depth, width
 
 few, some = st.integers(1, 4), st.integers(0, 5)
+owners = st.sampled_from(["shared", "own"])
 positions, transcripts = st.sampled_from(["head", "tail"]), st.sampled_from(["last", "full"])
 
 PARAMS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
@@ -31,15 +32,27 @@ PARAMS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "judge": st.sampled_from(["none", "last", "all"]),
         "transcript": transcripts,
         "role_position": positions,
+        "system": owners,
+        "neighbours": st.one_of(st.just("all"), st.integers(0, 5)),
+        "groups": few,
+        "stage_rounds": st.integers(1, 3),
+        "stop_probability": st.sampled_from([0.0, 0.4, 1.0]),
+        "stop_from": st.integers(0, 3),
     },
     "two-sided-debate": {"rounds": st.integers(1, 6), "stop_probability": st.floats(0, 1)},
-    "round-robin": {"agents": few, "rounds": few},
-    "reflection": {"rounds": some},
+    "round-robin": {"agents": few, "rounds": few, "system": owners},
+    "reflection": {"rounds": some, "stop_probability": st.floats(0, 1)},
     "planner": {"steps": st.integers(1, 6)},
     "tool-chain": {"tool_calls": st.integers(0, 12), "tools_per_step": few},
-    "orchestrator": {"workers": few, "waves": st.integers(1, 3), "tool_calls": some},
+    "orchestrator": {
+        "workers": few,
+        "waves": st.integers(1, 3),
+        "tool_calls": some,
+        "tools_per_step": few,
+        "citations": st.booleans(),
+    },
     "tree-of-thought": {"depth": few, "samples": st.integers(1, 3), "beam": few, "votes": st.integers(0, 3)},
-    "mixture-of-agents": {"layers": st.integers(2, 5), "agents": few},
+    "mixture-of-agents": {"layers": st.integers(2, 5), "agents": few, "system": owners},
     "map-reduce": {"chunks": st.integers(1, 20), "fan_in": st.integers(2, 5)},
     "coding-agent": {"tool_calls": st.integers(0, 20), "context_limit": st.integers(0, 700)},
     "panel": {
@@ -48,6 +61,7 @@ PARAMS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "leader_in_rounds": st.booleans(),
         "transcript": transcripts,
         "role_position": positions,
+        "system": owners,
     },
     "tools-only": {"tool_calls": st.integers(0, 12)},
 }
@@ -67,9 +81,15 @@ def self_consistency(p: Any, w: Lengths, rec: Recorder) -> Counts:
 
 
 def debate(p: Any, w: Lengths, rec: Recorder) -> Counts:
-    n, r, o, f = p.agents, p.rounds, w["answer"], w["instruction"]
-    growth = r * (r - 1) // 2 if p.transcript == "full" else r - 1
-    read = n * (r * (w["P"] + w["role"]) + growth * (n * o + f))
+    n, o, f = p.agents, w["answer"], w["instruction"]
+    r = rounds_held(p, rec, p.stop_from)
+    read = n * r * (w["P"] + w["role"])
+    for i in range(n):
+        told = 0  # of what it was told so far
+        for number in range(1, r):
+            news = f + o * (1 + others_heard(p, i, number))
+            told = told + news if p.transcript == "full" else news
+            read += told
     if p.judge == "none":
         return n * r, 0, read, n * r * o, r, n
     heard = n * o * (r if p.judge == "all" else 1)
@@ -77,10 +97,24 @@ def debate(p: Any, w: Lengths, rec: Recorder) -> Counts:
     return n * r + 1, 0, read, n * r * o + w["judge_answer"], r + 1, n
 
 
-def two_sided_debate(p: Any, w: Lengths, rec: Recorder) -> Counts:
+def rounds_held(p: Any, rec: Recorder, first: int = 1) -> int:
     rounds = 1
-    while rounds < p.rounds and not rec.chance("stop", rounds) < p.stop_probability:
+    while rounds < p.rounds and not (rounds >= first and rec.chance("stop", rounds) < p.stop_probability):
         rounds += 1
+    return rounds
+
+
+def others_heard(p: Any, i: int, number: int) -> int:
+    """How many other agents' answers of round `number` agent i is told."""
+    if p.groups > 1 and number % p.stage_rounds == 0:
+        speakers = min(p.groups, p.agents)  # the first of each group
+        return speakers - (i < speakers)
+    group = sum(j % p.groups == i % p.groups for j in range(p.agents))
+    return group - 1 if p.neighbours == "all" else min(p.neighbours, group - 1)
+
+
+def two_sided_debate(p: Any, w: Lengths, rec: Recorder) -> Counts:
+    rounds = rounds_held(p, rec)
     prompt = read = 0
     for _ in range(rounds):
         for words in ("answer", "answer", "judge_answer"):
@@ -95,7 +129,7 @@ def round_robin(p: Any, w: Lengths, rec: Recorder) -> Counts:
 
 
 def reflection(p: Any, w: Lengths, rec: Recorder) -> Counts:
-    k, o, c = p.rounds, w["answer"], w["critique"]
+    k, o, c = rounds_held(p, rec) if p.rounds else 0, w["answer"], w["critique"]
     read = w["P"] + k * ((w["P"] + o) + (w["P"] + o + c))
     return 1 + 2 * k, 0, read, o + k * (c + o), 1 + 2 * k, 1
 
@@ -118,10 +152,18 @@ def tool_chain(p: Any, w: Lengths, rec: Recorder) -> Counts:
 def orchestrator(p: Any, w: Lengths, rec: Recorder) -> Counts:
     v, n, t, o, plan = p.waves, p.workers, p.tool_calls, w["answer"], w["plan"]
     start = w["system"] + w["tools"] + w["instruction"]
-    worker = (t + 1) * start + (w["action"] + w["tool_result"]) * t * (t + 1) // 2
+    steps, worker, context, left = 0, start, start, t
+    while left:
+        now = min(left, p.tools_per_step)
+        steps, left, context = steps + 1, left - now, context + now * (w["action"] + w["tool_result"])
+        worker += context
     read = (v + 1) * w["P"] + (plan + n * o) * v * (v + 1) // 2 + v * n * worker
     written = v * plan + v * n * (t * w["action"] + o) + w["judge_answer"]
-    return v * (1 + n * (t + 1)) + 1, v * n * t, read, written, v * (t + 2) + 1, n
+    calls, depth = v * (1 + n * (steps + 1)) + 1, v * (steps + 2) + 1
+    if p.citations:
+        read += w["P"] + v * n * o + w["judge_answer"]
+        return calls + 1, v * n * t, read, written + w["judge_answer"], depth + 1, n
+    return calls, v * n * t, read, written, depth, n
 
 
 def tree_of_thought(p: Any, w: Lengths, rec: Recorder) -> Counts:
@@ -242,14 +284,31 @@ def test_actions_of_several_tools_are_as_many_lengths() -> None:
     assert read == recorder.counts()[2]
 
 
+ROUNDS_OF_CALLS: dict[str, Callable[[int], float]] = {
+    "two-sided-debate": lambda calls: calls / 3,
+    "reflection": lambda calls: (calls - 1) / 2,
+    "debate": lambda calls: (calls - 1) / 4,
+}
+
+
 @pytest.mark.parametrize("probability, mean", [(0.0, 4.0), (0.25, 2.734375), (0.5, 1.875), (1.0, 1.0)])
-def test_judge_stops_as_often_as_asked(probability: float, mean: float) -> None:
+@pytest.mark.parametrize("name", ROUNDS_OF_CALLS)
+def test_a_query_stops_as_often_as_asked(name: str, probability: float, mean: float) -> None:
     """E[R] = (1 - (1 - p)^M) / p with M = 4; 2,000 seeds, whose mean is within 0.1 (four standard errors at the most)."""
-    topology = topologies()["two-sided-debate"]
+    topology = topologies()[name]
     p = topology.params(rounds=4, stop_probability=probability)
     assert topology.expected is not None
-    rounds = [topology.expected(p, Recorder({}, seed)).calls / 3 for seed in range(2000)]
+    rounds = [ROUNDS_OF_CALLS[name](topology.expected(p, Recorder({}, seed)).calls) for seed in range(2000)]
     assert sum(rounds) / len(rounds) == pytest.approx(mean, abs=0.1)
+
+
+def test_consensus_is_not_reached_before_its_first_round() -> None:
+    """From round r0 = 3 of at most 6, p = 0.5: E[R] = 2 + (1 - 0.5^4) / 0.5."""
+    topology = topologies()["debate"]
+    p = topology.params(rounds=6, stop_probability=0.5, stop_from=3)
+    assert topology.expected is not None
+    rounds = [(topology.expected(p, Recorder({}, seed)).calls - 1) / 4 for seed in range(2000)]
+    assert min(rounds) == 3 and sum(rounds) / len(rounds) == pytest.approx(2 + 1.875, abs=0.1)
 
 
 @pytest.mark.parametrize("name", PARAMS)
@@ -258,18 +317,18 @@ def test_defaults_are_those_of_the_manual(name: str) -> None:
         "single": (),
         "reasoning": (8,),
         "self-consistency": (5, False),
-        "debate": (4, 2, "last", "last", "tail"),
+        "debate": (4, 2, "last", "last", "tail", "shared", "all", 1, 2, 0, 1),
         "two-sided-debate": (3, 0),
-        "round-robin": (3, 2),
-        "reflection": (2,),
+        "round-robin": (3, 2, "shared"),
+        "reflection": (2, 0),
         "planner": (5,),
         "tool-chain": (12, 1),
-        "orchestrator": (4, 1, 6),
+        "orchestrator": (4, 1, 6, 1, False),
         "tree-of-thought": (3, 5, 5, 3),
-        "mixture-of-agents": (3, 6),
+        "mixture-of-agents": (3, 6, "shared"),
         "map-reduce": (16, 4),
         "coding-agent": (60, 60000),
-        "panel": (3, 2, True, "last", "tail"),
+        "panel": (3, 2, True, "last", "tail", "shared"),
         "tools-only": (12,),
     }
     params = topologies()[name].params
@@ -278,6 +337,10 @@ def test_defaults_are_those_of_the_manual(name: str) -> None:
 
 MISTAKES = [
     ("reasoning", {"effort": 0}, "effort = 0: must be at least 1"),
+    ("debate", {"neighbours": -1}, "neighbours = -1: must be at least 0"),
+    ("debate", {"groups": 0}, "groups = 0: must be at least 1"),
+    ("debate", {"stop_probability": -0.5}, "stop_probability = -0.5: must be from 0 to 1"),
+    ("reflection", {"stop_probability": 2}, "stop_probability = 2: must be from 0 to 1"),
     ("self-consistency", {"samples": 0}, "samples = 0: must be at least 1"),
     ("two-sided-debate", {"stop_probability": 1.5}, "stop_probability = 1.5: must be from 0 to 1"),
     ("round-robin", {"agents": 0}, "agents = 0: must be at least 1"),

@@ -46,6 +46,47 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
         """,
     ),
     (
+        "debate",
+        {"agents": 4, "neighbours": 2, "judge": "none", "system": "own"},
+        """
+        agent-1@1: S.0 Q role.0 -> O.1.0
+        agent-2@1: S.1 Q role.1 -> O.1.1
+        agent-3@1: S.2 Q role.2 -> O.1.2
+        agent-4@1: S.3 Q role.3 -> O.1.3
+        agent-1@2: S.0 Q F 'O.1.0' 'O.1.1' 'O.1.3' role.0 -> O.2.0
+        agent-2@2: S.1 Q F 'O.1.0' 'O.1.1' 'O.1.2' role.1 -> O.2.1
+        agent-3@2: S.2 Q F 'O.1.1' 'O.1.2' 'O.1.3' role.2 -> O.2.2
+        agent-4@2: S.3 Q F 'O.1.0' 'O.1.2' 'O.1.3' role.3 -> O.2.3
+        """,
+    ),
+    (
+        "debate",
+        {"agents": 4, "groups": 2, "stage_rounds": 2, "rounds": 3, "judge": "none"},
+        """
+        agent-1@1: S Q role.0 -> O.1.0
+        agent-2@1: S Q role.1 -> O.1.1
+        agent-3@1: S Q role.2 -> O.1.2
+        agent-4@1: S Q role.3 -> O.1.3
+        agent-1@2: S Q F 'O.1.0' 'O.1.2' role.0 -> O.2.0
+        agent-2@2: S Q F 'O.1.1' 'O.1.3' role.1 -> O.2.1
+        agent-3@2: S Q F 'O.1.0' 'O.1.2' role.2 -> O.2.2
+        agent-4@2: S Q F 'O.1.1' 'O.1.3' role.3 -> O.2.3
+        agent-1@3: S Q F 'O.2.0' 'O.2.1' role.0 -> O.3.0
+        agent-2@3: S Q F 'O.2.0' 'O.2.1' role.1 -> O.3.1
+        agent-3@3: S Q F 'O.2.0' 'O.2.1' 'O.2.2' role.2 -> O.3.2
+        agent-4@3: S Q F 'O.2.0' 'O.2.1' 'O.2.3' role.3 -> O.3.3
+        """,
+    ),
+    (
+        "debate",
+        {"agents": 1, "rounds": 9, "stop_probability": 1, "stop_from": 2, "transcript": "full", "judge": "last"},
+        """
+        agent-1@1: S Q role.0 -> O.1.0
+        agent-1@2: S Q O.1.0 F role.0 -> O.2.0
+        judge@3: S Q 'O.2.0' judge_instruction -> J
+        """,
+    ),
+    (
         "two-sided-debate",
         {"rounds": 2},
         """
@@ -76,6 +117,15 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
         writer@1: S Q O.0 'critique.1' -> O.1
         critic@2: S Q 'O.1' -> critique.2
         writer@2: S Q O.1 'critique.2' -> O.2
+        """,
+    ),
+    (
+        "reflection",
+        {"rounds": 5, "stop_probability": 1},
+        """
+        writer@0: S Q -> O.0
+        critic@1: S Q 'O.0' -> critique.1
+        writer@1: S Q O.0 'critique.1' -> O.1
         """,
     ),
     (
@@ -119,6 +169,21 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
         worker-1@2: S D F.2.1 action.2 tool_result.2 -> O.2.1
         worker-2@2: S D F.2.2 action.3 tool_result.3 -> O.2.2
         lead@3: S Q plan.1 'O.1.1' 'O.1.2' plan.2 'O.2.1' 'O.2.2' -> J
+        """,
+    ),
+    (
+        "orchestrator",
+        {"workers": 1, "tool_calls": 3, "tools_per_step": 2, "citations": True},
+        """
+        lead@1: S Q -> plan.1
+        worker-1@1: S D F.1.1 -> action.0
+        worker-1@1: action.0 => tool_result.0
+        worker-1@1: action.0 => tool_result.1
+        worker-1@1: S D F.1.1 action.0 tool_result.0 tool_result.1 -> action.2
+        worker-1@1: action.2 => tool_result.2
+        worker-1@1: S D F.1.1 action.0 tool_result.0 tool_result.1 action.2 tool_result.2 -> O.1.1
+        lead@2: S Q plan.1 'O.1.1' -> J
+        citer@3: S Q 'O.1.1' 'J' -> J.cited
         """,
     ),
     (
@@ -194,6 +259,16 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
         specialist-1@2: S Q 'plan' 'turn.1.specialist-1' 'turn.1.leader' F.discuss role.specialist-1 -> turn.2.specialist-1
         leader@2: S Q 'plan' 'turn.1.specialist-1' 'turn.1.leader' F.discuss role.leader -> turn.2.leader
         leader@3: S Q 'plan' 'turn.2.specialist-1' 'turn.2.leader' F.conclude -> J
+        """,
+    ),
+    (
+        "panel",
+        {"specialists": 1, "rounds": 1, "system": "own"},
+        """
+        leader@0: S.leader Q F.plan -> plan
+        specialist-1@1: S.specialist-1 Q 'plan' role.specialist-1 -> turn.1.specialist-1
+        leader@1: S.leader Q 'plan' role.leader -> turn.1.leader
+        leader@2: S.leader Q 'plan' 'turn.1.specialist-1' 'turn.1.leader' F.conclude -> J
         """,
     ),
     (
