@@ -1,15 +1,18 @@
 """What one query cost, from its records, and where that differs from its closed form. Pure."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
-from fanmark.loadgen.records import Call, Query, shape
+from fanmark.loadgen.records import Call, Query, critical_path, shape
+from fanmark.loadgen.retries import lost_s
 from fanmark.loadgen.scenario import Prices
 
 
 def resources(
-    calls: list[Call], due_at: float, done_at: float, prices: Mapping[str, Prices | None]
+    calls: list[Call], due_at: float, done_at: float, prices: Mapping[str, Prices | None], retried: Sequence[Call] = ()
 ) -> dict[str, float | None]:
-    """The per_query resources of summary.json, from a query's records. What is not known is None."""
+    """The per_query resources of summary.json, from a query's records. What is not known is None. Attempts that were sent again are in
+    `retries` and in the latency, not in the times of calls, and they are not the client's time either."""
     inferred = [call for call in calls if call.kind == "call"]
     sums: dict[str, float | None] = {}
     for name in ("input_tokens", "cached_tokens", "output_tokens", "reasoning_tokens"):
@@ -18,6 +21,8 @@ def resources(
     shaped = shape(calls)
     final = max(inferred, key=lambda call: call.done_at or 0.0, default=None)
     latency_s, critical_s = done_at - due_at, shaped["critical_path_s"]
+    lost = lost_s(retried)
+    waited_s = math.fsum(call.seconds + lost.get(call.call, 0.0) for call in critical_path(calls, lost))
     known = sums["input_tokens"] is not None and sums["cached_tokens"] is not None
     return {
         "calls": len(inferred),
@@ -32,10 +37,11 @@ def resources(
         "work_s": shaped["work_s"],
         "critical_path_s": critical_s,
         "tool_s": shaped["tool_s"],
-        "client_s": max(0.0, latency_s - critical_s),
+        "client_s": max(0.0, latency_s - waited_s),
         "parallelism": shaped["work_s"] / critical_s if critical_s else None,
         "depth": shaped["depth"],
         "width": shaped["width"],
+        "retries": len(retried),
         "gpu_s": None,
         "joules": None,
         "dollars": dollars(inferred, prices),

@@ -62,6 +62,7 @@ class Collector:
             lambda t: [((o,), t.finished[o]) for o in ("completed", "failed", "abandoned")],
         )
         yield family("fanmark_calls", "Calls ended, by outcome", ["role", "outcome"], lambda t: list(t.calls.items()))
+        yield family("fanmark_call_retries", "Attempts of calls that were sent again", [], lambda t: [((), t.retries)])
         yield family(
             "fanmark_tool_calls", "Tool calls ended", ["tool", "outcome"], lambda t: list(t.tool_calls.items())
         )

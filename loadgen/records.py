@@ -6,8 +6,9 @@ server's; None is "the server did not say", never 0.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, TextIO, TypeVar
 
 import msgspec
@@ -31,7 +32,8 @@ def bucket_gap_s(bucket: int) -> float:
 
 class Call(msgspec.Struct, omit_defaults=False, kw_only=True):
     """One call (kind "call") or tool call (kind "tool_call"): a line of calls.jsonl. `due_at` is when it should have been sent,
-    `first_at` the first token of the reply (reasoning or not), `answer_at` the first that is not reasoning."""
+    `first_at` the first token of the reply (reasoning or not), `answer_at` the first that is not reasoning. `retry_at` marks an attempt
+    that did not count, as the call was sent again: that is when the next attempt was due."""
 
     query: int
     arm: str
@@ -53,6 +55,7 @@ class Call(msgspec.Struct, omit_defaults=False, kw_only=True):
     reasoning_tokens: int | None = None
     finish: str | None = None
     attempt: int = 1
+    retry_at: float | None = None
     samples: int = 1
     error: str | None = None
     message: str | None = None
@@ -70,7 +73,8 @@ class Call(msgspec.Struct, omit_defaults=False, kw_only=True):
 
 class Query(msgspec.Struct, kw_only=True):
     """One query: a line of queries.jsonl. `resources` are the per_query resources of summary.json, None where unknown; `expected` is
-    the closed form of this query; `mismatches` names the resources that differ from it."""
+    the closed form of this query; `mismatches` names the resources that differ from it. `calls` are the last attempts, one for each call;
+    those before them are `retried`."""
 
     query: int
     arm: str
@@ -85,6 +89,7 @@ class Query(msgspec.Struct, kw_only=True):
     seed: str
     error: str | None = None
     calls: list[Call] = []
+    retried: list[Call] = []
 
 
 class Journal:
@@ -95,11 +100,11 @@ class Journal:
         self._calls: TextIO = (folder / "calls.jsonl").open("w")
 
     def write(self, query: Query) -> None:
-        """One query with all its calls."""
+        """One query with all its calls, those that were sent again first."""
         encode = msgspec.json.encode
-        self._calls.write("".join(encode(call).decode() + "\n" for call in query.calls))
+        self._calls.write("".join(encode(call).decode() + "\n" for call in (*query.retried, *query.calls)))
         row = msgspec.structs.asdict(query)
-        del row["calls"]
+        del row["calls"], row["retried"]
         self._queries.write(encode(row).decode() + "\n")
 
     def flush(self) -> None:
@@ -122,7 +127,8 @@ def read_queries(folder: Path) -> list[Query]:
     queries = {(q.arm, q.query): q for q in _lines(folder / "queries.jsonl", Query)}
     for call in _lines(folder / "calls.jsonl", Call):
         if (call.arm, call.query) in queries:
-            queries[call.arm, call.query].calls.append(call)
+            query = queries[call.arm, call.query]
+            (query.calls if call.retry_at is None else query.retried).append(call)
     return list(queries.values())
 
 
@@ -134,8 +140,9 @@ def _lines(path: Path, kind: type[R]) -> Iterator[R]:
                 yield decoder.decode(line)
 
 
-def critical_path(calls: Iterable[Call]) -> list[Call]:
-    """The longest chain by time of calls and tool calls that waited for each other, in order."""
+def critical_path(calls: Iterable[Call], lost_s: Mapping[int, float] = MappingProxyType({})) -> list[Call]:
+    """The longest chain by time of calls and tool calls that waited for each other, in order. `lost_s` comes on
+    top of a call's time."""
     by_number = {call.call: call for call in in_order(calls)}
     chain_s: dict[int, float] = {}
     before: dict[int, int] = {}
@@ -143,7 +150,7 @@ def critical_path(calls: Iterable[Call]) -> list[Call]:
         known = [m for m in call.after if m in chain_s]
         if known:
             before[n] = max(known, key=lambda m: chain_s[m])
-        chain_s[n] = call.seconds + (chain_s[before[n]] if known else 0.0)
+        chain_s[n] = call.seconds + lost_s.get(n, 0.0) + (chain_s[before[n]] if known else 0.0)
     path: list[Call] = []
     n = max(chain_s, key=lambda m: chain_s[m], default=0)
     while n:

@@ -95,6 +95,7 @@ class Run:
             tools=tools,
             explained=self._explained,
             tally=tally,
+            time_scale=time_scale,
         )
 
     def _salt(self, arm: str, query: int, call: int) -> str | None:
@@ -126,7 +127,7 @@ class Run:
             watch.cancel()
             for task in self._running:
                 task.cancel()
-            await asyncio.gather(*self._running, return_exceptions=True)
+            await asyncio.gather(watch, *self._running, return_exceptions=True)
         return not self.stop.asked.is_set()
 
     async def _watch(self, schedule: asyncio.Future[None]) -> None:
@@ -259,13 +260,18 @@ class Run:
             done_at=done_at,
             outcome=outcome,
             resources=resources(
-                runtime.calls, due_at, done_at, {n: e.config.prices for n, e in self._endpoints.items()}
+                runtime.calls,
+                due_at,
+                done_at,
+                {n: e.config.prices for n, e in self._endpoints.items()},
+                runtime.retried,
             ),
             expected=await self._expected(topology, runtime) if outcome != "abandoned" else {},
             mismatches=[],
             seed=runtime.demand.seed,
             error=error,
             calls=runtime.calls,
+            retried=runtime.retried,
         )
         if outcome == "completed":
             query.mismatches = mismatches(query, exact_output=self._exact_output(arm))

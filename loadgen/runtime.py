@@ -1,11 +1,16 @@
 """What implements the topologies' Runtime: carries every call and tool call of one query and records it."""
 
+import asyncio
 import hashlib
+import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import msgspec
+
 from fanmark.agents.runtime import Author, Key, Message
+from fanmark.loadgen import retries
 from fanmark.loadgen.contamination import Explained, Prompt
 from fanmark.loadgen.demand import SYSTEM, Demand, unquoted
 from fanmark.loadgen.endpoint import Endpoint
@@ -39,10 +44,13 @@ class Tally(Protocol):
 
     def call_finished(self, call: Call) -> None: ...
 
+    def call_retried(self, call: Call) -> None: ...
+
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """What all queries of a run share. `salts` gives a call's cache salt from (arm, query, call), None for a warm cache."""
+    """What all queries of a run share. `salts` gives a call's cache salt from (arm, query, call), None for a warm cache; `now` runs
+    `time_scale` times slower than seconds."""
 
     run_id: str
     seed: int
@@ -53,15 +61,18 @@ class World:
     tools: ToolUse | None
     explained: Explained
     tally: Tally
+    time_scale: float = 1.0
 
 
 @dataclass
 class QueryRuntime:
-    """One query under way. `calls` fills as its calls start; `sizes` and `replies` tell how long its messages really were."""
+    """One query under way. `calls` fills as its calls start, `retried` with their attempts that were not the last; `sizes` and `replies`
+    tell how long its messages really were."""
 
     world: World
     demand: Demand
     calls: list[Call] = field(default_factory=list)
+    retried: list[Call] = field(default_factory=list)
     sizes: dict[Key, int | None] = field(default_factory=dict)
     replies: dict[Key, tuple[Endpoint, Author, str]] = field(default_factory=dict)
     numbers: dict[Key, int] = field(default_factory=dict)
@@ -193,15 +204,12 @@ class QueryRuntime:
             )
             own = {m.key for m in messages if m.per_query or m.source is not None}
             traffic = self._traffic(salt, prompt, own, endpoint.tool_part if tools else None)
-            sent = Sent()
             try:
-                reply = await endpoint.send(body, self._headers(call), sent)
+                reply = await self._send(endpoint, call, body)
             except HttpError as e:
                 if endpoint.drop_refused(e, body):
                     continue
                 raise
-            finally:
-                call.sent_at = sent.at
             self._count(call, reply)
             if traffic is not None:
                 limit = self.world.explained.limit(traffic)
@@ -209,6 +217,35 @@ class QueryRuntime:
                 again = await endpoint.prompts.reply_part("assistant", reply.text, reply.token_ids)
                 self.world.explained.replied(traffic, str(again.content))
             return reply
+
+    async def _send(self, endpoint: Endpoint, call: Call, body: Mapping[str, Any]) -> Reply:
+        """Sends a call, and sends it again as the target's retries allow."""
+        while True:
+            sent = Sent()
+            try:
+                return await endpoint.send(body, self._headers(call), sent)
+            except CallError as e:
+                error = e
+            finally:
+                call.sent_at = sent.at
+            chance = self.demand.chance("retry", call.arm, call.call, call.attempt)
+            wait_s = retries.wait_s(endpoint.config, call.attempt, error, chance, time.time())
+            if wait_s is None:
+                raise error
+            await self._put_off(call, error, wait_s)
+
+    async def _put_off(self, call: Call, error: CallError, wait_s: float) -> None:
+        """Closes the record of an attempt that failed, and waits until the next one is due, as which `call` goes on."""
+        done_at = self.world.now()
+        retry_at = done_at + wait_s / self.world.time_scale
+        failed = msgspec.structs.replace(
+            call, done_at=done_at, error=error.kind, message=str(error)[:500] or None, retry_at=retry_at
+        )
+        self.retried.append(failed)
+        self.world.tally.call_retried(failed)
+        call.attempt, call.due_at, call.sent_at = call.attempt + 1, done_at, None
+        await asyncio.sleep(wait_s)
+        call.due_at = retry_at
 
     async def _parts(
         self, endpoint: Endpoint, messages: Sequence[Message], tools: bool, opening: str
@@ -276,9 +313,10 @@ class QueryRuntime:
         """X-Request-Id and X-Session-Id for servers and routers, traceparent for traces: the trace is the query."""
         query = f"{self.world.run_id}-{self.demand.arm}-{self.demand.query}"
         trace_id = hashlib.blake2b(query.encode(), digest_size=16).hexdigest()
-        span_id = hashlib.blake2b(f"{query}-{call.call}".encode(), digest_size=8).hexdigest()
+        name = f"{query}-{call.call}" if call.attempt == 1 else f"{query}-{call.call}-{call.attempt}"
+        span_id = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
         return {
-            "X-Request-Id": f"{query}-{call.call}",
+            "X-Request-Id": name,
             "X-Session-Id": query,
             "traceparent": f"00-{trace_id}-{span_id}-01",
         }

@@ -27,7 +27,9 @@ class Prices(Table, frozen=True):
 
 class Target(Table, frozen=True):
     """An inference endpoint. `model` None: the first that /v1/models lists. `params` pass through unchanged. `lane` "auto": the fast lane
-    for plain http:// without a proxy, on systems that have it, else aiohttp."""
+    for plain http:// without a proxy, on systems that have it, else aiohttp. A call that ends with 429, 503 or no connection is sent again
+    at most `retries` times: after the server's Retry-After, else after `retry_backoff_s`, doubled each time. `call_timeout_s` is for each
+    attempt."""
 
     url: str
     model: str | None = None
@@ -41,6 +43,8 @@ class Target(Table, frozen=True):
     proxy: str | None = None
     ready_timeout_s: Positive = 10.0
     call_timeout_s: Positive = 600.0
+    retries: Annotated[int, msgspec.Meta(ge=0, le=100)] = 0
+    retry_backoff_s: Positive = 0.5
     prices: Prices | None = None
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fanmark.loadgen.records import Call, Query, critical_path
+from fanmark.loadgen.retries import waste
 from fanmark.loadgen.scenario import Arm, Load, Objective, Scenario
 from fanmark.loadgen.statistics import (
     distribution,
@@ -27,6 +28,7 @@ COUNTS = (
     "reasoning_tokens",
     "depth",
     "width",
+    "retries",
     "dollars",
 )
 TIMES = (
@@ -72,7 +74,7 @@ def _arm(
             "failed": outcomes["failed"],
             "abandoned": outcomes["abandoned"],
         },
-        "load": _load(load, objective, queries, calls),
+        "load": _load(load, objective, queries, [*calls, *(call for query in queries for call in query.retried)]),
         "window": {
             "start_at": min((query.due_at for query in queries), default=None),
             "end_at": max((query.done_at for query in queries), default=None),
@@ -90,6 +92,7 @@ def _arm(
         "objective": None,
         "errors": dict(Counter(call.error for call in calls if call.error not in (None, "cancelled"))),
     }
+    found["waste"] = waste(queries)
     found["failures"] = dict(Counter(query.error for query in queries if query.error is not None).most_common(3))
     own_errors = sum(call.tool_error for call in calls)
     if own_errors:
@@ -171,7 +174,7 @@ def _expected(queries: Sequence[Query]) -> dict[str, Any]:
 
 
 def _amplification(queries: Sequence[Query], base: Sequence[Query], name: str, seed: int) -> dict[str, Any] | None:
-    """Ratio of the means per completed query, what failed queries spent included."""
+    """Ratio of the means per completed query, what failed queries and retries spent included."""
     own, own_waste = _costs(queries, name)
     against, base_waste = _costs(base, name)
     if own is None or against is None:
@@ -198,6 +201,8 @@ def _costs(queries: Sequence[Query], name: str) -> tuple[dict[int, float] | None
     if name not in COUNTS or name in ("depth", "width") or total == 0:
         return known, 1.0
     lost = math.fsum(_spent(query, name) for query in queries if query.outcome != "completed")
+    if name == "calls":  # of tokens, an attempt that was sent again has none
+        lost += sum(len(query.retried) for query in queries)
     return known, (total + lost) / total
 
 

@@ -148,6 +148,13 @@ def _checks(summary: Mapping[str, Any]) -> list[str]:
                 found.append(f"{'':<8} {n} x {message}")
             if queries["failed"] > 0.01 * queries["started"]:
                 found.append(f"{'':<8} more than 1 % failed: latencies are censored")
+        waste = arm["waste"]
+        if waste["retries"]:
+            why = ", ".join(f"{kind} {n}" for kind, n in waste["retried"].items())
+            found.append(
+                f"{name:<8} {waste['retries']} attempts were sent again ({why}): wasted {number(waste['calls'])} calls, "
+                f"{number(waste['input_tokens'])} tokens in, {number(waste['output_tokens'])} out, {number(waste['seconds'])} s"
+            )
         if arm["objective"] is not None and arm["objective"]["attainment"] is not None:
             word = "met" if arm["objective"]["met"] else "missed"
             found.append(f"{name:<8} objective {word}: {arm['objective']['attainment']:.1%} in time")

@@ -46,6 +46,7 @@ class ArmTally:
     finished: Counter[str] = field(default_factory=Counter)
     calls_in_flight: int = 0
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)  # (role, outcome)
+    retries: int = 0
     tool_calls: Counter[tuple[str, str]] = field(default_factory=Counter)  # (tool, outcome)
     tokens: Counter[str] = field(default_factory=Counter)
     sums: Counter[str] = field(default_factory=Counter)  # resources of completed queries
@@ -104,6 +105,11 @@ class Tally:
             arm.ttft_s.add(call.first_at - call.sent_at)
         for bucket, times in call.gaps.items():
             arm.itl_s.add(bucket_gap_s(bucket), times)
+
+    def call_retried(self, call: Call) -> None:
+        """An attempt failed and the call will be sent again; it stays in flight meanwhile."""
+        if call.query >= 0:
+            self.arms[call.arm].retries += 1
 
     def query_started(self, arm: str) -> None:
         self.arms[arm].started += 1

@@ -140,7 +140,7 @@ calls_of_any_kind = st.builds(
     target=st.none() | st.text(max_size=9), tool=st.none() | st.text(max_size=9), due_at=st.floats(0, 1e6),
     sent_at=instants, first_at=instants, answer_at=instants, done_at=instants, input_tokens=counts,
     cached_tokens=counts, output_tokens=counts, reasoning_tokens=counts, finish=st.none() | st.just("length"),
-    attempt=st.integers(1, 3), error=st.none() | st.just("http_5xx"), message=st.none() | st.text(max_size=9),
+    attempt=st.integers(1, 3), retry_at=st.none(), error=st.none() | st.just("http_5xx"), message=st.none() | st.text(max_size=9),
     tool_error=st.booleans(), lane=st.none() | st.just("aiohttp"), worker=st.integers(0, 3),
     gaps=st.dictionaries(st.integers(-700, 500), st.integers(1, 99), max_size=4), coalesced=st.integers(0, 9),
 )  # fmt: skip
@@ -173,7 +173,7 @@ def test_the_lines_hold_what_others_script_against(tmp_path: Path) -> None:
     assert set(first) >= {
         "query", "arm", "call", "after", "kind", "role", "round", "target", "tool", "due_at", "sent_at", "first_at",
         "answer_at", "done_at", "input_tokens", "cached_tokens", "output_tokens", "reasoning_tokens", "finish",
-        "attempt", "error", "message", "tool_error", "lane", "worker", "gaps", "coalesced",
+        "attempt", "retry_at", "error", "message", "tool_error", "lane", "worker", "gaps", "coalesced",
     }  # fmt: skip
     assert (first["query"], first["input_tokens"], second["tool"], second["gaps"]) == (0, None, "now", {"-3": 2})
     (row,) = map(msgspec.json.decode, (tmp_path / "queries.jsonl").read_bytes().splitlines())

@@ -112,7 +112,7 @@ class FastLane:
             raise CallError("stream_cut", f"{type(e).__name__}: {e}") from None
         status = exchange.response.status
         if status >= 400:
-            raise HttpError(status, exchange.body().decode(errors="replace"))
+            raise HttpError(status, exchange.body().decode(errors="replace"), exchange.response.headers)
         if status >= 300:
             place = exchange.response.headers.get("location", "nowhere")
             raise CallError("bad_reply", f"HTTP {status}: sent on to {place}: give that as the target")

@@ -12,7 +12,7 @@ import io
 import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 from fanmark.loadgen.errors import CallError
@@ -23,13 +23,14 @@ BATCH_READS = 8  # a stream's reads are parsed so many at a time, which bounds w
 
 
 class HttpError(CallError):
-    """A status of 400 or more, with the body that came with it."""
+    """A status of 400 or more, with the body and the headers (names in lower case) that came with it."""
 
-    def __init__(self, status: int, body: str) -> None:
+    def __init__(self, status: int, body: str, headers: Mapping[str, str] = MappingProxyType({})) -> None:
         kind = "http_429" if status == 429 else f"http_{status // 100}xx"
         super().__init__(kind, f"HTTP {status}: {body[:300]}")
         self.status = status
         self.body = body
+        self.headers = headers
 
 
 @dataclass(slots=True)
@@ -106,7 +107,7 @@ class HttpLane:
 
         try:
             async with asyncio.timeout(timeout_s):
-                status, reply = await self._exchange("POST", url, body, headers, sent)
+                status, told, reply = await self._exchange("POST", url, body, headers, sent)
         except TimeoutError:
             raise CallError("timeout", f"no whole reply within {timeout_s:g} s") from None
         except (aiohttp.ClientConnectorError, aiohttp.ClientHttpProxyError, aiohttp.InvalidURL) as e:
@@ -114,7 +115,7 @@ class HttpLane:
         except (aiohttp.ClientError, ConnectionError) as e:
             raise CallError("stream_cut", f"{type(e).__name__}: {e}") from None
         if status >= 400:
-            raise HttpError(status, reply.whole().decode(errors="replace"))
+            raise HttpError(status, reply.whole().decode(errors="replace"), told)
         return reply.reply()
 
     async def get(self, url: str, headers: Mapping[str, str], *, timeout_s: float = 10.0) -> tuple[int, bytes]:
@@ -134,7 +135,7 @@ class HttpLane:
 
         try:
             async with asyncio.timeout(timeout_s):
-                status, reply = await self._exchange(method, url, body, headers, Sent())
+                status, _, reply = await self._exchange(method, url, body, headers, Sent())
         except TimeoutError:
             raise CallError("timeout", f"no reply within {timeout_s:g} s") from None
         except (aiohttp.ClientError, ConnectionError) as e:
@@ -143,15 +144,16 @@ class HttpLane:
 
     async def _exchange(
         self, method: str, url: str, body: bytes | None, headers: Mapping[str, str], sent: Sent
-    ) -> tuple[int, Body]:
-        """Status and body of one response, redirects followed."""
+    ) -> tuple[int, Mapping[str, str], Body]:
+        """Status, headers and body of one response, redirects followed."""
         from fanmark.loadgen.lanes.aiohttp_body import whole_body
 
         data = io.BytesIO(body) if body is not None and len(body) > LARGE_BYTES else body
         async with self._session.request(
             method, url, data=data, headers=headers, proxy=self._proxy, trace_request_ctx=sent
         ) as response:
-            return response.status, await whole_body(response.content)
+            told = {name.lower(): value for name, value in response.headers.items()} if response.status >= 400 else {}
+            return response.status, told, await whole_body(response.content)
 
     async def close(self) -> None:
         """Closes all connections."""
