@@ -14,11 +14,15 @@ from typing import Any
 
 REQUEST_KINDS = {
     "429": "refused with HTTP 429 and Retry-After: retry_after_s",
+    "429-bare": "refused with HTTP 429, without a word on when to come again",
     "503": "refused with HTTP 503, as by a full queue",
     "500": "refused with HTTP 500",
+    "error-body": "refused with an error as the body of an HTTP 200",
     "slow-admission": "reaches the engine `seconds` late",
     "stall": "after `tokens` tokens nothing is sent for `seconds`",
     "reset": "the connection is reset after `tokens` tokens",
+    "error-event": "the stream ends with an error event after `tokens` tokens",
+    "truncated": "the body ends in the middle of the chunk after `tokens` tokens, as if it were whole",
     "no-done": "the stream ends without [DONE]",
     "malformed": "the chunk after `tokens` tokens is broken JSON",
     "no-usage": "usage is missing",
@@ -97,15 +101,18 @@ def fault_from(given: Mapping[str, Any]) -> Fault:
 
 @dataclass(frozen=True, slots=True)
 class Doom:
-    """What one request meets. `status` 0: it is let in. Token counts: after so many tokens of the first choice; None: never."""
+    """What one request meets. `status` 0: it is let in. Token counts: after so many tokens of the first choice; None: never.
+    `retry_after_s` None: not told."""
 
     status: int = 0
-    retry_after_s: float = 0.0
+    retry_after_s: float | None = None
     admission_s: float = 0.0
     stall_after: int | None = None
     stall_s: float = 0.0
     reset_after: int | None = None
     malformed_after: int | None = None
+    error_after: int | None = None
+    truncated_after: int | None = None
     no_done: bool = False
     no_usage: bool = False
 
@@ -154,8 +161,12 @@ class FaultPlan:
 
 def _worse(doom: Doom, fault: Fault) -> Doom:
     match fault.kind:
-        case "429" | "503" | "500":
-            return replace(doom, status=int(fault.kind), retry_after_s=fault.retry_after_s)
+        case "429":
+            return replace(doom, status=429, retry_after_s=fault.retry_after_s)
+        case "429-bare" | "503" | "500":
+            return replace(doom, status=int(fault.kind[:3]))
+        case "error-body":
+            return replace(doom, status=200)
         case "slow-admission":
             return replace(doom, admission_s=doom.admission_s + fault.seconds)
         case "stall":
@@ -164,6 +175,10 @@ def _worse(doom: Doom, fault: Fault) -> Doom:
             return replace(doom, reset_after=fault.tokens)
         case "malformed":
             return replace(doom, malformed_after=fault.tokens)
+        case "error-event":
+            return replace(doom, error_after=fault.tokens)
+        case "truncated":
+            return replace(doom, truncated_after=fault.tokens)
         case "no-done":
             return replace(doom, no_done=True)
         case _:

@@ -200,7 +200,7 @@ class StubApp:
         if reply.doom.no_usage:
             del body["usage"]
         data = dumps(body)
-        if reply.doom.malformed_after is not None:
+        if reply.doom.malformed_after is not None or reply.doom.truncated_after is not None:
             data = data[: len(data) // 2]
         return web.Response(body=data, content_type=_JSON, headers=self._headers(request))
 
@@ -220,9 +220,11 @@ class StubApp:
     def _refuse(self, request: web.BaseRequest, doom: Doom) -> web.Response:
         if doom.status == 503:
             return self._full(request, "max_num_queued_reqs")
-        if doom.status == 500:
-            return self._json(request, engine_error(), 500)
+        if doom.status in (200, 500):
+            return self._json(request, engine_error(), doom.status)
         wait = doom.retry_after_s
+        if wait is None:
+            return self._json(request, ApiError(429, "Too many requests.", "TooManyRequestsError").body(), 429)
         error = ApiError(429, f"Too many requests: try again in {wait:g} s.", "TooManyRequestsError")
         headers = {"Retry-After": f"{max(0, round(wait))}", "Retry-After-Ms": f"{round(1000 * wait)}"}
         return self._json(request, error.body(), 429, headers)

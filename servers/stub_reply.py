@@ -3,7 +3,7 @@
 Rules of the file:
 1. No task and no timer per chunk: the driver calls `take`, which writes the ready bytes straight to the connection.
 2. All that one step brings for one choice is one HTTP chunk and one write.
-3. Faults of a stream (stall, reset, malformed, no-done, no-usage) are made here, where the bytes are.
+3. Faults of a stream (stall, reset, malformed, ...) are made here, where the bytes are.
 """
 
 import asyncio
@@ -121,7 +121,7 @@ class Reply:
                 out.append(self.stream.usage_chunk(count))
             if not self.doom.no_done:
                 out.append(DONE)
-        if out:
+        if out and not self.done.done():
             self._write(self._spoiled(choice, first, out))
         self._strike(choice)
         if ended:
@@ -172,6 +172,10 @@ class Reply:
         if after is not None and choice.index == 0 and not self._broken and choice.sent > after >= first:
             self._broken = True
             out[-1] = out[-1][: len(out[-1]) // 2] + b"\n\n"
+        after = self.doom.truncated_after
+        if after is not None and choice.index == 0 and choice.sent > after >= first:
+            out[-1] = out[-1][: len(out[-1]) // 2]
+            self.done.set_result(None)
         return b"".join(out)
 
     def _strike(self, choice: Choice) -> None:
@@ -184,6 +188,8 @@ class Reply:
             loop.call_later(doom.stall_s, self._resume, self._stall)
         if doom.reset_after is not None and choice.sent >= doom.reset_after and not self.done.done():
             self.done.set_exception(ConnectionResetError())
+        if doom.error_after is not None and choice.sent >= doom.error_after:
+            self.fail()
 
     def _resume(self, stall: asyncio.Future[None]) -> None:
         self._stalled = False

@@ -21,7 +21,7 @@ def test_a_fault_reads_from_text(text: str, fault: Fault) -> None:
 
 
 WRONG = [
-    ("flood", "unknown fault 'flood'; there is: 429, 503"),
+    ("flood", "unknown fault 'flood'; there is: 429, 429-bare"),
     ("429:rate=2", "fault 429: rate = 2 must lie between 0 and 1"),
     ("429:often=2", "a fault has a kind and rate, after_s"),
     ("429:rate", "fault '429:rate': 'rate' is not key=value"),

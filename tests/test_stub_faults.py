@@ -73,6 +73,33 @@ def test_a_broken_chunk_and_a_missing_usage(faulty: Stub) -> None:
     assert '"usage"' not in "".join(lines)
 
 
+def test_a_refusal_without_advice_and_an_error_that_calls_itself_ok(faulty: Stub) -> None:
+    under(faulty, {"kind": "429-bare"})
+    reply = faulty.chat("hello", **ASKED)
+    assert (reply.status, reply.json()["error"]["code"]) == (429, 429)
+    assert not {"Retry-After", "Retry-After-Ms"} & set(reply.headers)
+    under(faulty, {"kind": "error-body"})
+    for reply in (faulty.chat("hello", **ASKED), streamed(faulty)):
+        assert (reply.status, reply.json()["error"]["type"]) == (200, "InternalServerError")
+        assert reply.headers["Content-Type"].startswith("application/json")
+
+
+def test_a_stream_that_ends_with_an_error_or_amid_a_chunk(faulty: Stub) -> None:
+    under(faulty, {"kind": "error-event", "tokens": 2})
+    events = streamed(faulty).events()
+    assert ["error" in event for event in events] == [False] * 3 + [True]  # the role and two tokens, then
+    assert faulty.chat("hello", **ASKED).status == 500
+    under(faulty, {"kind": "truncated", "tokens": 2})
+    pieces = streamed(faulty).body.split(b"\n\n")
+    assert len(pieces) == 4 and b"[DONE]" not in pieces[-1]  # the role, two tokens, and half of the third
+    with pytest.raises(ValueError, match=r"Unterminated|delimiter|Expecting"):
+        json.loads(pieces[-1].removeprefix(b"data: "))
+    with pytest.raises(ValueError, match=r"Unterminated|delimiter|Expecting"):
+        faulty.chat("hello", **ASKED).json()
+    under(faulty)
+    faulty.until('vllm:num_requests_running{engine="0",model_name="tiny"}', 0)
+
+
 def test_a_reset_cuts_the_stream(faulty: Stub) -> None:
     under(faulty, {"kind": "reset", "tokens": 3})
     with pytest.raises((ConnectionResetError, http.client.IncompleteRead)):
