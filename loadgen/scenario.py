@@ -27,15 +27,15 @@ class Prices(Table, frozen=True):
 
 class Target(Table, frozen=True):
     """An inference endpoint. `model` None: the first that /v1/models lists. `params` pass through unchanged. `lane` "auto": the fast lane
-    for plain http:// without a proxy, on systems that have it, else aiohttp. A call that ends with 429, 503 or no connection is sent again
-    at most `retries` times: after the server's Retry-After, else after `retry_backoff_s`, doubled each time. `call_timeout_s` is for each
-    attempt."""
+    for plain http:// without a proxy, on systems that have it, else aiohttp; "openai": the SDK that applications use, slow. A call that ends
+    with 429, 503 or no connection is sent again at most `retries` times: after the server's Retry-After, else after `retry_backoff_s`,
+    doubled each time. `call_timeout_s` is for each attempt."""
 
     url: str
     model: str | None = None
     api_key_env: str | None = None
     api: Literal["chat", "completions"] = "chat"
-    lane: Literal["auto", "fast", "aiohttp"] = "auto"
+    lane: Literal["auto", "fast", "aiohttp", "openai"] = "auto"
     params: dict[str, Any] = {}
     headers: dict[str, str] = {}
     ca_file: str | None = None

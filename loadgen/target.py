@@ -4,7 +4,7 @@ import asyncio
 import os
 import ssl
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
 
@@ -20,7 +20,10 @@ from fanmark.loadgen.tokenizers import LocalTokenizer, RemoteTokenizer, one_toke
 from fanmark.servers.tokenizer import Tokenizer as StubTokenizer
 from fanmark.servers.tokenizer import vocabulary
 
-AnyLane = HttpLane | fast.FastLane
+if TYPE_CHECKING:
+    from fanmark.loadgen.lanes.openai_sdk import OpenaiLane
+
+AnyLane: TypeAlias = "HttpLane | fast.FastLane | OpenaiLane"
 
 
 class HttpEndpoint(Endpoint):
@@ -139,7 +142,7 @@ async def connect(
         status, body = await _models(config, lane, headers)
         if lane.name == "fast" and config.lane == "auto" and 300 <= status < 400:  # sent on elsewhere: aiohttp follows
             await lane.close()
-            lane = _http_lane(config, now)
+            lane = HttpLane(now, tls=_tls(config), proxy=config.proxy)
             status, body = await _models(config, lane, headers)
         listed = _listed(config, status, body)
         model = _choose(config, [entry["id"] for entry in listed])
@@ -162,17 +165,21 @@ def _lane(config: Target, now: Callable[[], float], time_scale: float) -> AnyLan
         )
     if config.lane == "fast" or (config.lane == "auto" and plain and fast.available()):
         return fast.FastLane(now, time_scale=time_scale)
-    return _http_lane(config, now)
+    if config.lane == "openai":
+        from fanmark.loadgen.lanes.openai_sdk import OpenaiLane
+
+        return OpenaiLane(now, tls=_tls(config), proxy=config.proxy)
+    return HttpLane(now, tls=_tls(config), proxy=config.proxy)
 
 
-def _http_lane(config: Target, now: Callable[[], float]) -> HttpLane:
-    tls: ssl.SSLContext | bool = not config.insecure
-    if config.ca_file is not None:
-        try:
-            tls = ssl.create_default_context(cafile=config.ca_file)
-        except OSError as e:
-            raise ScenarioError(f"{config.url}: ca_file = {config.ca_file!r}: {e.strerror or e}") from None
-    return HttpLane(now, tls=tls, proxy=config.proxy)
+def _tls(config: Target) -> ssl.SSLContext | bool:
+    """How https:// is checked."""
+    if config.ca_file is None:
+        return not config.insecure
+    try:
+        return ssl.create_default_context(cafile=config.ca_file)
+    except OSError as e:
+        raise ScenarioError(f"{config.url}: ca_file = {config.ca_file!r}: {e.strerror or e}") from None
 
 
 async def _models(config: Target, lane: AnyLane, headers: Mapping[str, str]) -> tuple[int, bytes]:

@@ -161,9 +161,9 @@ FILE_MISTAKES = {
         "f.toml: [[load.stages]] rate = 0: give a rate above 0, or one to go `to`",
     ),
     "more repeats than there can be yet": ("[load]\nrepeats = 5", "f.toml: [load] repeats = 5: must be 1"),
-    "a lane that is not there yet": (
-        f'{TARGET}lane = "openai"',
-        'f.toml: [target] lane = "openai": must be one of "aiohttp", "auto", "fast"',
+    "a lane that is not there": (
+        f'{TARGET}lane = "httpx"',
+        'f.toml: [target] lane = "httpx": must be one of "aiohttp", "auto", "fast", "openai"',
     ),
     "the fast lane with TLS": (
         '[target]\nurl = "https://h/v1"\nlane = "fast"',

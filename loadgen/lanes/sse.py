@@ -41,7 +41,7 @@ class _Message(msgspec.Struct, gc=False):
     content: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[Any] | None = None
 
 
 class _Choice(msgspec.Struct, gc=False):
@@ -52,7 +52,9 @@ class _Choice(msgspec.Struct, gc=False):
     token_ids: list[int] | None = None
 
 
-class _Chunk(msgspec.Struct, gc=False):
+class Chunk(msgspec.Struct, gc=False):
+    """One event of a stream, or a whole reply that is not streamed: what of it is read."""
+
     choices: list[_Choice] = []
     usage: Usage | None = None
     error: Any = None
@@ -75,7 +77,7 @@ class Reply(msgspec.Struct):
     coalesced: int
 
 
-_decoder = msgspec.json.Decoder(_Chunk)
+_decoder = msgspec.json.Decoder(Chunk)
 
 
 def events(chunks: Chunks) -> list[tuple[float, bytes]]:
@@ -162,13 +164,13 @@ class StreamParser:
                 found.append((reads[i][0], event[6:]))
             elif (data := _data(event)) is not None:
                 found.append((reads[i][0], data))
-        self._take(found)
+        self.take(found)
 
     def reply(self) -> Reply:
         """The whole reply. Raises CallError: "stream_cut" where neither [DONE] nor, after a finish, the closing usage is there,
         "bad_reply" for what cannot be read."""
         if self._unread is not None:
-            self._take(events(self._unread))
+            self.take(events(self._unread))
         if self._error is not None:
             raise self._error
         if not self._done and (self._finish is None or not self._closed):
@@ -190,13 +192,14 @@ class StreamParser:
             coalesced=self._coalesced,
         )
 
-    def _take(self, found: Sequence[tuple[float, bytes]]) -> None:
+    def take(self, found: Sequence[tuple[float, bytes | Chunk]]) -> None:
+        """More of the stream, in events: their data, or what an SDK made of them."""
         if self._done or self._error is not None:
             return
         text: list[str] = []
         try:
             for at, data in found:
-                if data == b"[DONE]" or (data[:1] != b"{" and data.strip() == b"[DONE]"):
+                if isinstance(data, bytes) and (data == b"[DONE]" or (data[:1] != b"{" and data.strip() == b"[DONE]")):
                     self._done = True
                     break
                 chunk = _decode(data)
@@ -267,11 +270,15 @@ def parse_body(body: bytes, done_at: float) -> Reply:
     return Reply(said or "", choice.token_ids, done_at, done_at, done_at, chunk.usage, choice.finish_reason, {}, 0)
 
 
-def _decode(data: bytes) -> _Chunk:
-    try:
-        chunk = _decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as e:
-        raise CallError("bad_reply", f"a malformed event: {e}: {data[:200]!r}") from None
+def _decode(data: bytes | Chunk) -> Chunk:
+    if isinstance(data, bytes):
+        try:
+            chunk = _decoder.decode(data)
+        except (msgspec.DecodeError, UnicodeDecodeError) as e:
+            raise CallError("bad_reply", f"a malformed event: {e}: {data[:200]!r}") from None
+    else:
+        chunk = data
     if chunk.error is not None or chunk.object == "error":
-        raise CallError("bad_reply", f"an error in place of a reply: {data[:300].decode(errors='replace')}")
+        told = data[:300].decode(errors="replace") if isinstance(data, bytes) else str(chunk.error or chunk.message)
+        raise CallError("bad_reply", f"an error in place of a reply: {told}")
     return chunk
