@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fanmark.loadgen.errors import CallError
-from fanmark.loadgen.lanes.sse import Reply, events, parse_body, parse_stream
+from fanmark.loadgen.lanes.sse import Reply, StreamParser, events, parse_body, parse_stream
 from fanmark.loadgen.records import gap_bucket
 
 SAMPLES = Path(__file__).parent / "data" / "vllm_samples"
@@ -230,6 +230,22 @@ def test_noise_in_a_stream_raises_call_errors_only(noise: bytes, name: str, data
             parse_stream([(1.0, found)])
         except CallError as e:
             assert e.kind in ("stream_cut", "bad_reply")
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(sorted(STREAMS)), st.sampled_from(sorted(ENDS)), st.data())
+def test_a_stream_fed_in_batches_is_the_stream_fed_whole(name: str, end: str, data: st.DataObject) -> None:
+    stream = STREAMS[name].replace(b"\n", ENDS[end])
+    if data.draw(st.booleans()):  # a CR that turns up late
+        stream = STREAMS[name][: len(STREAMS[name]) // 2] + STREAMS[name][len(STREAMS[name]) // 2 :].replace(
+            b"\n", ENDS[end]
+        )
+    reads = split(stream, data.draw(st.lists(st.integers(1, len(stream) - 1), max_size=30)))
+    edges = [0, *sorted(data.draw(st.lists(st.integers(0, len(reads)), max_size=8))), len(reads)]
+    parser = StreamParser()
+    for a, b in pairwise(edges):
+        parser.feed(reads[a:b])
+    assert parser.reply() == parse_stream(reads)
 
 
 def test_a_reply_that_was_not_streamed() -> None:
