@@ -169,7 +169,7 @@ async def outcome(lane: Any, url: str, **more: Any) -> Any:
     try:
         return told(await call(lane, url, **more))
     except HttpError as e:
-        return e.kind, e.status, e.body
+        return e.kind, e.status, e.body, e.headers.get("retry-after")
     except CallError as e:
         return e.kind
 

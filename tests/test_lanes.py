@@ -79,24 +79,24 @@ NOT_STREAMED: dict[str, tuple[list[Any], Any]] = {
     "a JSON body until the end": ([head(JSON) + BODY, None], SAID),
     "429 with a body": (
         [head(JSON, b"Content-Length: 9\r\n", b"Retry-After: 1\r\n", status=b"429 Too Many Requests") + b"slow down"],
-        ("http_429", 429, "slow down"),
+        ("http_429", 429, "slow down", "1"),
     ),
     "400 in chunks": (
         [head(JSON, CHUNKED, status=b"400 Bad Request") + chunked([b'{"error":{"message":"no \xe2\x82\xac"}}'])],
-        ("http_4xx", 400, '{"error":{"message":"no €"}}'),
+        ("http_4xx", 400, '{"error":{"message":"no €"}}', None),
     ),
     "503 without a body": (
         [head(b"Content-Length: 0\r\n", status=b"503 Service Unavailable")],
-        ("http_5xx", 503, ""),
+        ("http_5xx", 503, "", None),
     ),
-    "500 until the end": ([head(status=b"500 Oops") + b"<html>", None], ("http_5xx", 500, "<html>")),
+    "500 until the end": ([head(status=b"500 Oops") + b"<html>", None], ("http_5xx", 500, "<html>", None)),
     "502 that says it is a stream": (
         [head(SSE, CHUNKED, status=b"502 Bad Gateway") + chunked(in_parts(b"no " * 50, 5))],
-        ("http_5xx", 502, "no " * 50),
+        ("http_5xx", 502, "no " * 50, None),
     ),
     "an error of another encoding": (
         [head(b"Content-Length: 3\r\n", status=b"400 Bad Request") + b"\xff\xfea"],
-        ("http_4xx", 400, "\ufffd\ufffda"),
+        ("http_4xx", 400, "\ufffd\ufffda", None),
     ),
     "no content": ([head(status=b"204 No Content")], "bad_reply"),
     "sent on to nowhere": ([head(b"Content-Length: 0\r\n", status=b"308 Permanent Redirect")], "bad_reply"),
@@ -280,7 +280,7 @@ def test_a_server_that_answers_before_it_has_the_prompt(make: Make) -> None:
         server.close()
         return found
 
-    assert on_a_lane(make, Script([]), use) == ("http_4xx", 413, "too large")
+    assert on_a_lane(make, Script([]), use) == ("http_4xx", 413, "too large", None)
 
 
 def test_a_connection_that_the_server_closed_while_idle_is_not_used(make: Make) -> None:

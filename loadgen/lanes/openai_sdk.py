@@ -98,7 +98,7 @@ class OpenaiLane:
             raise CallError("timeout", f"no whole reply within {timeout_s:g} s") from None
         except openai.APIStatusError as e:
             if e.status_code >= 400:
-                raise HttpError(e.status_code, e.response.text) from None
+                raise HttpError(e.status_code, e.response.text, dict(e.response.headers)) from None
             raise CallError("bad_reply", f"HTTP {e.status_code}: sent on to nowhere") from None
         except (openai.APIConnectionError, httpx2.RequestError, httpx2.InvalidURL, ssl.SSLError) as e:
             why = e.__cause__ if isinstance(e, openai.APIConnectionError) else e
