@@ -78,6 +78,9 @@ def run(
     duration: DurationOpt = None,
     rate: RateOpt = None,
     concurrency: ConcurrencyOpt = None,
+    workers: Annotated[
+        str, typer.Option(metavar="N|auto", help="Processes that share the queries out; auto: one per core less one.")
+    ] = "1",
     seed: SeedOpt = None,
     set_: SetOpt = None,
     out: OutOpt = None,
@@ -114,6 +117,7 @@ def run(
         version=_version(),
         command=sys.argv[1:],
         progress=None if quiet else sys.stderr,
+        workers=_workers(workers),
     )
     result = _run_async(session.run(checked, table, options))
     if json:
@@ -182,6 +186,14 @@ def _spread(checked: Any, table: Any, options: Any, seeds: int, json: bool) -> i
     found = spread.spread(summaries)
     print(_json(found) if json else "\n".join([*spread.lines(found, seeds), f"files    {options.out}"]))
     return max(exit_code(summary, False, False) for summary in summaries)
+
+
+def _workers(wanted: str) -> int:
+    if wanted == "auto":
+        return max(1, len(os.sched_getaffinity(0)) - 1)
+    if not wanted.isdecimal() or int(wanted) < 1:
+        raise FanmarkError(f"--workers {wanted}: must be a number of processes, 1 or more, or auto")
+    return int(wanted)
 
 
 def _folder(out: Path | None, name: str) -> Path:

@@ -19,9 +19,11 @@ class Prompt:
 
 
 class Explained:
-    """Counts the prompts sent under each salt, prefix by prefix. What belongs to one query alone is forgotten when it ends."""
+    """Counts the prompts sent under each salt, prefix by prefix. What belongs to one query alone is forgotten when it ends. `elsewhere`:
+    other workers of the run send what queries share as well, at any time before."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, elsewhere: bool = False) -> None:
+        self._elsewhere = elsewhere
         self._shared: Counter[Hashable] = Counter()
         self._own: dict[Hashable, Counter[Hashable]] = {}
 
@@ -30,12 +32,12 @@ class Explained:
         own = self._own.setdefault(query, Counter())
         prefix: Hashable = salt
         salts = self._shared if first_own > 0 else own
-        salts[salt] += 1
+        salts[salt] += 1 + (self._elsewhere and salts is self._shared)
         prefixes = []
         for i, (message, tokens) in enumerate(messages):
             prefix = hash((prefix, message))
             seen = own if i >= first_own else self._shared
-            seen[prefix] += 1
+            seen[prefix] += 1 + (self._elsewhere and seen is self._shared)
             prefixes.append((seen, prefix, tokens))
         return Prompt(query, salt, salts, prefixes)
 

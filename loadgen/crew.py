@@ -39,3 +39,8 @@ class Alone:
     async def meet(self, say: Sequence[float] = ()) -> Met:
         """At once."""
         return Met(self._now(), list(say))
+
+
+def share(total: int, crew: Crew) -> int:
+    """How many of `total` are this worker's: shares differ by one at most, and add up."""
+    return len(range(crew.index, total, crew.count))

@@ -1,57 +1,123 @@
-"""Is the client the bottleneck? Its loop lag and send delays, its CPU and memory, and the verdict."""
+"""Is the client the bottleneck? The loop lag and send delays of its workers, their CPU and memory, and the verdict."""
 
 import asyncio
 import resource
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from fanmark.loadgen.statistics import distribution
+import msgspec
+
+from fanmark.loadgen.records import Call, gap_bucket
+from fanmark.loadgen.statistics import distribution, gap_distribution, merge_gaps
 
 _BEAT_S = 0.05
+_WORDS = ("ok", "strained", "client-limited")  # from good to bad
 
 
-@dataclass
-class Health:
-    """Samples of the loop's lag and of the process's CPU share. `now` is the run's clock."""
+class ClientState(msgspec.Struct):
+    """What one worker has measured of itself so far. `loop_lag` counts beats by log bucket of their lateness (records.gap_bucket);
+    `busy_seconds` is the longest stretch of seconds above 90 % CPU; `lost_at` is when the worker died, if it did."""
 
-    now: Callable[[], float]
-    loop_lag_s: list[float] = field(default_factory=list)
+    loop_lag: Counter[int] = msgspec.field(default_factory=Counter)
     busy_seconds: int = 0
-    _cpu_start_s: float = field(default_factory=time.process_time)
+    cpu_s: float = 0.0
+    rss_mb: float = 0.0
+    lost_at: float | None = None
+
+
+class Health:
+    """Watches the process that it runs in. `now` is the run's clock."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.state = ClientState()
+        self._now = now
+        self._cpu_start_s = time.process_time()
 
     async def watch(self, seen: Callable[[float], None]) -> None:
         """Beats until cancelled; each beat's lateness is the loop's lag. Counts the seconds in a row above 90 % CPU."""
         in_a_row = 0
-        cpu_s, at = time.process_time(), self.now()
+        cpu_s, at = time.process_time(), self._now()
         while True:
-            due_at = self.now() + _BEAT_S
+            due_at = self._now() + _BEAT_S
             await asyncio.sleep(_BEAT_S)
-            lag_s = max(0.0, self.now() - due_at)
-            self.loop_lag_s.append(lag_s)
+            lag_s = max(0.0, self._now() - due_at)
+            self.state.loop_lag[gap_bucket(lag_s)] += 1
             seen(lag_s)
-            if self.now() - at >= 1.0:
-                share = (time.process_time() - cpu_s) / (self.now() - at)
+            if self._now() - at >= 1.0:
+                share = (time.process_time() - cpu_s) / (self._now() - at)
                 in_a_row = in_a_row + 1 if share > 0.9 else 0
-                self.busy_seconds = max(self.busy_seconds, in_a_row)
-                cpu_s, at = time.process_time(), self.now()
+                self.state.busy_seconds = max(self.state.busy_seconds, in_a_row)
+                cpu_s, at = time.process_time(), self._now()
+                self.look()
 
-    def report(
-        self, send_delay_s: Sequence[float], coalesced_share: float, median_ttft_s: float | None
-    ) -> dict[str, Any]:
-        """The `client` part of summary.json."""
-        word, reasons = verdict(p99(self.loop_lag_s), p99(send_delay_s), median_ttft_s, self.busy_seconds)
-        return {
-            "verdict": word,
-            "reasons": reasons,
-            "loop_lag_s": distribution(self.loop_lag_s),
-            "send_delay_s": distribution(send_delay_s),
-            "coalesced_share": coalesced_share,
-            "cpu_s": time.process_time() - self._cpu_start_s,
-            "rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-            "workers": 1,
-        }
+    def look(self) -> ClientState:
+        """The state, with CPU time and memory as they are now."""
+        self.state.cpu_s = time.process_time() - self._cpu_start_s
+        self.state.rss_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return self.state
+
+
+class Judged(NamedTuple):
+    """One worker's verdict, with its reasons and the figures that they rest on."""
+
+    word: str
+    reasons: list[str]
+    lag_p99_s: float
+    delay_p99_s: float
+
+
+def judge(state: ClientState, send_delay_s: Sequence[float], median_ttft_s: float | None) -> Judged:
+    """The verdict on one worker."""
+    lag = gap_distribution(state.loop_lag)
+    delay_p99_s = p99(send_delay_s)
+    lag_p99_s = float(lag["p99"] or lag["max"] or 0.0) if lag else 0.0
+    word, reasons = verdict(lag_p99_s, delay_p99_s, median_ttft_s, state.busy_seconds)
+    if state.lost_at is not None:
+        word, reasons = _WORDS[-1], [f"died at {state.lost_at:.1f} s", *reasons]
+    return Judged(word, reasons, lag_p99_s, delay_p99_s)
+
+
+def client_part(states: Mapping[int, ClientState], calls: Sequence[Call]) -> dict[str, Any]:
+    """The `client` part of summary.json from the workers' states and the counted calls that were sent: the verdict is the worst worker's,
+    CPU and memory are sums."""
+    delays: dict[int, list[float]] = {worker: [] for worker in states}
+    for call in calls:
+        if call.sent_at is not None:
+            delays.setdefault(call.worker, []).append(call.sent_at - call.due_at)
+    ttft = sorted(c.first_at - c.sent_at for c in calls if c.first_at is not None and c.sent_at is not None)
+    median_ttft_s = ttft[len(ttft) // 2] if ttft else None
+    judged = {worker: judge(state, delays[worker], median_ttft_s) for worker, state in states.items()}
+    word = max((each.word for each in judged.values()), key=_WORDS.index, default="ok")
+    # chunks that came together with a call's first are in no gap: a reply that came all at once is coalesced as a whole
+    chunks = sum(merge_gaps([call.gaps for call in calls]).values()) + len(calls)
+    return {
+        "verdict": word,
+        "reasons": [
+            f"worker {worker}: {reason}" if len(states) > 1 else reason
+            for worker, each in judged.items()
+            if each.word == word
+            for reason in each.reasons
+        ],
+        "loop_lag_s": gap_distribution(sum((state.loop_lag for state in states.values()), Counter[int]())),
+        "send_delay_s": distribution([delay_s for each in delays.values() for delay_s in each]),
+        "coalesced_share": min(1.0, sum(call.coalesced for call in calls) / chunks) if chunks else 0.0,
+        "cpu_s": sum(state.cpu_s for state in states.values()),
+        "rss_mb": sum(state.rss_mb for state in states.values()),
+        "workers": len(states),
+        "by_worker": {
+            str(worker): {
+                "verdict": judged[worker].word,
+                "loop_lag_p99_s": judged[worker].lag_p99_s,
+                "send_delay_p99_s": judged[worker].delay_p99_s,
+                "cpu_s": state.cpu_s,
+                "rss_mb": state.rss_mb,
+                "lost_at": state.lost_at,
+            }
+            for worker, state in states.items()
+        },
+    }
 
 
 def p99(values: Sequence[float]) -> float:

@@ -5,6 +5,7 @@ server's; None is "the server did not say", never 0.
 """
 
 import math
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -92,12 +93,30 @@ class Query(msgspec.Struct, kw_only=True):
     retried: list[Call] = []
 
 
-class Journal:
-    """Appends records to queries.jsonl and calls.jsonl as they finish; a killed run loses at most what was not flushed yet."""
+class Begun(msgspec.Struct, array_like=True):
+    """A query that has begun, as far as it is known then: a line of begun.jsonl, which is kept only while a worker works."""
 
-    def __init__(self, folder: Path) -> None:
+    query: int
+    arm: str
+    warmup: bool
+    due_at: float
+    started_at: float
+    seed: str
+
+
+class Journal:
+    """Appends records to queries.jsonl and calls.jsonl as they finish; a killed run loses at most what was not flushed yet. With `starts`,
+    each query's beginning is told to the system at once, so that who reads what a killed worker left misses none."""
+
+    def __init__(self, folder: Path, *, starts: bool = False) -> None:
         self._queries: TextIO = (folder / "queries.jsonl").open("w")
         self._calls: TextIO = (folder / "calls.jsonl").open("w")
+        self._begun = (folder / "begun.jsonl").open("wb", buffering=0) if starts else None
+
+    def begin(self, query: Begun) -> None:
+        """A query that begins."""
+        if self._begun is not None:
+            self._begun.write(msgspec.json.encode(query) + b"\n")
 
     def write(self, query: Query) -> None:
         """One query with all its calls, those that were sent again first."""
@@ -107,6 +126,12 @@ class Journal:
         del row["calls"], row["retried"]
         self._queries.write(encode(row).decode() + "\n")
 
+    def take(self, folder: Path) -> None:
+        """All records of another journal."""
+        for name, file in (("calls.jsonl", self._calls), ("queries.jsonl", self._queries)):
+            with (folder / name).open() as source:
+                shutil.copyfileobj(source, file)
+
     def flush(self) -> None:
         """Hands what was written to the system; called once a second."""
         self._calls.flush()
@@ -115,6 +140,8 @@ class Journal:
     def close(self) -> None:
         self._calls.close()
         self._queries.close()
+        if self._begun is not None:
+            self._begun.close()
 
 
 def in_order(calls: Iterable[Call]) -> list[Call]:
@@ -122,9 +149,15 @@ def in_order(calls: Iterable[Call]) -> list[Call]:
     return sorted(calls, key=lambda call: call.call)
 
 
-def read_queries(folder: Path) -> list[Query]:
-    """All whole records of a run's folder, each query with its calls; a last line that was cut off is left out."""
-    queries = {(q.arm, q.query): q for q in _lines(folder / "queries.jsonl", Query)}
+def read_begun(folder: Path) -> list[Begun]:
+    """The queries that a worker had begun."""
+    return list(_lines(folder / "begun.jsonl", Begun))
+
+
+def read_queries(folder: Path, begun: Iterable[Query] = ()) -> list[Query]:
+    """All whole records of a run's folder, each query with its calls; a last line that was cut off is left out. One of `begun` stands in
+    where a query has no record."""
+    queries = {(q.arm, q.query): q for each in (begun, _lines(folder / "queries.jsonl", Query)) for q in each}
     for call in _lines(folder / "calls.jsonl", Call):
         if (call.arm, call.query) in queries:
             query = queries[call.arm, call.query]

@@ -8,12 +8,11 @@ from typing import Any, TextIO
 
 from fanmark.loadgen import summary, table
 from fanmark.loadgen.endpoint import Endpoint
-from fanmark.loadgen.records import Query
+from fanmark.loadgen.records import Call, Query
 from fanmark.loadgen.run import Drift
 from fanmark.loadgen.scenario import Scenario
-from fanmark.loadgen.statistics import merge_gaps
 
-ClientReport = Callable[[Sequence[float], float, float | None], dict[str, Any]]  # see Health.report
+ClientReport = Callable[[Sequence[Call]], dict[str, Any]]  # of the counted calls that were sent; see health.client_part
 
 
 def assemble(
@@ -31,14 +30,7 @@ def assemble(
     """The whole of summary.json."""
     arms = summary.summarise_arms(scenario, queries)
     counted = [c for q in queries if not q.warmup for c in q.calls if c.kind == "call" and c.sent_at is not None]
-    ttft = sorted(c.first_at - c.sent_at for c in counted if c.first_at is not None and c.sent_at is not None)
-    # chunks that came together with a call's first are in no gap: a reply that came all at once is coalesced as a whole
-    chunks = sum(merge_gaps([c.gaps for c in counted]).values()) + len(counted)
-    client = client_report(
-        [c.sent_at - c.due_at for c in counted if c.sent_at is not None],
-        min(1.0, sum(c.coalesced for c in counted) / chunks) if chunks else 0.0,
-        ttft[len(ttft) // 2] if ttft else None,
-    )
+    client = client_report(counted)
     knowable = scenario.workload.cache != "warm" and any(c.cached_tokens is not None for c in counted)
     parts = list(server.values()) if "reconciled" not in server else [server]
     ticked = {

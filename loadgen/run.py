@@ -13,11 +13,11 @@ from fanmark.agents.runtime import Topology
 from fanmark.loadgen.arrivals import open_loop
 from fanmark.loadgen.contamination import Explained
 from fanmark.loadgen.costs import mismatches, resources
-from fanmark.loadgen.crew import Alone, Crew
+from fanmark.loadgen.crew import Alone, Crew, share
 from fanmark.loadgen.demand import Demand, draw_demand, expected_tokens
 from fanmark.loadgen.endpoint import Endpoint
 from fanmark.loadgen.errors import CallError
-from fanmark.loadgen.records import Outcome, Query
+from fanmark.loadgen.records import Begun, Outcome, Query
 from fanmark.loadgen.runtime import QueryRuntime, ToolUse, World
 from fanmark.loadgen.scenario import Arm, Load, Scenario
 from fanmark.loadgen.tally import Tally
@@ -27,7 +27,9 @@ GRACE_S = 5.0  # what running queries get after the first interrupt
 
 
 class Writer(Protocol):
-    """Takes each query as it closes."""
+    """Takes each query as it begins and as it closes."""
+
+    def begin(self, query: Begun) -> None: ...
 
     def write(self, query: Query) -> None: ...
 
@@ -51,6 +53,12 @@ class Drift:
     written: int = 0
     read: int = 0
     unexplained: int = 0
+
+    def add(self, other: "Drift") -> None:
+        """Sums up what another worker found."""
+        self.written += other.written
+        self.read += other.read
+        self.unexplained += other.unexplained
 
 
 class Run:
@@ -81,10 +89,11 @@ class Run:
         self._time_scale = time_scale
         self._crew = crew or Alone(now)
         load = scenario.load
-        self._slots = asyncio.Semaphore(load.max_in_flight) if load.max_in_flight is not None else None
+        guard = load.max_in_flight
+        self._slots = asyncio.Semaphore(share(guard, self._crew)) if guard is not None else None
         self._query_timeout_s = load.query_timeout_s * time_scale if load.query_timeout_s is not None else None
         self._running: set[asyncio.Task[None]] = set()
-        self._explained = Explained()
+        self._explained = Explained(elsewhere=self._crew.count > 1)
         self._world = World(
             run_id=run_id,
             seed=scenario.seed,
@@ -96,6 +105,7 @@ class Run:
             explained=self._explained,
             tally=tally,
             time_scale=time_scale,
+            worker=self._crew.index,
         )
 
     def _salt(self, arm: str, query: int, call: int) -> str | None:
@@ -235,6 +245,8 @@ class Run:
         if counted:
             self._tally.query_started(arm.name)
         started_at = self._now()
+        demand = runtime.demand
+        self._journal.begin(Begun(demand.query, arm.name, not counted, due_at, started_at, demand.seed))
         try:
             async with self._slots or nullcontext():
                 started_at = self._now()

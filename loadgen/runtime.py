@@ -62,6 +62,7 @@ class World:
     explained: Explained
     tally: Tally
     time_scale: float = 1.0
+    worker: int = 0
 
 
 @dataclass
@@ -170,6 +171,7 @@ class QueryRuntime:
             role=role,
             round=round,
             due_at=self.world.now(),
+            worker=self.world.worker,
             **where,
         )
         self.calls.append(call)

@@ -1,39 +1,39 @@
 """One `fanmark run` from start to end: servers up, target measured, schedule run, results written, servers down."""
 
 import asyncio
-import gc
 import math
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 import msgspec
 
 from fanmark.agents.runtime import Topology
-from fanmark.loadgen import embedded, reconcile
-from fanmark.loadgen.demand import draw_demand
+from fanmark.loadgen import reconcile
+from fanmark.loadgen.crew import Alone
 from fanmark.loadgen.endpoint import Endpoint
 from fanmark.loadgen.errors import ScenarioError
-from fanmark.loadgen.health import Health
-from fanmark.loadgen.lengths import Dist
+from fanmark.loadgen.execute import carry_out, going_on, open_connections
+from fanmark.loadgen.health import Health, client_part
+from fanmark.loadgen.link import Ended
 from fanmark.loadgen.live import Progress
 from fanmark.loadgen.metrics import serve
-from fanmark.loadgen.minimums import check_lengths
+from fanmark.loadgen.reach import Reached, reach, settle
 from fanmark.loadgen.records import Journal, Query, read_queries
 from fanmark.loadgen.results import assemble
 from fanmark.loadgen.run import Run
-from fanmark.loadgen.scenario import Scenario, Target, resolved
+from fanmark.loadgen.run_clock import RunClock
+from fanmark.loadgen.scenario import Scenario, resolved
 from fanmark.loadgen.tally import Tally
-from fanmark.loadgen.target import HttpEndpoint, connect
-from fanmark.loadgen.toolset import ToolSet
+from fanmark.loadgen.workers import Workers
 
 _COUNTERS_SETTLE_S = 2.0
-_OPEN_LOOP_CONNECTIONS, _MOST_CONNECTIONS = 8, 4096
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Options:
     version: str
     command: Sequence[str]
     progress: TextIO | None
+    workers: int = 1
 
 
 @dataclass(frozen=True)
@@ -58,49 +59,54 @@ class Result:
 
 async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: Options) -> Result:
     """Runs the scenario and leaves its folder. Raises FanmarkError before anything is sent where something is wrong."""
-    origin = time.monotonic()
-
-    time_scale = 1.0 if scenario.targets else scenario.stub.time_scale
-
-    def now() -> float:  # in the servers' seconds: a slowed stub and its tools are a slower clock, not slower servers
-        return (time.monotonic() - origin) / time_scale
-
+    _check_guard(scenario, options.workers)
     async with AsyncExitStack() as stack:
-        targets, caveats = dict(scenario.targets), list[str]()
-        if not targets:
-            targets["default"], caveats = await _stub(scenario, stack)
-        tools = await _tools(scenario, stack) if uses_tools(scenario, topologies) else None
-        endpoints: dict[str, HttpEndpoint] = {}
-        for name, target in targets.items():
-            endpoints[name] = await connect(name, target, now, time_scale=time_scale)
-            stack.push_async_callback(endpoints[name].lane.close)
-            if tools is not None:
-                await endpoints[name].expose(tools.schemas, system=scenario.workload.system != 0)
-        next(iter(endpoints.values())).notes += caveats
-        check_lengths(scenario, topologies, endpoints)
+        place = await settle(scenario, topologies, stack)
+        clock = RunClock(place.time_scale)
+        reached = await reach(scenario, topologies, place, clock.now, stack)
+        endpoints = reached.endpoints
         tally = Tally({arm.name: arm.topology for arm in scenario.arms}, scenario.baseline.name)
         port, stop_metrics = serve(tally, options.metrics_port)
         stack.callback(stop_metrics)
+        before = {name: await endpoint.counters() for name, endpoint in endpoints.items()}
         journal = open_folder(options.out, scenario)
         stack.callback(journal.close)
-        one = Run(scenario, topologies, endpoints, tools, tally, journal, options.run_id, now, time_scale)
         if options.progress is not None:
-            where = next(iter(targets.values())).url
+            where = next(iter(place.targets.values())).url
             print(f"target   {where} ({next(iter(endpoints.values())).server})", file=options.progress)
             print(f"metrics  http://127.0.0.1:{port}/metrics", file=options.progress, flush=True)
-        await _open_connections(scenario, endpoints.values())
         started = datetime.now(UTC)
-        before = {name: await endpoint.counters() for name, endpoint in endpoints.items()}
-        health = Health(now)
-        origin = time.monotonic()  # the run's start
-        with rare_collections():
-            whole = await _execute(one, tally, health, journal, options, now)
-        seconds = now()
+        if options.workers == 1:
+            ended = await _alone(scenario, topologies, reached, tally, journal, options, clock, place.time_scale)
+        else:
+            crew = Workers(scenario, place, options.run_id, options.out, clock, tally)
+            stack.push_async_callback(crew.close)
+            ended = await _crew(crew, scenario, tally, journal, options, clock)
+        seconds = clock.now()
         journal.flush()
         queries = read_queries(options.out)
         server = await _reconciled(endpoints, before, queries)
-        stub = await _stub_on_time(endpoints, before, queries, time_scale)
-    run_part = {
+        if any(state.lost_at is not None for state in ended.states.values()):
+            parts = [server] if "reconciled" in server else list(server.values())
+            for part in parts:
+                part |= {"reconciled": None, "alone": None, "reason": "a worker died with calls under way"}
+        stub = await _stub_on_time(endpoints, before, queries, place.time_scale)
+    run_part = _run_part(scenario, options, started, seconds, place.time_scale)
+    found = assemble(
+        scenario, queries, endpoints, server, partial(client_part, ended.states), ended.drift, run_part, stub,
+        partial=not ended.whole,
+    )  # fmt: skip
+    found["notes"] = list(
+        dict.fromkeys([*ended.notes, *found["notes"]])
+    )  # what is lost first; all workers notice the same
+    (options.out / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
+    return Result(found, interrupted=not ended.whole)
+
+
+def _run_part(
+    scenario: Scenario, options: Options, started: datetime, seconds: float, time_scale: float
+) -> dict[str, Any]:
+    return {
         "name": scenario.name,
         "id": options.run_id,
         "started": started.isoformat(timespec="seconds"),
@@ -111,82 +117,61 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
         "clock": "real",
         "time_scale": time_scale,
     }
-    found = assemble(scenario, queries, endpoints, server, health.report, one.drift, run_part, stub, partial=not whole)
-    (options.out / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
-    return Result(found, interrupted=not whole)
 
 
-@contextmanager
-def rare_collections() -> Iterator[None]:
-    """Keeps the garbage collector from walking all that lives: at 5,000 calls in flight that stops the process for 0.1 s and more, again
-    and again. The young are still collected, often and at little cost."""
-    before = gc.get_threshold()
-    gc.freeze()
-    gc.set_threshold(20_000, 50, 1_000)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
-        gc.unfreeze()
+Counters = dict[str, dict[str, float] | None]  # of the servers, by target; None where one has none
 
 
-async def _open_connections(scenario: Scenario, endpoints: Iterable[HttpEndpoint]) -> None:
-    """Opens what the first calls need before the clock starts: a connection for each user of a closed loop, a few for an open one."""
-    loads = [scenario.load_of(arm) for arm in scenario.arms]
-    count = sum(load.concurrency if load.mode == "closed" else _OPEN_LOOP_CONNECTIONS for load in loads)
-    for endpoint in endpoints:
-        await endpoint.open_ahead(min(count, _MOST_CONNECTIONS))
+async def _alone(
+    scenario: Scenario,
+    topologies: Mapping[str, Topology],
+    reached: Reached,
+    tally: Tally,
+    journal: Journal,
+    options: Options,
+    clock: RunClock,
+    time_scale: float,
+) -> Ended:
+    """The whole run in this process."""
+    endpoints, tools = reached.endpoints, reached.tools
+    one = Run(scenario, topologies, endpoints, tools, tally, journal, options.run_id, clock.now, time_scale)
+    await open_connections(scenario, endpoints.values(), Alone(clock.now))
+    health = Health(clock.now)
+    clock.start(time.monotonic())
+    async with _signals(one.stop.ask):
+        whole = await carry_out(one, tally, health, journal, _progress(scenario, tally, options, clock))
+    return Ended(whole, one.drift, {0: health.look()})
 
 
-def uses_tools(scenario: Scenario, topologies: Mapping[str, Topology]) -> bool:
-    """Whether by its closed form an arm calls tools or reads their schemas; an arm without one may."""
-    for arm in scenario.arms:
-        topology = topologies[arm.topology]
-        demand = draw_demand(scenario, arm, topology, 0)
-        form = topology.expected(demand.params, demand) if topology.expected is not None else None
-        if form is None or form.tool_calls or ("tools",) in form.reads:
-            return True
-    return False
+async def _crew(
+    crew: Workers,
+    scenario: Scenario,
+    tally: Tally,
+    journal: Journal,
+    options: Options,
+    clock: RunClock,
+) -> Ended:
+    """The whole run by worker processes."""
+    await crew.start(options.workers)
+    async with _signals(crew.ask), going_on(_progress(scenario, tally, options, clock)):
+        ended = await crew.carry_out()
+    crew.join(journal)
+    return ended
 
 
-async def _stub(scenario: Scenario, stack: AsyncExitStack) -> tuple[Target, list[str]]:
-    """The embedded stub as a target, and what its profile rests on."""
-    from fanmark.servers.profiles import load_profile
-
-    stub = scenario.stub
-    try:
-        caveats = load_profile(stub.profile).caveats()
-    except ValueError as e:
-        raise ScenarioError(f"{scenario.source}: [stub] profile = {stub.profile!r}: {e}") from None
-    args = ["--port", "0", "--profile", stub.profile, "--time-scale", str(stub.time_scale)]
-    server = await embedded.start("fanmark.servers.stub", args)
-    stack.push_async_callback(server.close)
-    return Target(url=f"{server.url}/v1", api=stub.api), caveats
+def _check_guard(scenario: Scenario, workers: int) -> None:
+    guard = scenario.load.max_in_flight
+    if guard is not None and guard < workers:
+        raise ScenarioError(
+            f"--workers {workers} with [load] max_in_flight = {guard}: each worker needs a share of at least 1"
+        )
 
 
-async def _tools(scenario: Scenario, stack: AsyncExitStack) -> ToolSet:
-    from fanmark.loadgen.lanes.mcp import ToolServers, ToolServerSpec
-
-    config = scenario.tools
-    specs = [ToolServerSpec(url=server.url, command=server.command) for server in config.server]
-    if not specs:
-        latency = tool_latency(config.latency_s, scenario.stub.time_scale if not scenario.targets else 1.0)
-        args = ["--port", "0", "--latency-s", latency, "--seed", str(scenario.seed)]
-        server = await embedded.start("fanmark.servers.tools", args)
-        stack.push_async_callback(server.close)
-        specs = [ToolServerSpec(url=server.url)]
-    servers = await ToolServers.open(specs, config.ready_timeout_s)
-    stack.push_async_callback(servers.close)
-    return ToolSet(servers, servers.tools, config, embedded=not config.server)
-
-
-def tool_latency(latency_s: float | Dist, time_scale: float) -> str:
-    """The embedded tools' latency in wall seconds, as JSON."""
-    if not isinstance(latency_s, Dist):
-        return str(latency_s * time_scale)
-    times = {name: getattr(latency_s, name) * time_scale for name in ("mean", "min", "max")}
-    given = {"dist": latency_s.dist, "cv": latency_s.cv} | {k: v for k, v in times.items() if v != math.inf}
-    return msgspec.json.encode(given).decode()
+def _progress(scenario: Scenario, tally: Tally, options: Options, clock: RunClock) -> list[Coroutine[Any, Any, None]]:
+    if options.progress is None:
+        return []
+    total = sum(scenario.load_of(arm).queries or 0 for arm in scenario.arms)
+    return [Progress(tally, total or None, clock.now, options.progress).show()]
 
 
 def open_folder(out: Path, scenario: Scenario) -> Journal:
@@ -209,32 +194,6 @@ def _without_none(value: Any) -> Any:
     return [_without_none(v) for v in value] if isinstance(value, list) else value
 
 
-async def _execute(
-    one: Run, tally: Tally, health: Health, journal: Journal, options: Options, now: Callable[[], float]
-) -> bool:
-    """The schedule, with progress, health and flushing beside it, and signals as requests to stop."""
-    total = sum(one.scenario.load_of(arm).queries or 0 for arm in one.scenario.arms)
-    beside = [_flush(journal), health.watch(tally.loop_lag_s.add)]
-    if options.progress is not None:
-        beside.append(Progress(tally, total or None, now, options.progress).show())
-    tasks = [asyncio.ensure_future(part) for part in beside]
-    async with _signals(one.stop.ask):
-        try:
-            return await one.execute()
-        finally:
-            for task in tasks:
-                task.cancel()
-            for ended in await asyncio.gather(*tasks, return_exceptions=True):
-                if isinstance(ended, Exception):
-                    raise ended
-
-
-async def _flush(journal: Journal) -> None:
-    while True:
-        await asyncio.sleep(1.0)
-        journal.flush()
-
-
 @asynccontextmanager
 async def _signals(ask: Callable[[], None]) -> AsyncIterator[None]:
     loop = asyncio.get_running_loop()
@@ -247,9 +206,7 @@ async def _signals(ask: Callable[[], None]) -> AsyncIterator[None]:
             loop.remove_signal_handler(number)
 
 
-async def _reconciled(
-    endpoints: Mapping[str, Endpoint], before: Mapping[str, dict[str, float] | None], queries: Sequence[Query]
-) -> dict[str, Any]:
+async def _reconciled(endpoints: Mapping[str, Endpoint], before: Counters, queries: Sequence[Query]) -> dict[str, Any]:
     """`server` of summary.json; by target where there are several. Counters get a moment to catch up with the last reply."""
     parts: dict[str, Any] = {}
     for name, endpoint in endpoints.items():
@@ -265,7 +222,7 @@ async def _reconciled(
 
 async def _stub_on_time(
     endpoints: Mapping[str, Endpoint],
-    before: Mapping[str, dict[str, float] | None],
+    before: Counters,
     queries: Sequence[Query],
     time_scale: float,
 ) -> tuple[bool, str] | None:

@@ -22,11 +22,12 @@ from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.lanes.virtual import VirtualEndpoint
 from fanmark.loadgen.lanes.virtual_tools import VirtualTools
 from fanmark.loadgen.minimums import check_lengths
-from fanmark.loadgen.records import read_queries
+from fanmark.loadgen.reach import tool_latency, uses_tools
+from fanmark.loadgen.records import Call, read_queries
 from fanmark.loadgen.results import assemble
 from fanmark.loadgen.run import Run
 from fanmark.loadgen.scenario import Scenario, Target
-from fanmark.loadgen.session import Result, open_folder, tool_latency, uses_tools
+from fanmark.loadgen.session import Result, open_folder
 from fanmark.loadgen.tally import Tally
 from fanmark.loadgen.toolset import ToolSet
 from fanmark.servers.profiles import Profile, ProfileError, load_profile
@@ -140,7 +141,7 @@ def _tools(scenario: Scenario) -> ToolSet:
     return ToolSet(tools, tools.tools, config, embedded=True)
 
 
-def _no_client(send_delay_s: Sequence[float], coalesced_share: float, median_ttft_s: float | None) -> dict[str, Any]:
+def _no_client(calls: Sequence[Call]) -> dict[str, Any]:
     """The `client` part of summary.json: nothing stands between a call and the engine."""
     return {
         "verdict": "ok",

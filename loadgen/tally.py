@@ -32,6 +32,11 @@ class Histogram:
         self.counts[bisect.bisect_left(self.bounds, value)] += times
         self.sum += value * times
 
+    def merge(self, other: "Histogram") -> None:
+        """Takes in the counts of another with the same bounds."""
+        self.counts = [mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)]
+        self.sum += other.sum
+
 
 def _histograms(bounds: Sequence[float], names: Sequence[str]) -> dict[str, Histogram]:
     return {name: Histogram(bounds) for name in names}
@@ -59,6 +64,20 @@ class ArmTally:
     itl_s: Histogram = field(default_factory=lambda: Histogram(GAPS_S))
     tool_s: dict[str, Histogram] = field(default_factory=dict)
 
+    def merge(self, other: "ArmTally") -> None:
+        """Takes in the sums of another worker's."""
+        for name, mine in vars(self).items():
+            theirs = getattr(other, name)
+            if isinstance(mine, Counter):
+                mine.update(theirs)
+            elif isinstance(mine, Histogram):
+                mine.merge(theirs)
+            elif isinstance(mine, dict):
+                for key, histogram in theirs.items():
+                    mine.setdefault(key, Histogram(histogram.bounds)).merge(histogram)
+            elif not isinstance(mine, str):
+                setattr(self, name, mine + theirs)
+
     @property
     def completed(self) -> int:
         return self.finished["completed"]
@@ -77,6 +96,17 @@ class Tally:
         self.baseline = baseline
         self.send_delay_s = Histogram(GAPS_S)
         self.loop_lag_s = Histogram(GAPS_S)
+
+    def replace(self, workers: Sequence["Tally"]) -> None:
+        """Becomes the sum of the workers' tallies."""
+        arms = {name: ArmTally(arm.topology) for name, arm in self.arms.items()}
+        delay, lag = Histogram(GAPS_S), Histogram(GAPS_S)
+        for worker in workers:
+            for name, arm in arms.items():
+                arm.merge(worker.arms[name])
+            delay.merge(worker.send_delay_s)
+            lag.merge(worker.loop_lag_s)
+        self.arms, self.send_delay_s, self.loop_lag_s = arms, delay, lag
 
     def call_started(self, call: Call) -> None:
         self.arms[call.arm].calls_in_flight += 1

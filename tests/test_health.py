@@ -1,10 +1,15 @@
 """The verdict on the client, by its documented limits."""
 
+import asyncio
 import json
+import time
+from collections import Counter
 
 import pytest
+from two_arms import call
 
-from fanmark.loadgen.health import Health, p99, verdict
+from fanmark.loadgen.health import ClientState, Health, client_part, p99, verdict
+from fanmark.loadgen.records import Call, bucket_gap_s, gap_bucket
 
 
 @pytest.mark.parametrize(
@@ -66,17 +71,63 @@ def test_p99_is_the_largest_of_few_and_the_99th_percentile_of_many(values: list[
     assert p99(values) == expected
 
 
-def test_the_report_is_the_client_part_of_the_summary() -> None:
-    health = Health(lambda: 0.0)
-    health.loop_lag_s += [0.001] * 99 + [0.030]
-    found = health.report([0.002] * 40, 0.25, 0.1)
+def sent(worker: int, delay_s: float, ttft_s: float, gaps: dict[int, int], coalesced: int = 0) -> Call:
+    return call(
+        1,
+        (1.0 + delay_s, 1.0 + delay_s + ttft_s, 3.0),
+        (100, 0, 10),
+        due_at=1.0,
+        worker=worker,
+        gaps=gaps,
+        coalesced=coalesced,
+    )
+
+
+def lagging(worst_s: float) -> ClientState:
+    lags = {gap_bucket(0.001): 98, gap_bucket(worst_s): 2}
+    return ClientState(Counter(lags), cpu_s=1.5, rss_mb=40.0)
+
+
+def test_the_client_part_of_a_run_in_one_process() -> None:
+    found = client_part({0: lagging(0.030)}, [sent(0, 0.002, 0.1, {7: 3}, coalesced=1)] * 40)
     assert found["verdict"] == "client-limited"
-    assert found["reasons"] == ["p99 of loop lag is 30.0 ms, above 25.0 ms"]
-    assert found["loop_lag_s"]["p50"] == 0.001 and found["loop_lag_s"]["n"] == 100
+    assert found["reasons"] == [
+        f"p99 of loop lag is {bucket_gap_s(gap_bucket(0.03)) * 1e3:.1f} ms, above 25.0 ms"
+    ]  # as exact as a log bucket
+    assert found["loop_lag_s"]["p50"] == pytest.approx(0.001, rel=0.01) and found["loop_lag_s"]["n"] == 100
     assert found["loop_lag_s"]["p99"] is None  # too few for the quantile itself
-    assert found["send_delay_s"]["p90"] == 0.002
-    assert found["coalesced_share"] == 0.25 and found["workers"] == 1
-    assert found["cpu_s"] >= 0 and found["rss_mb"] > 1
+    assert found["send_delay_s"]["p90"] == pytest.approx(0.002)
+    assert found["coalesced_share"] == 0.25 and found["workers"] == 1  # 3 gaps and a first chunk a call
+    assert (found["cpu_s"], found["rss_mb"]) == (1.5, 40.0)
     json.dumps(found, allow_nan=False)
-    empty = Health(lambda: 0.0).report([], 0.0, None)
+    empty = client_part({0: ClientState()}, [])
     assert (empty["verdict"], empty["loop_lag_s"], empty["send_delay_s"]) == ("ok", None, None)
+
+
+def test_the_worst_worker_is_the_verdict_and_is_named() -> None:
+    states = {0: lagging(0.001), 1: lagging(0.001), 2: ClientState(lost_at=12.34)}
+    calls = [sent(0, 0.001, 0.1, {}), sent(1, 0.019, 0.1, {})]
+    found = client_part(states, calls)
+    assert found["verdict"] == "client-limited" and found["reasons"] == ["worker 2: died at 12.3 s"]
+    assert (found["workers"], found["cpu_s"], found["rss_mb"]) == (3, 3.0, 80.0)
+    assert {worker: each["verdict"] for worker, each in found["by_worker"].items()} == {
+        "0": "ok", "1": "strained", "2": "client-limited"
+    }  # fmt: skip
+    assert found["by_worker"]["1"]["send_delay_p99_s"] == pytest.approx(0.019)
+    del states[2]
+    found = client_part(states, calls)
+    assert found["verdict"] == "strained"
+    assert found["reasons"] == ["worker 1: p99 of send delay is 19.0 ms, above 5.0 ms"]
+
+
+def test_a_watch_measures_the_process_it_runs_in() -> None:
+    async def watch_for(seconds: float) -> Health:
+        health, seen = Health(time.monotonic), list[float]()
+        watching = asyncio.ensure_future(health.watch(seen.append))
+        await asyncio.sleep(seconds)
+        watching.cancel()
+        assert sum(health.state.loop_lag.values()) == len(seen) > 0
+        return health
+
+    state = asyncio.run(watch_for(0.2)).look()
+    assert state.cpu_s >= 0 and state.rss_mb > 1

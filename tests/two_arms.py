@@ -35,9 +35,9 @@ def call(
 ) -> Call:
     """`instants`: sent, first token, done. `tokens`: read, cached, written."""
     sent_at, first_at, done_at = instants
-    given: dict[str, Any] = {"kind": "call", "target": "t", "gaps": {-116: 10}} | more
+    given: dict[str, Any] = {"kind": "call", "target": "t", "gaps": {-116: 10}, "due_at": sent_at or 0.0} | more
     return Call(
-        query=0, arm="", call=number, after=list(after), role=role, round=round, due_at=sent_at or 0.0, sent_at=sent_at,
+        query=0, arm="", call=number, after=list(after), role=role, round=round, sent_at=sent_at,
         first_at=first_at, answer_at=first_at, done_at=done_at, input_tokens=tokens[0], cached_tokens=tokens[1],
         output_tokens=tokens[2], **given,
     )  # fmt: skip

@@ -1,0 +1,70 @@
+"""A Run carried out in this process: with its journal flushed, its health watched, and the garbage collector kept quiet."""
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+from fanmark.loadgen.crew import Crew, share
+from fanmark.loadgen.health import Health
+from fanmark.loadgen.records import Journal
+from fanmark.loadgen.run import Run
+from fanmark.loadgen.scenario import Scenario
+from fanmark.loadgen.tally import Tally
+from fanmark.loadgen.target import HttpEndpoint
+
+_OPEN_LOOP_CONNECTIONS, _MOST_CONNECTIONS = 8, 4096
+
+
+async def carry_out(
+    one: Run, tally: Tally, health: Health, journal: Journal, beside: Sequence[Coroutine[Any, Any, None]] = ()
+) -> bool:
+    """The whole schedule, and what goes on beside it until it ends; True when it was not cut short."""
+    with _rare_collections():
+        async with going_on([_flush(journal), health.watch(tally.loop_lag_s.add), *beside]):
+            whole = await one.execute()
+    journal.flush()
+    return whole
+
+
+@asynccontextmanager
+async def going_on(parts: Sequence[Coroutine[Any, Any, None]]) -> AsyncIterator[None]:
+    """What goes on beside a run, until it ends. A failure of one is raised at the end."""
+    tasks = [asyncio.ensure_future(part) for part in parts]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        for ended in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(ended, Exception):
+                raise ended
+
+
+async def _flush(journal: Journal) -> None:
+    while True:
+        await asyncio.sleep(1.0)
+        journal.flush()
+
+
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Keeps the garbage collector from walking all that lives: at 5,000 calls in flight that stops the process for 0.1 s and more, again
+    and again. The young are still collected, often and at little cost."""
+    before = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(20_000, 50, 1_000)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
+
+
+async def open_connections(scenario: Scenario, endpoints: Iterable[HttpEndpoint], crew: Crew) -> None:
+    """Opens what the first calls need before the clock starts: a connection for each user of a closed loop, a few for an open one."""
+    loads = [scenario.load_of(arm) for arm in scenario.arms]
+    count = sum(share(load.concurrency, crew) if load.mode == "closed" else _OPEN_LOOP_CONNECTIONS for load in loads)
+    for endpoint in endpoints:
+        await endpoint.open_ahead(min(count, _MOST_CONNECTIONS))

@@ -1,0 +1,126 @@
+"""What a run's driver and its workers say to each other, over a pair of pipes: a length, then a pickle, of one of the messages below.
+
+Both ends are this program, started by the driver for one run; nothing else ever writes into these pipes.
+"""
+
+import asyncio
+import os
+import pickle
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fanmark.loadgen.health import ClientState
+from fanmark.loadgen.reach import Place
+from fanmark.loadgen.run import Drift
+from fanmark.loadgen.scenario import Scenario
+from fanmark.loadgen.tally import Tally
+
+_HEAD_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Task:
+    """To a worker, first of all: what to run, which share of it, and the folder that its journal goes to."""
+
+    scenario: Scenario
+    place: Place
+    index: int
+    count: int
+    run_id: str
+    out: Path
+
+
+@dataclass(frozen=True)
+class Ready:
+    """From a worker: targets and tools are reached, connections open."""
+
+
+@dataclass(frozen=True)
+class Go:
+    """To the workers: the run's start, on the monotonic clock that the processes of a machine share."""
+
+    origin_s: float
+
+
+@dataclass(frozen=True)
+class Say:
+    """From a worker that has come to a meeting."""
+
+    values: list[float]
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """To the workers, when all have come: an instant, and what all said."""
+
+    at: float
+    said: list[float]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """To the workers: end; the second time, at once."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """From a worker, each second: all its sums so far."""
+
+    number: int
+    tally: Tally
+    state: ClientState
+
+
+@dataclass
+class Ended:
+    """How a run, or a worker's part of one, ended. `whole`: it was not cut short. `states` are by worker."""
+
+    whole: bool
+    drift: Drift
+    states: dict[int, ClientState]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """From a worker that could not start: the error that the driver raises in its place."""
+
+    error: Exception
+
+
+class Link:
+    """One end of the pair of pipes."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.WriteTransport) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    def send(self, message: Any) -> None:
+        """Sends without waiting; to a peer that is gone, nothing."""
+        data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+        if not self._writer.is_closing():
+            self._writer.write(len(data).to_bytes(_HEAD_BYTES, "big") + data)
+
+    async def receive(self) -> Any:
+        """The next message; None when the peer is gone."""
+        try:
+            size = int.from_bytes(await self._reader.readexactly(_HEAD_BYTES), "big")
+            return pickle.loads(await self._reader.readexactly(size))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return None
+
+    async def close(self) -> None:
+        """Waits until all that was sent has been taken, or nobody is there to take it."""
+        while self._writer.get_write_buffer_size() and not self._writer.is_closing():  # noqa: ASYNC110  # a transport tells nobody
+            await asyncio.sleep(0.005)
+        self._writer.close()
+
+
+async def link_to_driver(read_fd: int, write_fd: int) -> Link:
+    """The worker's end, over these file descriptors."""
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(read_fd, "rb", 0))
+    writer, _ = await loop.connect_write_pipe(asyncio.BaseProtocol, os.fdopen(write_fd, "wb", 0))
+    return Link(reader, writer)

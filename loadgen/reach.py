@@ -1,0 +1,125 @@
+"""What a run stands on: its own servers started where the scenario names none, targets and tools connected and measured."""
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+import msgspec
+
+from fanmark.agents.runtime import Topology
+from fanmark.loadgen import embedded
+from fanmark.loadgen.demand import draw_demand
+from fanmark.loadgen.errors import ScenarioError
+from fanmark.loadgen.lengths import Dist
+from fanmark.loadgen.minimums import check_lengths
+from fanmark.loadgen.scenario import Scenario, Target, ToolServer
+from fanmark.loadgen.target import HttpEndpoint, connect
+from fanmark.loadgen.toolset import ToolSet
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where calls and tool calls go; `tool_servers` None: no arm uses tools. `caveats` is what the stub's profile rests on."""
+
+    targets: dict[str, Target]
+    tool_servers: list[ToolServer] | None
+    caveats: list[str]
+    time_scale: float
+
+
+@dataclass(frozen=True)
+class Reached:
+    """All that a process of a run calls, ready to be called."""
+
+    endpoints: dict[str, HttpEndpoint]
+    tools: ToolSet | None
+
+
+async def settle(scenario: Scenario, topologies: Mapping[str, Topology], stack: AsyncExitStack) -> Place:
+    """Starts the servers that the scenario leaves to us; they end with `stack`. Raises ScenarioError, UnreachableError."""
+    time_scale = 1.0 if scenario.targets else scenario.stub.time_scale
+    targets, caveats = dict(scenario.targets), list[str]()
+    if not targets:
+        targets["default"], caveats = await _stub(scenario, stack)
+    servers = None
+    if uses_tools(scenario, topologies):
+        servers = scenario.tools.server or [await _tool_server(scenario, time_scale, stack)]
+    return Place(targets, servers, caveats, time_scale)
+
+
+async def reach(
+    scenario: Scenario,
+    topologies: Mapping[str, Topology],
+    place: Place,
+    now: Callable[[], float],
+    stack: AsyncExitStack,
+) -> Reached:
+    """Connects targets and tools; they are let go with `stack`. Raises FanmarkError where something is wrong: nothing was sent."""
+    tools = None
+    if place.tool_servers is not None:
+        from fanmark.loadgen.lanes.mcp import ToolServers, ToolServerSpec
+
+        specs = [ToolServerSpec(url=server.url, command=server.command) for server in place.tool_servers]
+        servers = await ToolServers.open(specs, scenario.tools.ready_timeout_s)
+        stack.push_async_callback(servers.close)
+        tools = ToolSet(servers, servers.tools, scenario.tools, embedded=not scenario.tools.server)
+    endpoints: dict[str, HttpEndpoint] = {}
+    for name, target in place.targets.items():
+        endpoints[name] = await connect(name, target, now, time_scale=place.time_scale)
+        stack.push_async_callback(endpoints[name].lane.close)
+        if tools is not None:
+            await endpoints[name].expose(tools.schemas, system=scenario.workload.system != 0)
+    next(iter(endpoints.values())).notes += place.caveats
+    check_lengths(scenario, topologies, endpoints)
+    return Reached(endpoints, tools)
+
+
+def uses_tools(scenario: Scenario, topologies: Mapping[str, Topology]) -> bool:
+    """Whether by its closed form an arm calls tools or reads their schemas; an arm without one may."""
+    for arm in scenario.arms:
+        topology = topologies[arm.topology]
+        demand = draw_demand(scenario, arm, topology, 0)
+        form = topology.expected(demand.params, demand) if topology.expected is not None else None
+        if form is None or form.tool_calls or ("tools",) in form.reads:
+            return True
+    return False
+
+
+async def _stub(scenario: Scenario, stack: AsyncExitStack) -> tuple[Target, list[str]]:
+    """The embedded stub as a target, and what its profile rests on."""
+    from fanmark.servers.profiles import load_profile
+
+    stub = scenario.stub
+    try:
+        caveats = load_profile(stub.profile).caveats()
+    except ValueError as e:
+        raise ScenarioError(f"{scenario.source}: [stub] profile = {stub.profile!r}: {e}") from None
+    args = ["--port", "0", "--profile", stub.profile, "--time-scale", str(stub.time_scale)]
+    server = await embedded.start("fanmark.servers.stub", args)
+    stack.push_async_callback(server.close)
+    return Target(url=f"{server.url}/v1", api=stub.api), caveats
+
+
+async def _tool_server(scenario: Scenario, time_scale: float, stack: AsyncExitStack) -> ToolServer:
+    """The embedded MCP server."""
+    args = [
+        "--port",
+        "0",
+        "--latency-s",
+        tool_latency(scenario.tools.latency_s, time_scale),
+        "--seed",
+        str(scenario.seed),
+    ]
+    server = await embedded.start("fanmark.servers.tools", args)
+    stack.push_async_callback(server.close)
+    return ToolServer(url=server.url)
+
+
+def tool_latency(latency_s: float | Dist, time_scale: float) -> str:
+    """The embedded tools' latency in wall seconds, as JSON."""
+    if not isinstance(latency_s, Dist):
+        return str(latency_s * time_scale)
+    times = {name: getattr(latency_s, name) * time_scale for name in ("mean", "min", "max")}
+    given = {"dist": latency_s.dist, "cv": latency_s.cv} | {k: v for k, v in times.items() if v != math.inf}
+    return msgspec.json.encode(given).decode()
