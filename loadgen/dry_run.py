@@ -2,15 +2,17 @@
 
 import asyncio
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from fanmark.agents.runtime import Topology
 from fanmark.loadgen.arrivals import open_loop
+from fanmark.loadgen.claims import held
 from fanmark.loadgen.costs import dollars
 from fanmark.loadgen.demand import draw_demand, expected_tokens
 from fanmark.loadgen.records import Call
 from fanmark.loadgen.scenario import Arm, Scenario
-from fanmark.loadgen.table import columns, number
+from fanmark.loadgen.table import claim_lines, columns, number
 from fanmark.loadgen.walk import walk
 
 _SAMPLE = 200  # queries looked at where a closed loop's duration leaves their number open
@@ -22,7 +24,19 @@ def plan(scenario: Scenario, topologies: Mapping[str, Topology]) -> dict[str, An
     """Per arm: queries, calls, tool_calls, input_tokens, output_tokens, longest_context_tokens, peak_calls_in_flight, seconds, dollars.
     The peak is an upper bound: all queries at once. What cannot be known ahead is None. Warm-up, tools' schemas and the rounding of a real
     tokenizer are not in it; the longest context is that of the first 20 queries."""
-    return {arm.name: _arm(scenario, arm, topologies[arm.topology], i) for i, arm in enumerate(scenario.arms)}
+    found = {arm.name: _arm(scenario, arm, topologies[arm.topology], i) for i, arm in enumerate(scenario.arms)}
+    base = found[scenario.baseline.name]
+    for arm in scenario.arms:
+        found[arm.name]["claim"] = held(arm, partial(_per_query, found[arm.name], base))
+    return found
+
+
+def _per_query(found: Mapping[str, Any], base: Mapping[str, Any], unit: str, resource: str) -> float | None:
+    """A resource of an arm's query, or its ratio to the baseline's ("x"); None where the plan does not know it."""
+    own, against = (arm[resource] / arm["queries"] if arm.get(resource) is not None else None for arm in (found, base))
+    if unit != "x" or own is None:
+        return own
+    return own / against if against else None
 
 
 def _arm(scenario: Scenario, arm: Arm, topology: Topology, place: int) -> dict[str, Any]:
@@ -64,6 +78,7 @@ def _arm(scenario: Scenario, arm: Arm, topology: Topology, place: int) -> dict[s
 
 def lines(planned: Mapping[str, Any]) -> list[str]:
     """The plan as a table."""
-    keys = [key for key in next(iter(planned.values()))]
-    head = ["", *(key.replace("_", " ") for key in keys)]
-    return columns([head, *([name, *(number(arm[key]) for key in keys)] for name, arm in planned.items())])
+    keys = [key for key in next(iter(planned.values())) if key != "claim"]
+    rows = [[key.replace("_", " "), *(number(arm[key]) for arm in planned.values())] for key in keys]
+    claims = claim_lines(planned, "by the closed form")
+    return [*columns([["", *planned], *rows]), *([""] if claims else []), *claims[:-1]]

@@ -143,10 +143,11 @@ class Objective(Table, frozen=True):
 
 
 class Arm(Table, frozen=True):
-    """One topology with its parameters, as one competitor. `params` holds the topology's own keys as written."""
+    """One topology with its parameters, as one competitor. `params` holds the topology's own keys as written, and those of the `preset`."""
 
     name: str
     topology: str
+    preset: str | None = None
     baseline: bool = False
     target: str | None = None
     targets: dict[str, str] = {}

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from fanmark.agents.presets import presets
 from fanmark.agents.runtime import Topology
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.lengths import Dist
@@ -209,6 +210,8 @@ def _check_lengths(scenario: Scenario, source: str) -> None:
 def _arm(raw: dict[str, Any], i: int, source: str, topologies: Mapping[str, Topology]) -> Arm:
     where = f"{source}: arm {raw.get('name', i + 1)!r}"
     known = ", ".join(topologies)
+    if "preset" in raw:
+        raw = _preset(raw, where)
     if "topology" not in raw:
         raise ScenarioError(f"{where}: topology is missing: it must be one of {known}")
     topology = topologies.get(str(raw["topology"]))
@@ -228,6 +231,23 @@ def _arm(raw: dict[str, Any], i: int, source: str, topologies: Mapping[str, Topo
     except ScenarioError as e:
         raise ScenarioError(f"{e}: give the distribution a larger min") from None
     return arm
+
+
+def _preset(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The arm with what its preset gives; its own keys and lengths override."""
+    preset = presets().get(str(raw["preset"]))
+    if preset is None:
+        raise ScenarioError(f"{where}: preset = {show(raw['preset'])}: must be one of {', '.join(presets())}")
+    if raw.get("topology", preset.topology) != preset.topology:
+        raise ScenarioError(
+            f"{where}: topology = {show(raw['topology'])} with preset = {show(preset.name)}: that is a {preset.topology}: "
+            "leave one of the two out"
+        )
+    own = raw.get("workload", {})
+    lengths = (
+        dict(preset.workload) | own if isinstance(own, dict) else own
+    )  # what is no table is for `convert` to refuse
+    return {"topology": preset.topology, **preset.params, **raw, **({"workload": lengths} if lengths else {})}
 
 
 def resolve_params(topology: Topology, given: Mapping[str, Any], where: str, drawn: Callable[[str, Dist], int]) -> Any:

@@ -5,6 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from fanmark.loadgen.claims import held
 from fanmark.loadgen.records import Call, Query, critical_path
 from fanmark.loadgen.retries import waste
 from fanmark.loadgen.scenario import Arm, Load, Objective, Scenario
@@ -93,6 +94,7 @@ def _arm(
         "errors": dict(Counter(call.error for call in calls if call.error not in (None, "cancelled"))),
     }
     found["waste"] = waste(queries)
+    found["claim"] = held(arm, lambda unit, resource: _claimed(found, unit, resource))
     found["failures"] = dict(Counter(query.error for query in queries if query.error is not None).most_common(3))
     own_errors = sum(call.tool_error for call in calls)
     if own_errors:
@@ -104,6 +106,13 @@ def _arm(
         reached = None if share is None else share >= objective.attainment
         found["objective"] = {"attainment": share, "low": low, "high": high, "met": reached}
     return found
+
+
+def _claimed(found: Mapping[str, Any], unit: str, resource: str) -> float | None:
+    """What a claim is held against: the ratio to the baseline, or the mean per query."""
+    part, key = ("amplification", "ratio") if unit == "x" else ("per_query", "mean")
+    entry: dict[str, float] | None = found[part][resource]
+    return entry[key] if entry is not None else None
 
 
 def _good(query: Query, objective: Objective) -> bool:

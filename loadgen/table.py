@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fanmark.loadgen.claims import rows as claim_rows
+
 ROWS = (
     ("calls", "calls"),
     ("tool_calls", "tool calls"),
@@ -62,8 +64,21 @@ def lines(summary: Mapping[str, Any]) -> list[str]:
         "expected (closed form) against measured, per query",
         *columns(_expected_rows(arms)),
         "",
+        *claim_lines(arms, "measured"),
         *_checks(summary),
     ]
+
+
+def claim_lines(arms: Mapping[str, Any], found: str) -> list[str]:
+    """The claims of the arms' presets, and a line for each resource that is known; `found`: what it is known by."""
+    claims = {name: arm["claim"] for name, arm in arms.items() if arm["claim"] is not None}
+    if not claims:
+        return []
+    rows = [row for name, claim in claims.items() for row in claim_rows(name, claim, number)]
+    told = [
+        line for name, claim in claims.items() for line in (f"{name}: {claim['text']}", f"  source: {claim['source']}")
+    ]
+    return ["claims under test", *told, *columns([("", "claimed", found, ""), *rows]), ""]
 
 
 def _ticks(validity: Mapping[str, Any]) -> list[str]:

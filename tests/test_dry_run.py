@@ -122,10 +122,28 @@ def test_every_topology_can_be_planned(name: str) -> None:
 
 def test_the_plan_as_a_table() -> None:
     assert lines(plan(scenario(TEN, SINGLE, DEBATE), TABLE)) == [
-        "        queries  calls  tool calls  input tokens  output tokens  longest context tokens  peak calls in flight  seconds"
-        "  dollars",
-        "single       10     10           0         5,000          2,000                     700                    10     4.50"
-        "        -",
-        "debate       10     90           0        88,600         19,000                   1,640                    40     4.75"
-        "        -",
+        "                        single  debate",
+        "queries                     10      10",
+        "calls                       10      90",
+        "tool calls                   0       0",
+        "input tokens             5,000  88,600",
+        "output tokens            2,000  19,000",
+        "longest context tokens     700   1,640",
+        "peak calls in flight        10      40",
+        "seconds                   4.50    4.75",
+        "dollars                      -       -",
     ]
+
+
+def test_a_claim_stands_beside_the_closed_forms() -> None:
+    arms = [SINGLE, {"name": "panel", "preset": "grok-4"}]
+    found = plan(scenario(TEN, *arms), TABLE)
+    assert found["single"]["claim"] is None
+    claim = found["panel"]["claim"]
+    assert (claim["unit"], claim["low"], claim["high"]) == ("x", 1.5, 2.5)
+    # 10 calls; plan, 4 turns, 4 turns, conclusion in: 540 + 4 x 670 + 4 x 1110 + 1090; 150 + 8 x 100 + 300 out
+    known = {"calls": 10.0, "input_tokens": 8750 / 500, "output_tokens": 1250 / 200}
+    assert {name: at["value"] for name, at in claim["measured"].items() if at["value"] is not None} == known
+    assert {at["is"] for at in claim["measured"].values()} == {"above", None}
+    text = "\n".join(lines(found))
+    assert "panel calls          1.50 to 2.50x                 10x  above" in text
