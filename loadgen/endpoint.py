@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import msgspec
 
 from fanmark.agents.runtime import Author
+from fanmark.loadgen.counters import Reading
 from fanmark.loadgen.lanes.http import HttpError, Sent
 from fanmark.loadgen.lanes.sse import Reply
 from fanmark.loadgen.prompts import ChatPrompts, Part, Prompts
@@ -57,8 +58,8 @@ class Endpoint(ABC):
         """What the schemas of `tools` add to a chat prompt, one with a system message or without; None where it is not known."""
 
     @abstractmethod
-    async def counters(self) -> dict[str, float] | None:
-        """The server's own token counters (vLLM's names), summed over labels; None if it exposes none."""
+    async def reading(self, timeout_s: float = 10.0) -> Reading | None:
+        """What the target's servers say of themselves; None if they do not."""
 
     async def expose(self, tools: Sequence[dict[str, Any]], *, system: bool) -> None:
         """Takes the tools' schemas (OpenAI's form) that stand in a tool user's prompts, and measures what they add to a prompt."""

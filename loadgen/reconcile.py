@@ -4,17 +4,27 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fanmark.loadgen.counters import LATENESS
 from fanmark.loadgen.records import Call
 
-# counter of vLLM -> the client's sum that must equal it
+# the server's counter (counters.py) -> the field of the calls whose sum must equal it
 _PAIRS = {
     "prompt_tokens": "input_tokens",
     "generation_tokens": "output_tokens",
     "prompt_tokens_cached": "cached_tokens",
     "request_success": None,
 }
-
-LATENESS = "fanmark_stub_step_lateness_seconds"  # of our stub: how late its steps' results went out, a histogram
+_FINISHES = {
+    "stop": "stop",
+    "tool_calls": "stop",
+    "length": "length",
+}  # what a client is told -> what the engine counts
+_SAID = {
+    "request_success": "requests",
+    "prompt_tokens": "prompt tokens",
+    "generation_tokens": "output tokens",
+    "prompt_tokens_cached": "cached tokens",
+}
 _LATE_SHARE = 0.03
 # how a call ends that the server may have worked on; one that it refused (4xx, 429) or never got is in nobody's sums
 _UNHEARD = ("timeout", "http_5xx", "stream_cut", "bad_reply", "cancelled")
@@ -52,35 +62,77 @@ def client_sums(calls: Sequence[Call]) -> dict[str, int | None]:
             values = [v if v is None else v * call.samples for v, call in zip(values, ended, strict=True)]
         unheard = None in values or (counter == "prompt_tokens_cached" and any(call.samples > 1 for call in ended))
         sums[counter] = None if unheard else sum(values)
-    return sums
+    told = [
+        _FINISHES.get(call.finish or "") if call.samples == 1 else None for call in ended
+    ]  # a reply tells one finish
+    for reason in ("stop", "length"):
+        sums[f"request_success_{reason}"] = None if None in told else told.count(reason)
+    sums["request_success_abort"] = None if _unheard(calls) else 0
+    return sums | {"preemptions": None}
+
+
+def _unheard(calls: Sequence[Call]) -> list[Call]:
+    return [c for c in calls if c.kind == "call" and c.error in _UNHEARD and c.sent_at is not None]
 
 
 def reconcile(
     before: Mapping[str, float] | None, after: Mapping[str, float] | None, calls: Sequence[Call]
 ) -> dict[str, Any]:
-    """`server` of summary.json for one target. `reconciled` is None where the server exposes no counters or a call ended unheard;
-    `alone` is False when the server did more than this client asked for."""
+    """`server` of summary.json for one target. `reconciled` is None where the server exposes no counters, or where calls that ended unheard
+    may explain what it counted beyond those that were heard; `alone` is False when it did more than this client can have asked for."""
     if before is None or after is None:
-        return {"reconciled": None, "alone": None, "reason": "the target exposes no counters"}
+        return _verdict(None, None, "the target exposes no counters")
     sums = client_sums(calls)
-    found: dict[str, Any] = {}
+    pairs: dict[str, Any] = {}
     for counter, mine in sums.items():
-        if counter not in after:
-            continue
-        theirs = after[counter] - before.get(counter, 0.0)
-        off = None if mine is None else 0.0 if theirs == mine else 100.0 * (theirs - mine) / max(mine, 1)
-        found[counter] = {"client": mine, "server": theirs, "off_pct": off}
-    unheard = sum(call.error in _UNHEARD for call in calls if call.kind == "call" and call.sent_at is not None)
-    offs = [pair["off_pct"] for pair in found.values() if pair["off_pct"] is not None]
-    if not offs:
-        return {"reconciled": None, "alone": None, "reason": "no counter to compare", **found}
-    more = any(off > 0 for off in offs)
-    if unheard:
-        reason = f"{unheard} calls ended without the server's count"
-        return {"reconciled": None, "alone": None if more else True, "reason": reason, **found}
+        if counter in after:
+            theirs = after[counter] - before.get(counter, 0.0)
+            off = None if mine is None else 0.0 if theirs == mine else 100.0 * (theirs - mine) / max(mine, 1)
+            pairs[counter] = {"client": mine, "server": theirs, "off_pct": off}
+    apart = {name: pair["server"] - pair["client"] for name, pair in pairs.items() if pair["off_pct"] is not None}
+    if not apart:
+        return _verdict(None, None, "no counter to compare") | pairs
+    if any(pair["server"] < 0 for pair in pairs.values()):
+        return _verdict(None, None, "the server's counters went back: it was started anew during the run") | pairs
+    return _judge(apart, sums, _unheard(calls)) | pairs
+
+
+def _judge(apart: Mapping[str, float], sums: Mapping[str, int | None], unheard: Sequence[Call]) -> dict[str, Any]:
+    """`apart` is how much more the server counted than this client did."""
+    most = sum(call.samples for call in unheard)  # so many requests may be this client's though it was told of none
+    requests = apart.get("request_success")
+    more = _amounts({name: n for name, n in apart.items() if n > 0})
+    less = _amounts({name: -n for name, n in apart.items() if n < 0})
+    strange = any(apart.get(name, 0.0) > 0 for name in ("request_success", "prompt_tokens", "generation_tokens"))
+    if (requests or 0.0) > most or (strange and not unheard):
+        who = "somebody else uses the server" if requests != 0 else "somebody else's, or the server counts otherwise"
+        bound = f", of which {most} may be calls that ended unheard" if most else ""
+        reason = f"{more} more than this client sent{bound}: {who}"
+        return _verdict(False, False, f"{reason}; and {less} less" if less else reason, reason)
+    alone = "the server did no more than this client asked for"
+    if less or (more and not strange and not unheard):
+        said = f"the server counted {f'{less} less' if less else f'{more} more'} than this client"
+        return _verdict(False, None if strange else True, said, said if strange else alone)
+    if more:
+        ended = f"{len(unheard)} call{'s' * (len(unheard) > 1)}"
+        return _verdict(None, None, f"the server counted {more} more: {ended} ended unheard")
+    wrong = [name for name, n in apart.items() if n and name not in _SAID and not unheard]
+    if wrong:
+        return _verdict(False, True, f"{', '.join(wrong)} differ", alone)
     if sums["prompt_tokens"] is None or sums["generation_tokens"] is None:
-        reason = "calls came back without usage"
-        return {"reconciled": None, "alone": None if more else True, "reason": reason, **found}
-    wrong = [name for name, pair in found.items() if pair["off_pct"]]
-    reason = f"{', '.join(wrong)} differ" if wrong else f"{len(offs)} counters equal"
-    return {"reconciled": not wrong, "alone": not more, "reason": reason, **found}
+        return _verdict(None, True, "calls came back without usage", alone)
+    return _verdict(True, True, f"{len(apart)} counters equal", alone)
+
+
+def _amounts(amounts: Mapping[str, float]) -> str:
+    """`3 requests, 1,200 prompt tokens and 60 output tokens`, requests first."""
+    parts = [
+        f"{amounts[name]:,.0f} {said.removesuffix('s' * (amounts[name] == 1))}"
+        for name, said in _SAID.items()
+        if name in amounts
+    ]
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def _verdict(reconciled: bool | None, alone: bool | None, reason: str, alone_reason: str = "") -> dict[str, Any]:
+    return {"reconciled": reconciled, "alone": alone, "reason": reason, "alone_reason": alone_reason or reason}

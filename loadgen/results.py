@@ -36,7 +36,7 @@ def assemble(
     ticked = {
         key: None if any(p[key] is None for p in parts) else all(p[key] for p in parts)
         for key in ("reconciled", "alone")
-    } | {"reason": "; ".join(p["reason"] for p in parts)}
+    } | {said: "; ".join(p[said] for p in parts) for said in ("reason", "alone_reason")}
     targets = {
         name: {"url": e.config.url, "model": e.model, "server": e.server, "lane": e.lane.name}
         for name, e in endpoints.items()

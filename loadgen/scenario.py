@@ -27,9 +27,10 @@ class Prices(Table, frozen=True):
 
 class Target(Table, frozen=True):
     """An inference endpoint. `model` None: the first that /v1/models lists. `params` pass through unchanged. `lane` "auto": the fast lane
-    for plain http:// without a proxy, on systems that have it, else aiohttp; "openai": the SDK that applications use, slow. A call that ends
-    with 429, 503 or no connection is sent again at most `retries` times: after the server's Retry-After, else after `retry_backoff_s`,
-    doubled each time. `call_timeout_s` is for each attempt."""
+    for plain http:// without a proxy, on systems that have it, else aiohttp; "openai": the SDK that applications use, slow. A call that
+    ends with 429, 503 or no connection is sent again at most `retries` times: after the server's Retry-After, else after
+    `retry_backoff_s`, doubled each time. `call_timeout_s` is for each attempt. `metrics_urls`: where all its servers tell of themselves;
+    left out: /metrics beside the url."""
 
     url: str
     model: str | None = None
@@ -38,6 +39,7 @@ class Target(Table, frozen=True):
     lane: Literal["auto", "fast", "aiohttp", "openai"] = "auto"
     params: dict[str, Any] = {}
     headers: dict[str, str] = {}
+    metrics_urls: list[str] = []
     ca_file: str | None = None
     insecure: bool = False
     proxy: str | None = None

@@ -95,6 +95,7 @@ def check(raw: Mapping[str, Any], source: str, topologies: Mapping[str, Topology
                 f'{source}: {_target_key(name)} lane = "fast" with {carries}: it carries plain http:// without a proxy: '
                 'use "auto" or "aiohttp"'
             )
+        _check_metrics_urls(target, f"{source}: {_target_key(name)}")
     _check_tools(file.tools, source)
     arms = [_arm(raw_arm, i, source, topologies) for i, raw_arm in enumerate(file.arm)]
     _check_arms(arms, targets, source)
@@ -161,6 +162,17 @@ def _arrivals(given: str | list[float], source: str) -> list[float]:
     if not times:
         raise ScenarioError(f"{where}: is empty: give one start time (s) a line")
     return sorted(times)
+
+
+def _check_metrics_urls(target: Target, where: str) -> None:
+    for url in target.metrics_urls:
+        if not re.match(r"https?://[^/\s]+", url):
+            raise ScenarioError(f"{where} metrics_urls: {show(url)}: must be http://HOST:PORT/metrics or https://...")
+        plain = target.url.startswith("http://") and target.proxy is None
+        if url.startswith("https://") and plain and target.lane != "aiohttp":
+            raise ScenarioError(
+                f'{where} metrics_urls: {show(url)}: the fast lane carries plain http:// only: say lane = "aiohttp"'
+            )
 
 
 def _check_tools(tools: Tools, source: str) -> None:

@@ -1,7 +1,6 @@
 """One `fanmark run` from start to end: servers up, target measured, schedule run, results written, servers down."""
 
 import asyncio
-import math
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
@@ -15,9 +14,8 @@ from typing import Any, TextIO
 import msgspec
 
 from fanmark.agents.runtime import Topology
-from fanmark.loadgen import reconcile
+from fanmark.loadgen import server_side
 from fanmark.loadgen.crew import Alone
-from fanmark.loadgen.endpoint import Endpoint
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.execute import carry_out, going_on, open_connections
 from fanmark.loadgen.health import Health, client_part
@@ -25,15 +23,13 @@ from fanmark.loadgen.link import Ended
 from fanmark.loadgen.live import Progress
 from fanmark.loadgen.metrics import serve
 from fanmark.loadgen.reach import Reached, reach, settle
-from fanmark.loadgen.records import Journal, Query, read_queries
+from fanmark.loadgen.records import Journal, read_queries
 from fanmark.loadgen.results import assemble
 from fanmark.loadgen.run import Run
 from fanmark.loadgen.run_clock import RunClock
 from fanmark.loadgen.scenario import Scenario, resolved
 from fanmark.loadgen.tally import Tally
 from fanmark.loadgen.workers import Workers
-
-_COUNTERS_SETTLE_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,7 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
         tally = Tally({arm.name: arm.topology for arm in scenario.arms}, scenario.baseline.name)
         port, stop_metrics = serve(tally, options.metrics_port)
         stack.callback(stop_metrics)
-        before = {name: await endpoint.counters() for name, endpoint in endpoints.items()}
+        before = await server_side.read_all(endpoints)
         journal = open_folder(options.out, scenario)
         stack.callback(journal.close)
         if options.progress is not None:
@@ -85,12 +81,13 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
         seconds = clock.now()
         journal.flush()
         queries = read_queries(options.out)
-        server = await _reconciled(endpoints, before, queries)
+        server = await server_side.reconciled(endpoints, before, queries)
         if any(state.lost_at is not None for state in ended.states.values()):
             parts = [server] if "reconciled" in server else list(server.values())
             for part in parts:
-                part |= {"reconciled": None, "alone": None, "reason": "a worker died with calls under way"}
-        stub = await _stub_on_time(endpoints, before, queries, place.time_scale)
+                reason = "a worker died with calls under way"
+                part |= {"reconciled": None, "alone": None, "reason": reason, "alone_reason": reason}
+        stub = await server_side.stub_on_time(endpoints, before, queries, place.time_scale)
     run_part = _run_part(scenario, options, started, seconds, place.time_scale)
     found = assemble(
         scenario, queries, endpoints, server, partial(client_part, ended.states), ended.drift, run_part, stub,
@@ -117,9 +114,6 @@ def _run_part(
         "clock": "real",
         "time_scale": time_scale,
     }
-
-
-Counters = dict[str, dict[str, float] | None]  # of the servers, by target; None where one has none
 
 
 async def _alone(
@@ -204,33 +198,3 @@ async def _signals(ask: Callable[[], None]) -> AsyncIterator[None]:
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
-
-
-async def _reconciled(endpoints: Mapping[str, Endpoint], before: Counters, queries: Sequence[Query]) -> dict[str, Any]:
-    """`server` of summary.json; by target where there are several. Counters get a moment to catch up with the last reply."""
-    parts: dict[str, Any] = {}
-    for name, endpoint in endpoints.items():
-        calls = [call for query in queries for call in query.calls if call.target == name]
-        give_up_at = time.monotonic() + _COUNTERS_SETTLE_S
-        while True:
-            parts[name] = reconcile.reconcile(before[name], await endpoint.counters(), calls)
-            if parts[name]["reconciled"] is not False or time.monotonic() > give_up_at:
-                break
-            await asyncio.sleep(0.1)
-    return parts[next(iter(parts))] if len(parts) == 1 else parts
-
-
-async def _stub_on_time(
-    endpoints: Mapping[str, Endpoint],
-    before: Counters,
-    queries: Sequence[Query],
-    time_scale: float,
-) -> tuple[bool, str] | None:
-    """The worst of the stubs among the targets, None where there is none."""
-    found = []
-    for name, endpoint in endpoints.items():
-        seconds = [c.seconds * time_scale for q in queries for c in q.calls if c.target == name and c.error is None]
-        if seconds:
-            mean_s = math.fsum(seconds) / len(seconds)
-            found.append(reconcile.stub_on_time(before[name], await endpoint.counters(), mean_s, time_scale))
-    return min((each for each in found if each is not None), default=None)

@@ -16,8 +16,8 @@ from typing import Any
 import msgspec
 
 from fanmark.agents.runtime import Topology
-from fanmark.loadgen import reconcile
 from fanmark.loadgen.clock import run_virtually
+from fanmark.loadgen.counters import Reading
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.lanes.virtual import VirtualEndpoint
 from fanmark.loadgen.lanes.virtual_tools import VirtualTools
@@ -27,6 +27,7 @@ from fanmark.loadgen.records import Call, read_queries
 from fanmark.loadgen.results import assemble
 from fanmark.loadgen.run import Run
 from fanmark.loadgen.scenario import Scenario, Target
+from fanmark.loadgen.server_side import account
 from fanmark.loadgen.session import Result, open_folder
 from fanmark.loadgen.tally import Tally
 from fanmark.loadgen.toolset import ToolSet
@@ -108,8 +109,7 @@ async def _simulate(
     queries = read_queries(options.out)
     server: dict[str, Any] = {}
     for name, endpoint in endpoints.items():
-        calls = [call for query in queries for call in query.calls if call.target == name]
-        server[name] = reconcile.reconcile({}, await endpoint.counters(), calls) | endpoint.work()
+        server[name] = account(name, Reading("", {}), await endpoint.reading(), queries) | endpoint.work()
     run_part = {
         "name": scenario.name,
         "id": run_id,

@@ -266,7 +266,7 @@ def validity(
     ticks: dict[str, tuple[bool | None, str]] = {
         "counted": _counted(arms),
         "reconciled": (server.get("reconciled"), server.get("reason", "")),
-        "alone": (server.get("alone"), server.get("reason", "")),
+        "alone": (server.get("alone"), server.get("alone_reason", server.get("reason", ""))),
         "steady": (None, "all queries are counted, no window is set"),
         "uncontaminated": _uncontaminated(unexplained_tokens),
         "client_ok": (

@@ -141,17 +141,7 @@ def _checks(summary: Mapping[str, Any]) -> list[str]:
     found = [_client(summary["client"])]
     servers = summary["server"]
     for name, server in servers.items() if "reconciled" not in servers else [("server", servers)]:
-        pairs = [
-            f"{counter} {number(pair['client'])} = {number(pair['server'])}"
-            if pair["off_pct"] == 0
-            else f"{counter} {number(pair['client'])} != {number(pair['server'])}"
-            for counter, pair in server.items()
-            if isinstance(pair, dict) and pair["client"] is not None
-        ]
-        found.append(f"{name:<8} {', '.join(pairs) or server['reason']}")
-        if "engine_busy_s" in server:
-            joules = "" if server["engine_joules"] is None else f", {number(server['engine_joules'])} J"
-            found.append(f"{'':<8} engine busy {number(server['engine_busy_s'])} s{joules}")
+        found += _server(name, server)
     for name, arm in summary["arms"].items():
         queries = arm["queries"]
         if queries["failed"] or queries["abandoned"] or arm["errors"]:
@@ -174,6 +164,26 @@ def _checks(summary: Mapping[str, Any]) -> list[str]:
             word = "met" if arm["objective"]["met"] else "missed"
             found.append(f"{name:<8} objective {word}: {arm['objective']['attainment']:.1%} in time")
     return found + [f"note     {note}" for note in summary["notes"]]
+
+
+def _server(name: str, server: Mapping[str, Any]) -> list[str]:
+    """The counters that could be compared (finishes only where they differ), what is told beside them, and the KV turnover."""
+    pairs = []
+    for counter, pair in server.items():
+        if isinstance(pair, dict) and pair["client"] is not None and (pair["off_pct"] or "success_" not in counter):
+            sign = "=" if pair["off_pct"] == 0 else "!="
+            pairs.append(f"{counter} {number(pair['client'])} {sign} {number(pair['server'])}")
+    alone = (name for name in ("preemptions", "request_success_abort") if server.get(name, {}).get("client", 0) is None)
+    pairs += [f"{name} {number(server[name]['server'])}" for name in alone if server[name]["server"]]
+    found = [f"{name:<8} {', '.join(pairs) or server['reason']}"]
+    if server.get("kv_turnover") is not None:
+        written, capacity = number(server["kv_written_tokens"]), number(server["kv_capacity_tokens"])
+        bound = ": the hit rate is an upper bound" if server["kv_turnover"] < 1 else ""
+        found.append(f"{'':<8} KV written {written} of {capacity} tokens ({server['kv_turnover']:.2f}x){bound}")
+    if "engine_busy_s" in server:
+        joules = "" if server["engine_joules"] is None else f", {number(server['engine_joules'])} J"
+        found.append(f"{'':<8} engine busy {number(server['engine_busy_s'])} s{joules}")
+    return found
 
 
 def _client(client: Mapping[str, Any]) -> str:

@@ -5,16 +5,17 @@ import os
 import ssl
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
+from urllib.parse import urlsplit
 
 import msgspec
 
+from fanmark.loadgen.counters import MetricsOf, Reading
 from fanmark.loadgen.endpoint import Endpoint
 from fanmark.loadgen.errors import CallError, ScenarioError, UnreachableError
 from fanmark.loadgen.lanes import fast
 from fanmark.loadgen.lanes.http import HttpLane, Sent
 from fanmark.loadgen.lanes.sse import Reply
 from fanmark.loadgen.prompts import ChatPrompts, TokenPrompts, measure_template
-from fanmark.loadgen.reconcile import LATENESS
 from fanmark.loadgen.scenario import Target
 from fanmark.loadgen.tokenizers import LocalTokenizer, RemoteTokenizer, one_token_words
 from fanmark.servers.tokenizer import Tokenizer as StubTokenizer
@@ -37,6 +38,9 @@ class HttpEndpoint(Endpoint):
         self._lane = lane
         self._headers = {**headers, "Content-Type": "application/json"}
         self._tokenizer: RemoteTokenizer | None = None
+        self._metrics = MetricsOf(
+            config.metrics_urls or [f"{self.root}/metrics"], self._scrape, guessed=not config.metrics_urls
+        )
 
     @property
     def lane(self) -> AnyLane:
@@ -94,30 +98,13 @@ class HttpEndpoint(Endpoint):
             sent=sent,
         )
 
-    async def counters(self) -> dict[str, float] | None:
-        """The server's own token counters (vLLM's names), summed over labels; None if it exposes none."""
-        try:
-            status, text = await self.lane.get(f"{self.root}/metrics", self._headers)
-        except CallError:
-            return None
-        return parse_counters(text.decode(errors="replace")) if status == 200 else None
+    async def reading(self, timeout_s: float = 10.0) -> Reading | None:
+        return await self._metrics.read(timeout_s)
 
-
-def parse_counters(text: str) -> dict[str, float] | None:
-    """Sums of every `vllm:..._total` counter over its labels, by name without prefix and suffix, and the stub's lateness by upper bound;
-    None if there is none."""
-    found: dict[str, float] = {}
-    for line in text.splitlines():
-        series, _, value = line.rpartition(" ")
-        name, _, labels = series.partition("{")
-        if name.startswith("vllm:") and name.endswith("_total"):
-            key = name.removeprefix("vllm:").removesuffix("_total")
-        elif name == f"{LATENESS}_bucket":
-            key = f"{LATENESS} {labels.partition('le=')[2][1:-2]}"
-        else:
-            continue
-        found[key] = found.get(key, 0.0) + float(value)
-    return found or None
+    async def _scrape(self, url: str, timeout_s: float) -> tuple[int, bytes]:
+        """A GET of metrics. The key goes to the target's own address only."""
+        own = urlsplit(url)[:2] == urlsplit(self.config.url)[:2]
+        return await self.lane.get(url, self._headers if own else {}, timeout_s=timeout_s)
 
 
 async def connect(

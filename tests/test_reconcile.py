@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from fanmark.loadgen.cache_account import cache_account
 from fanmark.loadgen.reconcile import client_sums, reconcile
 from fanmark.loadgen.records import Call
 
@@ -36,21 +37,59 @@ CASES: dict[str, tuple[Any, Any, list[Call], bool | None, bool | None, str]] = {
     "a counter that this server lacks is not compared": (
         BEFORE, without(AFTER, "prompt_tokens_cached"), TWO, True, True, "3 counters equal"),
     "another client's prompt": (
-        BEFORE, {**AFTER, "prompt_tokens": 1151.0}, TWO, False, False, "prompt_tokens differ"),
+        BEFORE, {**AFTER, "prompt_tokens": 1151.0}, TWO, False, False,
+        "1 prompt token more than this client sent: somebody else's, or the server counts otherwise"),
     "another client's call": (BEFORE, {**AFTER, "request_success": 10.0, "generation_tokens": 540.0}, TWO, False, False,
-     "generation_tokens, request_success differ"),
+     "1 request and 10 output tokens more than this client sent: somebody else uses the server"),
+    "another client's calls": (
+        BEFORE, {"prompt_tokens": 2350.0, "generation_tokens": 590.0, "prompt_tokens_cached": 128.0,
+                 "request_success": 12.0}, TWO, False, False,
+        "3 requests, 1,200 prompt tokens, 60 output tokens and 64 cached tokens more than this client sent: "
+        "somebody else uses the server"),
+    "another client's call, and a counter that lags": (
+        BEFORE, {**AFTER, "request_success": 10.0, "generation_tokens": 529.0}, TWO, False, False,
+        "1 request more than this client sent: somebody else uses the server; and 1 output token less"),
     "a server that counted less did no other's work": (
-        BEFORE, {**AFTER, "generation_tokens": 529.0}, TWO, False, True, "generation_tokens differ"),
+        BEFORE, {**AFTER, "generation_tokens": 529.0}, TWO, False, True,
+        "the server counted 1 output token less than this client"),
+    "cached tokens alone are nobody's call": (
+        BEFORE, {**AFTER, "prompt_tokens_cached": 80.0}, TWO, False, True,
+        "the server counted 16 cached tokens more than this client"),
+    "finishes of another kind": (
+        {**BEFORE, "request_success_length": 1.0, "request_success_stop": 6.0},
+        {**AFTER, "request_success_length": 2.0, "request_success_stop": 7.0},
+        [call(finish="length"), call((50, 0, 10), finish="length")], False, True,
+        "request_success_stop, request_success_length differ"),
+    "finishes as they were told": (
+        {**BEFORE, "request_success_length": 1.0, "request_success_stop": 6.0},
+        {**AFTER, "request_success_length": 2.0, "request_success_stop": 7.0},
+        [call(finish="length"), call((50, 0, 10), finish="tool_calls")], True, True, "6 counters equal"),
+    "preemptions make no difference": (
+        {**BEFORE, "preemptions": 0.0}, {**AFTER, "preemptions": 3.0}, TWO, True, True, "4 counters equal"),
+    "a server that was started anew": (
+        {**BEFORE, "preemptions": 9.0}, {**AFTER, "preemptions": 3.0}, TWO, None, None,
+        "the server's counters went back: it was started anew during the run"),
     "usage without cached tokens leaves that counter out": (
         BEFORE, AFTER, [call((100, None, 20)), call((50, None, 10))], True, True, "3 counters equal"),
     "usage that never came leaves nothing to hold the tokens against": (
         BEFORE, AFTER, [call((None, None, None))] * 2, None, True, "calls came back without usage"),
+    "usage that never came does not hide another's call": (
+        BEFORE, {**AFTER, "request_success": 10.0}, [call((None, None, None))] * 2, False, False,
+        "1 request more than this client sent: somebody else uses the server"),
     "a call that was cut off is the server's to count": (
         BEFORE, {**AFTER, "prompt_tokens": 1250.0, "request_success": 10.0},
-        [*TWO, call((None, None, None), "stream_cut")], None, None, "1 calls ended without the server's count"),
+        [*TWO, call((None, None, None), "stream_cut")], None, None,
+        "the server counted 1 request and 100 prompt tokens more: 1 call ended unheard"),
+    "calls that were cut off bound what the server may count": (
+        BEFORE, {**AFTER, "prompt_tokens": 1250.0, "request_success": 12.0},
+        [*TWO, call((None, None, None), "stream_cut"), call((None, None, None), "cancelled")], False, False,
+        "3 requests and 100 prompt tokens more than this client sent, of which 2 may be calls that ended unheard: "
+        "somebody else uses the server"),
     "a call that was cut off before the server counted it": (
-        BEFORE, AFTER, [*TWO, call((None, None, None), "timeout")], None, True,
-        "1 calls ended without the server's count"),
+        BEFORE, AFTER, [*TWO, call((None, None, None), "timeout")], True, True, "4 counters equal"),
+    "what was heard must be counted, whatever was not": (
+        BEFORE, {**AFTER, "generation_tokens": 529.0}, [*TWO, call((None, None, None), "timeout")], False, True,
+        "the server counted 1 output token less than this client"),
     "a call that was never sent": (
         BEFORE, AFTER, [*TWO, call((None, None, None), "connect", sent_at=None)], True, True, "4 counters equal"),
     "a tool call that failed": (
@@ -59,7 +98,8 @@ CASES: dict[str, tuple[Any, Any, list[Call], bool | None, bool | None, str]] = {
     "nothing was sent and nothing counted": (BEFORE, BEFORE, [], True, True, "4 counters equal"),
     "nothing was sent and yet it counted": (
         BEFORE, AFTER, [], False, False,
-        "prompt_tokens, generation_tokens, prompt_tokens_cached, request_success differ"),
+        "2 requests, 150 prompt tokens, 30 output tokens and 64 cached tokens more than this client sent: "
+        "somebody else uses the server"),
 }  # fmt: skip
 
 
@@ -80,20 +120,56 @@ def test_both_sides_of_a_counter_stand_in_the_summary() -> None:
 
 
 def test_the_clients_sums_are_of_calls_that_ended_well() -> None:
-    calls = [*TWO, call((7, 7, 7), "stream_cut")]
+    calls = [call(finish="length"), call((50, 0, 10), finish="stop"), call((7, 7, 7), "stream_cut")]
     assert client_sums(calls) == {
         "prompt_tokens": 150,
         "generation_tokens": 30,
         "prompt_tokens_cached": 64,
         "request_success": 2,
+        "request_success_stop": 1,
+        "request_success_length": 1,
+        "request_success_abort": None,  # the server may have noticed that its client was gone
+        "preemptions": None,
     }
 
 
 def test_a_call_with_several_samples_is_so_many_of_the_servers() -> None:
     # usage tells the prompt once, and all that was written
-    assert client_sums([call((100, 0, 60), samples=3), call()]) == {
+    assert client_sums([call((100, 0, 60), samples=3, finish="stop"), call(finish="stop")]) == {
         "prompt_tokens": 400,
         "generation_tokens": 80,
         "prompt_tokens_cached": None,  # the second sample may have read the first one's prompt from the cache
         "request_success": 4,
+        "request_success_stop": None,  # the reply tells how one of its samples ended
+        "request_success_length": None,
+        "request_success_abort": 0,
+        "preemptions": None,
     }
+
+
+ACCOUNT = {"prompt_tokens": 1000.0, "generation_tokens": 200.0, "prompt_tokens_cached": 600.0}
+
+
+@pytest.mark.parametrize(
+    ("after", "written", "turnover", "cached"),
+    [
+        (ACCOUNT | {"kv_capacity_tokens": 1200.0}, 600.0, 0.5, 150.0),
+        (ACCOUNT, 600.0, None, 150.0),  # a capacity that nobody tells
+        (without(ACCOUNT, "prompt_tokens_cached") | {"prefix_cache_hits": 500.0}, 700.0, None, 125.0),
+        (without(ACCOUNT, "prompt_tokens_cached"), 1136.0, None, None),  # by what the calls tell: one, with 64
+        (None, None, None, None),
+    ],
+)
+def test_kv_turnover_and_the_servers_own_mean(
+    after: Any, written: float | None, turnover: float | None, cached: float | None
+) -> None:
+    before = {"prompt_tokens": 0.0, "kv_capacity_tokens": 1200.0}
+    found = cache_account(before, after, [call()], queries=4)
+    assert (found["kv_written_tokens"], found["kv_turnover"]) == (written, turnover)
+    assert found["cached_tokens_per_query"] == cached
+
+
+def test_no_cached_tokens_at_all_are_unknown_and_not_none() -> None:
+    after = without(ACCOUNT, "prompt_tokens_cached")
+    found = cache_account({}, after, [call((100, None, 20))], queries=1)
+    assert (found["kv_written_tokens"], found["cached_tokens_per_query"]) == (None, None)

@@ -173,6 +173,14 @@ FILE_MISTAKES = {
         f'{TARGET}lane = "fast"\nproxy = "http://p"',
         'f.toml: [target] lane = "fast" with proxy = "http://p": it carries plain http:// without a proxy: use "auto" or "aiohttp"',
     ),
+    "metrics of no server": (
+        f'{TARGET}metrics_urls = ["h:9090"]',
+        'f.toml: [target] metrics_urls: "h:9090": must be http://HOST:PORT/metrics or https://...',
+    ),
+    "metrics by TLS beside plain calls": (
+        f'{TARGET}metrics_urls = ["http://a/metrics", "https://b/metrics"]',
+        'f.toml: [target] metrics_urls: "https://b/metrics": the fast lane carries plain http:// only: say lane = "aiohttp"',
+    ),
     "a wrong API of a named target": (
         '[targets.big]\nurl = "http://h/v1"\napi = "responses"',
         'f.toml: [targets.big] api = "responses": must be one of "chat", "completions"',

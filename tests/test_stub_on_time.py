@@ -2,17 +2,17 @@
 
 import pytest
 
-from fanmark.loadgen.reconcile import LATENESS, stub_on_time
-from fanmark.loadgen.target import parse_counters
+from fanmark.loadgen.counters import LATENESS, parse
+from fanmark.loadgen.reconcile import stub_on_time
 
 
 def counters(*counts: float) -> dict[str, float]:
     """Cumulative counts at 0.01 s, 0.1 s and without bound, as a scrape gives them."""
     bounds = ("0.01", "0.1", "+Inf")
     text = "".join(f'{LATENESS}_bucket{{le="{b}"}} {c}\n' for b, c in zip(bounds, counts, strict=True))
-    found = parse_counters(f'vllm:prompt_tokens_total{{engine="0"}} 7\n{text}')
-    assert found is not None and found["prompt_tokens"] == 7
-    return found
+    found = parse(f'vllm:prompt_tokens_total{{engine="0"}} 7\n{text}')
+    assert found is not None and found.values["prompt_tokens"] == 7
+    return dict(found.values)
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,24 @@ note     what must be told
             },
             ["server   prompt_tokens 1,200 != 1,300"],
         ),
+        (
+            {
+                "reconciled": False,
+                "alone": True,
+                "reason": "request_success_length differ",
+                "request_success_stop": {"client": 5, "server": 5.0, "off_pct": 0.0},
+                "request_success_length": {"client": 7, "server": 6.0, "off_pct": -14.3},
+                "request_success_abort": {"client": None, "server": 2.0, "off_pct": None},
+                "preemptions": {"client": None, "server": 3.0, "off_pct": None},
+                "kv_written_tokens": 600.0,
+                "kv_capacity_tokens": 1200.0,
+                "kv_turnover": 0.5,
+            },
+            [
+                "server   request_success_length 7 != 6, preemptions 3, request_success_abort 2",
+                "         KV written 600 of 1,200 tokens (0.50x): the hit rate is an upper bound",
+            ],
+        ),
     ],
 )
 def test_the_servers_counters_stand_beside_the_clients(server: dict[str, object], expected: list[str]) -> None:

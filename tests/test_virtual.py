@@ -1,7 +1,7 @@
 """The virtual lane and tools: the stub's prompts, answers, limits and refusals, without HTTP, at the engine's own times."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import pytest
@@ -137,9 +137,9 @@ def test_a_prefix_is_cached_under_its_salt_only() -> None:
 
 
 def test_samples_are_requests_of_their_own() -> None:
-    async def main() -> tuple[Reply, dict[str, float]]:
+    async def main() -> tuple[Reply, Mapping[str, float]]:
         at = endpoint()
-        return await call(at, n=3), await at.counters()
+        return await call(at, n=3), (await at.reading()).values
 
     reply, counters = in_virtual_time(main)
     prompt = usage(reply)[0]

@@ -16,6 +16,7 @@ from zlib import crc32
 
 import msgspec
 
+from fanmark.loadgen.counters import Reading
 from fanmark.loadgen.endpoint import Endpoint
 from fanmark.loadgen.errors import CallError
 from fanmark.loadgen.lanes.http import HttpError, Sent
@@ -119,6 +120,7 @@ class VirtualEndpoint(Endpoint):
         self.notes += profile.caveats()
         self._lane = VirtualLane(replica_of(profile, engine, stream=False))
         self._energy_known = profile.energy_known
+        self._kv_capacity_tokens = (engine.num_blocks - 1) * engine.block_size * profile.settings.data_parallel
         self._limits = Limits(self.model, engine.max_model_len)
         self._tokenizer = Tokenizer(words)
         self._speaker = Speaker(self._tokenizer, Lengths(), engine.max_model_len)
@@ -140,15 +142,25 @@ class VirtualEndpoint(Endpoint):
     async def schema_tokens(self, system: bool) -> int:
         return len(self._schemas()[0])
 
-    async def counters(self) -> dict[str, float]:
-        """vLLM's counters, as the stub counts them."""
+    async def reading(self, timeout_s: float = 10.0) -> Reading:
+        """As the stub would tell it at the engine's last event."""
         engines = self._lane.replica.statistics().engines
-        return {
-            "prompt_tokens": sum(engine.prompt_tokens for engine in engines),
-            "generation_tokens": sum(engine.generation_tokens for engine in engines),
-            "prompt_tokens_cached": self._lane.cached_tokens,
-            "request_success": self._lane.finished,
-        }
+        return Reading(
+            self.server,
+            {
+                "prompt_tokens": sum(engine.prompt_tokens for engine in engines),
+                "generation_tokens": sum(engine.generation_tokens for engine in engines),
+                "prompt_tokens_cached": self._lane.cached_tokens,
+                "request_success": self._lane.finished,
+                "preemptions": sum(engine.num_preemptions for engine in engines),
+                "prefix_cache_queries": sum(engine.prefix_cache_queries for engine in engines),
+                "prefix_cache_hits": sum(engine.prefix_cache_hits for engine in engines),
+                "running": sum(engine.running for engine in engines),
+                "waiting": sum(engine.waiting for engine in engines),
+                "kv_use": sum(engine.kv_cache_usage for engine in engines) / len(engines),
+                "kv_capacity_tokens": self._kv_capacity_tokens,
+            },
+        )
 
     def work(self) -> dict[str, float | None]:
         """Steps of the engine, seconds in which one ran, and joules; None where the profile does not know the chip's power."""

@@ -1,0 +1,58 @@
+"""The servers' side of a run: what they say of themselves before and after it, set against the calls."""
+
+import asyncio
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fanmark.loadgen import reconcile
+from fanmark.loadgen.cache_account import cache_account
+from fanmark.loadgen.counters import Reading
+from fanmark.loadgen.endpoint import Endpoint
+from fanmark.loadgen.records import Query
+
+_COUNTERS_SETTLE_S = 2.0
+
+Readings = Mapping[str, Reading | None]
+
+
+async def read_all(endpoints: Mapping[str, Endpoint], timeout_s: float = 10.0) -> dict[str, Reading | None]:
+    """What the servers of each target say now."""
+    readings = await asyncio.gather(*(endpoint.reading(timeout_s) for endpoint in endpoints.values()))
+    return dict(zip(endpoints, readings, strict=True))
+
+
+def account(name: str, before: Reading | None, after: Reading | None, queries: Sequence[Query]) -> dict[str, Any]:
+    """`server` of summary.json for one target."""
+    calls = [call for query in queries for call in (*query.retried, *query.calls) if call.target == name]
+    asked = len({(call.arm, call.query) for call in calls})
+    first, last = (None if reading is None else reading.values for reading in (before, after))
+    return reconcile.reconcile(first, last, calls) | cache_account(first, last, calls, asked)
+
+
+async def reconciled(endpoints: Mapping[str, Endpoint], before: Readings, queries: Sequence[Query]) -> dict[str, Any]:
+    """`server` of summary.json; by target where there are several. Counters get a moment to catch up with the last reply."""
+    parts: dict[str, Any] = {}
+    for name, endpoint in endpoints.items():
+        give_up_at = time.monotonic() + _COUNTERS_SETTLE_S
+        while True:
+            parts[name] = account(name, before[name], await endpoint.reading(), queries)
+            if parts[name]["reconciled"] is not False or time.monotonic() > give_up_at:
+                break
+            await asyncio.sleep(0.1)
+    return parts[next(iter(parts))] if len(parts) == 1 else parts
+
+
+async def stub_on_time(
+    endpoints: Mapping[str, Endpoint], before: Readings, queries: Sequence[Query], time_scale: float
+) -> tuple[bool, str] | None:
+    """The worst of the stubs among the targets, None where there is none."""
+    found = []
+    for name, after in (await read_all(endpoints)).items():
+        seconds = [c.seconds * time_scale for q in queries for c in q.calls if c.target == name and c.error is None]
+        first = before[name]
+        if seconds and first is not None and after is not None:
+            mean_s = math.fsum(seconds) / len(seconds)
+            found.append(reconcile.stub_on_time(first.values, after.values, mean_s, time_scale))
+    return min((each for each in found if each is not None), default=None)
