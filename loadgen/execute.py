@@ -14,7 +14,7 @@ from fanmark.loadgen.scenario import Scenario
 from fanmark.loadgen.tally import Tally
 from fanmark.loadgen.target import HttpEndpoint
 
-_OPEN_LOOP_CONNECTIONS, _MOST_CONNECTIONS = 8, 4096
+_OPEN_LOOP_CONNECTIONS, _MOST_CONNECTIONS = 8, 16_384
 
 
 async def carry_out(

@@ -111,21 +111,25 @@ class _Kept:
     def __init__(self, make: Callable[[Text], Awaitable[Part]]) -> None:
         self._make = make
         self._of: dict[
-            str, dict[Text, asyncio.Future[Part]]
+            str, dict[Text, Part | asyncio.Future[Part]]
         ] = {}  # by the seed's first two names: a query's own are together
 
     async def part(self, text: Text) -> Part:
         """The message as sent."""
         parts = self._of.setdefault("/".join(text.seed.split("/", 2)[:2]), {})
         part = parts.get(text)
+        if isinstance(part, Part):  # without a turn of the loop, in which thousands of others may be served first
+            return part
         if part is None:
             part = parts[text] = asyncio.ensure_future(self._make(text))
         try:
-            return await asyncio.shield(part)
+            made = await asyncio.shield(part)
         except CallError:
             if parts.get(text) is part:
                 del parts[text]
             raise
+        parts[text] = made
+        return made
 
     def forget(self, seed: str) -> None:
         """Drops the texts of one query, by its seed: two names with a / between them."""

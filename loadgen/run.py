@@ -166,6 +166,7 @@ class Run:
         async with asyncio.TaskGroup() as group:
             for part in parts:
                 group.create_task(part)
+                await asyncio.sleep(0)  # thousands that start at once would keep the loop from all else
 
     async def _warm_up(self, arm: Arm) -> None:
         numbers = range(self._crew.index, self.scenario.load_of(arm).warmup, self._crew.count)

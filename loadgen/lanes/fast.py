@@ -7,6 +7,7 @@ Rules of the file:
    instant is the kernel's (stamps.py); where the system gives none there is no tick, and the instant is that of the wake-up.
 3. Whatever keeps the loop busy between two wake-ups (many calls that start at once, replies that are parsed) drains in between, so that
    chunks do not pile up unseen. Reads that the kernel joined have the instant of the last: sse.py shares their gaps and counts them.
+   The loop itself is kept no longer than SLICE_S at a time, and calls that end together are handed over a few a turn (`_hand_over`).
 4. A connection serves one call at a time. A call that fails, runs out of time or is cancelled closes its own, which is how the server
    learns of it. A connection that the server closed while it was idle is never used again.
 """
@@ -15,23 +16,27 @@ import asyncio
 import select
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 from fanmark.loadgen.errors import CallError
 from fanmark.loadgen.lanes.http import HttpError, Sent
-from fanmark.loadgen.lanes.http1 import BadResponse, Response
+from fanmark.loadgen.lanes.http1 import Address, BadResponse, Response, request, request_head
 from fanmark.loadgen.lanes.sse import Reply, StreamParser, parse_body
 from fanmark.loadgen.lanes.stamps import ANCILLARY_BYTES, ReceiveClock
 
 TICK_S = 0.002
 TICK_FROM = 128
+SLICE_S = 0.002
+SLICE_SOCKETS = 16
+HANDED_OVER_A_TURN = 3
 IDLE_S = 60.0
 READ_BYTES = 65_536
 BATCH_READS = 8  # a stream's reads are parsed so many at a time, which bounds what each holds in memory
 OPEN_AT_ONCE = 64
-Address = tuple[str, int]
+
+_NOTHING = memoryview(b"")
 
 
 def available() -> bool:
@@ -52,7 +57,7 @@ class _Exchange:
         self.reads: list[tuple[float, bytes]] = []
         self.parser: StreamParser | None = None
         self.read_at = 0.0  # when the latest read came; before the first, when the request went out
-        self.unsent = memoryview(b"")
+        self.unsent = _NOTHING
 
     @property
     def is_stream(self) -> bool:
@@ -91,7 +96,9 @@ class FastLane:
         self._in_flight = 0
         self._addresses: dict[Address, list[tuple[int, Any]]] = {}
         self._heads: dict[tuple[str, str], tuple[Address, bytes]] = {}
-        self._tick_timer: asyncio.TimerHandle | None = None
+        self._tick_timer: asyncio.Handle | None = None
+        self._ended: deque[asyncio.Future[None]] = deque()  # of calls that are to be handed over
+        self._turn_left = HANDED_OVER_A_TURN
         self._loop.add_reader(self._epoll.fileno(), self._on_ready)
 
     def __repr__(self) -> str:
@@ -103,7 +110,7 @@ class FastLane:
     ) -> Reply:
         """Posts `body` and reads the whole reply. Raises CallError, HttpError for a status of 400 or more."""
         try:
-            where, message = self._head("POST", url)[0], [self._message("POST", url, body, headers)]
+            where, message = self._request("POST", url, body, headers)
             del body
             exchange = await self._exchange(where, message, timeout_s, sent, stream)
         except TimeoutError:
@@ -135,7 +142,7 @@ class FastLane:
         self, method: str, url: str, body: bytes, headers: Mapping[str, str], timeout_s: float
     ) -> tuple[int, bytes]:
         try:
-            where, message = self._head(method, url)[0], [self._message(method, url, body, headers)]
+            where, message = self._request(method, url, body, headers)
             exchange = await self._exchange(where, message, timeout_s, Sent(), False)
         except TimeoutError:
             raise CallError("timeout", f"no reply within {timeout_s:g} s") from None
@@ -145,7 +152,7 @@ class FastLane:
 
     async def open_ahead(self, url: str, count: int) -> None:
         """Opens connections until `count` are idle, so that calls need not wait for one; gives up at the first that fails."""
-        address, _ = self._head("POST", url)
+        address, _ = self._request("POST", url, b"", {})
         try:
             while (lacking := count - len(self._idle.get(address, ()))) > 0:
                 await asyncio.gather(*(self._open(address) for _ in range(min(lacking, OPEN_AT_ONCE))))
@@ -164,29 +171,15 @@ class FastLane:
             self._lose(connection, ConnectionError("the lane was closed"))
         self._epoll.close()
 
-    def _head(self, method: str, url: str) -> tuple[Address, bytes]:
-        """Where a request goes, and the first lines of its head; made once for each URL."""
-        known = self._heads.get((method, url))
-        if known is None:
+    def _request(self, method: str, url: str, body: bytes, headers: Mapping[str, str]) -> tuple[Address, list[bytes]]:
+        """Where a request goes, and the whole of it, to be taken out and not kept."""
+        head = self._heads.get((method, url))
+        if head is None:
             try:
-                parts = urlsplit(url)
-                if parts.scheme != "http" or not parts.hostname:
-                    raise ValueError("the fast lane carries http://HOST only")
-                path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-                host = parts.netloc.rpartition("@")[2]
-                head = f"{method} {path} HTTP/1.1\r\nHost: {host}\r\nAccept: */*\r\nAccept-Encoding: identity\r\n"
-                known = self._heads[method, url] = (parts.hostname, parts.port or 80), head.encode("ascii")
+                head = self._heads[method, url] = request_head(method, url)
             except ValueError as e:
                 raise CallError("connect", f"{url}: {e}") from None
-        return known
-
-    def _message(self, method: str, url: str, body: bytes, headers: Mapping[str, str]) -> bytes:
-        """The whole request."""
-        lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-        if lines.count("\r") != len(headers) or lines.count("\n") != len(headers) or "\0" in lines:
-            raise ValueError("a header with an end of line in it")
-        size = f"Content-Length: {len(body)}\r\n" if method == "POST" else ""
-        return b"".join((self._head(method, url)[1], lines.encode("latin-1"), size.encode("ascii"), b"\r\n", body))
+        return head[0], [request(head[1], headers, body if method == "POST" else None)]
 
     async def _exchange(
         self, address: Address, message: list[bytes], timeout_s: float, sent: Sent, stream: bool
@@ -221,11 +214,12 @@ class FastLane:
         """Sends what the socket takes and keeps the rest. Where it takes no more for good, the reading side tells why."""
         before = exchange.unsent
         try:
-            exchange.unsent = message[connection.sock.send(message) :]
+            size = connection.sock.send(message)
+            exchange.unsent = message[size:] if size < len(message) else _NOTHING  # an empty slice would keep the whole
         except BlockingIOError:
             exchange.unsent = message
         except OSError:
-            exchange.unsent = message[:0]
+            exchange.unsent = _NOTHING
         if bool(before) != bool(exchange.unsent):
             self._epoll.modify(connection.fd, select.EPOLLIN | (select.EPOLLOUT if exchange.unsent else 0))
 
@@ -291,7 +285,7 @@ class FastLane:
             self._in_flight -= 1
             if error is not None and not exchange.whole.done():
                 exchange.error = error
-                exchange.whole.set_result(None)
+                self._hand_over(exchange.whole)
         elif connection in (idle := self._idle.get(connection.address, [])):
             idle.remove(connection)
 
@@ -302,8 +296,9 @@ class FastLane:
             self._tick_timer = self._loop.call_later(TICK_S, self._tick)
 
     def _tick(self) -> None:
-        self._drain()
-        if self._clock.stamps and self._in_flight >= TICK_FROM // 2:
+        if self._drain():
+            self._tick_timer = self._loop.call_soon(self._tick)
+        elif self._clock.stamps and self._in_flight >= TICK_FROM // 2:
             self._tick_timer = self._loop.call_later(TICK_S, self._tick)
         else:
             self._tick_timer = None
@@ -313,27 +308,34 @@ class FastLane:
         if self._in_flight and time.monotonic() - self._clock.looked_s > TICK_S:
             self._drain()
 
-    def _drain(self) -> None:
-        """Reads every socket that has something, once."""
+    def _drain(self) -> bool:
+        """Reads every socket that has something, for SLICE_S at most; whether that was not enough."""
         self._clock.look()
+        end_s = self._clock.looked_s + SLICE_S
         connections, instant = self._connections, self._clock.instant
-        for fd, events in self._epoll.poll(0, max(16, len(connections))):
-            connection = connections[fd]
-            exchange = connection.exchange
-            if events & select.EPOLLOUT and exchange is not None:
-                self._write(connection, exchange, exchange.unsent)
-            try:
-                data, ancillary, _, _ = connection.sock.recvmsg(READ_BYTES, ANCILLARY_BYTES)
-            except (BlockingIOError, InterruptedError):
-                continue
-            except OSError as e:
-                self._lose(connection, e if isinstance(e, ConnectionError) else ConnectionError(str(e)))
-                continue
-            if data and exchange is not None:
-                exchange.read_at = instant(ancillary, exchange.read_at)
-                self._arrived(connection, exchange, data)
-            else:
-                self._ended(connection)
+        while ready := self._epoll.poll(0, SLICE_SOCKETS):
+            for fd, events in ready:
+                connection = connections[fd]
+                exchange = connection.exchange
+                if events & select.EPOLLOUT and exchange is not None:
+                    self._write(connection, exchange, exchange.unsent)
+                try:
+                    data, ancillary, _, _ = connection.sock.recvmsg(READ_BYTES, ANCILLARY_BYTES)
+                except (BlockingIOError, InterruptedError):
+                    continue
+                except OSError as e:
+                    self._lose(connection, e if isinstance(e, ConnectionError) else ConnectionError(str(e)))
+                    continue
+                if data and exchange is not None:
+                    exchange.read_at = instant(ancillary, exchange.read_at)
+                    self._arrived(connection, exchange, data)
+                else:
+                    self._closed_by_server(connection)
+            if len(ready) < SLICE_SOCKETS:
+                break
+            if time.monotonic() > end_s:
+                return True
+        return False
 
     def _arrived(self, connection: _Connection, exchange: _Exchange, data: bytes) -> None:
         response, reads = exchange.response, exchange.reads
@@ -354,7 +356,7 @@ class FastLane:
             else:
                 exchange.parser = None
 
-    def _ended(self, connection: _Connection) -> None:
+    def _closed_by_server(self, connection: _Connection) -> None:
         """The server closed the connection, or sent what nobody had asked for."""
         exchange = connection.exchange
         if exchange is None:
@@ -376,5 +378,20 @@ class FastLane:
             self._release(connection)
         else:
             self._lose(connection, None)
-        if not exchange.whole.done():
-            exchange.whole.set_result(None)
+        self._hand_over(exchange.whole)
+
+    def _hand_over(self, whole: "asyncio.Future[None]") -> None:
+        """Wakes a call that ended; of many at once the rest in the turns of the loop that follow, for each keeps it a while."""
+        if self._turn_left == HANDED_OVER_A_TURN:
+            self._loop.call_soon(self._next_turn)
+        if self._turn_left:
+            self._turn_left -= 1
+            if not whole.done():
+                whole.set_result(None)
+        else:
+            self._ended.append(whole)
+
+    def _next_turn(self) -> None:
+        self._turn_left = HANDED_OVER_A_TURN
+        for _ in range(min(HANDED_OVER_A_TURN, len(self._ended))):
+            self._hand_over(self._ended.popleft())

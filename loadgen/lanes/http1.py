@@ -1,4 +1,5 @@
-"""Sans-I/O framing of one HTTP/1.1 response: bytes in as they came, the body's bytes out, told where it ends. For the fast lane.
+"""Sans-I/O framing of HTTP/1.1 for the fast lane: a request's bytes; and one response, bytes in as they came, the body's bytes out, told
+where it ends.
 
 Rules of the file (RFC 9112):
 1. Interim responses (1xx) are passed over. Bytes after the end are none of this response's: `extra` says that there are some.
@@ -7,7 +8,9 @@ Rules of the file (RFC 9112):
 """
 
 import re
+from collections.abc import Mapping
 from functools import lru_cache
+from urllib.parse import urlsplit
 
 MAX_HEAD_BYTES = 65_536
 MAX_SIZE_LINE_BYTES = 1_024
@@ -21,6 +24,29 @@ _HEAD, _SIZE_LINE, _DATA, _DATA_END, _TRAILER, _LENGTH, _TO_THE_END, _WHOLE = ra
 
 class BadResponse(Exception):
     """The peer's bytes are not a response, or not a whole one."""
+
+
+Address = tuple[str, int]
+
+
+def request_head(method: str, url: str) -> tuple[Address, bytes]:
+    """Where requests for a URL go, and the first lines of their heads. Raises ValueError."""
+    parts = urlsplit(url)
+    if parts.scheme != "http" or not parts.hostname:
+        raise ValueError("the fast lane carries http://HOST only")
+    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    host = parts.netloc.rpartition("@")[2]
+    lines = (f"{method} {path} HTTP/1.1", f"Host: {host}", "Accept: */*", "Accept-Encoding: identity", "")
+    return (parts.hostname, parts.port or 80), "\r\n".join(lines).encode("ascii")
+
+
+def request(head: bytes, headers: Mapping[str, str], body: bytes | None) -> bytes:
+    """The whole request, from its first lines. Raises ValueError."""
+    lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+    if lines.count("\r") != len(headers) or lines.count("\n") != len(headers) or "\0" in lines:
+        raise ValueError("a header with an end of line in it")
+    size = b"" if body is None else b"Content-Length: %d\r\n" % len(body)
+    return b"".join((head, lines.encode("latin-1"), size, b"\r\n", body or b""))
 
 
 @lru_cache(4096)
