@@ -42,15 +42,19 @@ class _Worker:
     said: list[list[float]] = field(default_factory=list)  # for meetings that are still to be held
     ended: Ended | None = None
     lost_at: float | None = None
+    last_words: str = ""
     state: ClientState = field(default_factory=ClientState)
 
     @property
     def works(self) -> bool:
         return self.ended is None and self.lost_at is None
 
-    def last_words(self) -> str:
-        self.errors.seek(0)
-        return " | ".join(self.errors.read().strip().splitlines()[-3:]) or "no message"
+    def keep_last_words(self) -> None:
+        """Reads what it has written to standard error, once it has ended."""
+        if not self.errors.closed:
+            self.errors.seek(0)
+            self.last_words = " | ".join(self.errors.read().strip().splitlines()[-3:]) or "no message"
+            self.errors.close()
 
 
 class Workers:
@@ -78,8 +82,8 @@ class Workers:
                     if isinstance(message, Refused):
                         raise message.error
                     if not isinstance(message, Ready):
-                        await worker.process.wait()
-                        raise UnreachableError(f"worker {worker.index} did not start: {worker.last_words()}")
+                        await self.close()
+                        raise UnreachableError(f"worker {worker.index} did not start: {worker.last_words}")
         except TimeoutError:
             raise UnreachableError(f"the workers were not ready within {_READY_TIMEOUT_S:g} s") from None
 
@@ -158,7 +162,7 @@ class Workers:
             total.states[worker.index] = state
             if worker.ended is None:
                 total.notes.append(
-                    f"worker {worker.index} of {len(self._workers)} died at {worker.lost_at:.1f} s ({worker.last_words()}): "
+                    f"worker {worker.index} of {len(self._workers)} died at {worker.lost_at:.1f} s ({worker.last_words}): "
                     "what it had begun is abandoned, the rest of its share was never started"
                 )
                 continue
@@ -187,6 +191,7 @@ class Workers:
             except TimeoutError:
                 worker.process.kill()
                 await worker.process.wait()
+            worker.keep_last_words()
 
 
 def salvaged(folder: Path, error: str, lost_at: float) -> list[Query]:

@@ -1,0 +1,211 @@
+"""Whole queries shared out over worker processes: the same queries, the same accounts, whatever happens to a worker."""
+
+import asyncio
+import json
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from stub_process import Stub, running_stub
+from two_arms import queries
+
+from fanmark.agents import topologies
+from fanmark.loadgen import scenario_check, session
+from fanmark.loadgen.crew import Alone, share
+from fanmark.loadgen.errors import FanmarkError
+from fanmark.loadgen.tally import Histogram, Tally
+
+SCENARIO: dict[str, Any] = {
+    "name": "shared-out",
+    "seed": 5,
+    "arm": [
+        {"name": "single", "topology": "single", "baseline": True},
+        {"name": "debate", "topology": "debate", "agents": 2, "rounds": 1},
+    ],
+    "workload": {"answer": {"dist": "uniform", "mean": 12, "cv": 0.3, "min": 2}, "judge_answer": 6},
+    "load": {"rate": 8, "process": "poisson", "queries": 7, "warmup": 2},
+}
+
+
+class Seat(Alone):
+    """A place in a crew of any size."""
+
+    def __init__(self, index: int, count: int) -> None:
+        super().__init__(lambda: 0.0)
+        self.index, self.count = index, count  # type: ignore[misc]  # one process has only the one seat
+
+
+@given(st.integers(0, 10_000), st.integers(1, 64))
+def test_shares_differ_by_one_at_most_and_add_up(total: int, count: int) -> None:
+    shares = [share(total, Seat(index, count)) for index in range(count)]
+    assert sum(shares) == total and max(shares) - min(shares) <= 1
+
+
+def test_the_sum_of_the_workers_tallies_is_one_tally_of_all() -> None:
+    arms = {"single": "single", "debate": "debate"}
+    whole, parts = Tally(arms, "single"), [Tally(arms, "single") for _ in range(3)]
+    for query in queries():
+        for tally in (whole, parts[query.query % 3]):
+            tally.query_started(query.arm)
+            for call in query.calls:
+                tally.call_started(call)
+                tally.call_finished(call)
+            tally.query_finished(query)
+            tally.loop_lag_s.add(0.002)
+    summed = Tally(arms, "single")
+    for _ in range(2):  # snapshots are cumulative: each sum replaces the last
+        summed.replace(parts)
+    for name, arm in whole.arms.items():
+        for key, value in vars(arm).items():
+            mine = getattr(summed.arms[name], key)
+            if isinstance(value, Histogram):
+                mine, value = {"": mine}, {"": value}
+            if isinstance(value, dict) and not isinstance(value, Counter):
+                assert {k: histogram.counts for k, histogram in mine.items()} == {k: h.counts for k, h in value.items()}
+                assert {k: h.sum for k, h in mine.items()} == pytest.approx({k: h.sum for k, h in value.items()})
+            else:
+                assert mine == pytest.approx(value) if isinstance(value, Counter) else mine == value, key
+    assert summed.loop_lag_s.counts == whole.loop_lag_s.counts
+    assert summed.amplification("debate", "calls") == whole.amplification("debate", "calls")
+
+
+Between = Callable[[Path], Any]
+
+
+def run(stub: Stub, out: Path, workers: int, between: Between | None = None, **load: Any) -> dict[str, Any]:
+    """The summary of a run against the stub; `between` is awaited while it goes on."""
+    raw = SCENARIO | {"load": SCENARIO["load"] | load, "target": {"url": f"{stub.url}/v1"}}
+    scenario = scenario_check.check(raw, "shared-out.toml", topologies())
+    options = session.Options(out, 0, out.name, "test", [], None, workers)
+
+    async def both() -> session.Result:
+        running = asyncio.ensure_future(session.run(scenario, topologies(), options))
+        if between is not None:
+            await between(out)
+        return await running
+
+    with asyncio.Runner() as runner:
+        found = runner.run(both()).summary
+        assert asyncio.all_tasks(runner.get_loop()) == set()
+    assert not list(out.glob("worker-*")) and workers_of(os.getpid()) == []
+    return found
+
+
+def rows(out: Path, name: str = "queries") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+
+
+def workers_of(parent: int) -> list[int]:
+    """Process ids of the workers that a process has started and that live still."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                command = (entry / "cmdline").read_text()
+            except OSError:
+                continue
+            if int(fields[1]) == parent and "fanmark.loadgen.worker" in command:
+                found.append(int(entry.name))
+    return sorted(found)
+
+
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not true():  # noqa: ASYNC110  # a file and a process tell nobody
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def stub() -> Any:
+    with running_stub() as process:
+        yield process
+
+
+@pytest.mark.real
+def test_the_same_queries_start_at_the_same_offsets_whatever_the_number_of_workers(stub: Stub, tmp_path: Path) -> None:
+    seen = []
+    for workers in (1, 3):
+        out = tmp_path / f"by-{workers}"
+        found = run(stub, out, workers)
+        assert found["client"]["workers"] == workers == len(found["client"]["by_worker"])
+        assert found["validity"]["counted"] is found["validity"]["reconciled"] is found["validity"]["alone"] is True
+        assert found["validity"]["uncontaminated"] is True  # what other workers sent explains what is cached
+        for call in rows(out, "calls"):
+            assert call["worker"] == (call["query"] if call["query"] >= 0 else -1 - call["query"]) % workers
+        listed = {(row["arm"], row["query"]): row for row in rows(out)}
+        first_at = min(row["due_at"] for row in listed.values() if not row["warmup"])
+        offsets_s = {key: row["due_at"] - first_at for key, row in listed.items() if not row["warmup"]}
+        tokens = {
+            key: [row["resources"][f"{way}_tokens"] for way in ("input", "output")] for key, row in listed.items()
+        }
+        seen.append((tokens, offsets_s))
+    (tokens, offsets_s), (tokens_by_3, offsets_by_3_s) = seen
+    assert tokens == tokens_by_3 and len(tokens) == 18  # 7 queries and 2 of warm-up, by 2 arms
+    assert offsets_by_3_s == pytest.approx(offsets_s, abs=1e-9)
+
+
+@pytest.mark.real
+def test_a_closed_loops_users_and_their_queries_are_shared_out(stub: Stub, tmp_path: Path) -> None:
+    found = run(stub, tmp_path / "run", 2, mode="closed", concurrency=3, queries=10)
+    calls = rows(tmp_path / "run", "calls")
+    assert {c["query"] for c in calls if c["arm"] == "single" and c["query"] >= 0} == set(range(10))
+    assert all(c["worker"] == c["query"] % 3 % 2 for c in calls if c["query"] >= 0)
+    for arm in found["arms"].values():
+        assert arm["queries"] == {"started": 10, "completed": 10, "failed": 0, "abandoned": 0}
+        assert 1 < arm["load"]["queries_in_flight"]["max"] <= 3
+
+
+@pytest.mark.real
+def test_a_worker_that_is_killed_costs_what_it_had_begun(stub: Stub, tmp_path: Path) -> None:
+    async def kill_one(out: Path) -> None:
+        begun = out / "worker-1" / "begun.jsonl"
+        await until(lambda: begun.exists() and begun.read_bytes().count(b'"debate",false') >= 2)
+        os.kill(workers_of(os.getpid())[1], signal.SIGKILL)
+
+    found = run(stub, tmp_path / "run", 2, kill_one, mode="closed", concurrency=4, queries=60)
+    listed = [row for row in rows(tmp_path / "run") if not row["warmup"]]
+    for name, arm in found["arms"].items():
+        mine = [row for row in listed if row["arm"] == name]
+        assert len({row["query"] for row in mine}) == len(mine) == arm["queries"]["started"]
+        assert Counter(row["outcome"] for row in mine) == Counter(
+            {k: v for k, v in arm["queries"].items() if k != "started" and v}
+        )
+        assert {row["query"] for row in mine if row["query"] % 4 % 2 == 0} == set(range(0, 60, 2))  # the other's share
+        assert arm["queries"]["started"] < 60
+        assert all(row["error"] == "worker 1 died" for row in mine if row["outcome"] == "abandoned")
+    assert 1 <= sum(arm["queries"]["abandoned"] for arm in found["arms"].values()) <= 4  # its users' queries under way
+    client = found["client"]
+    assert client["verdict"] == "client-limited" and client["reasons"][0].startswith("worker 1: died at ")
+    assert client["by_worker"]["1"]["lost_at"] > 0 and client["by_worker"]["0"]["lost_at"] is None
+    assert found["server"]["reconciled"] is None and found["validity"]["client_ok"] is False
+    assert found["notes"][0].startswith("worker 1 of 2 died at ")
+    assert found["partial"] is False
+
+
+@pytest.mark.real
+def test_an_interrupt_reaches_all_workers(stub: Stub, tmp_path: Path) -> None:
+    async def interrupt(out: Path) -> None:
+        files = [out / f"worker-{i}" / "begun.jsonl" for i in range(2)]
+        await until(lambda: all(file.exists() and b"false" in file.read_bytes() for file in files))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    found = run(stub, tmp_path / "run", 2, interrupt, mode="closed", concurrency=2, queries=100_000)
+    assert found["partial"] is True
+    for arm in found["arms"].values():
+        counts = arm["queries"]
+        assert 0 < counts["started"] == counts["completed"] + counts["failed"] + counts["abandoned"] < 100_000
+
+
+def test_a_guard_that_leaves_a_worker_nothing_is_refused(tmp_path: Path) -> None:
+    raw = SCENARIO | {"load": SCENARIO["load"] | {"max_in_flight": 2}}
+    scenario = scenario_check.check(raw, "shared-out.toml", topologies())
+    options = session.Options(tmp_path / "run", 0, "x", "test", [], None, 3)
+    with pytest.raises(FanmarkError, match=r"--workers 3 with \[load\] max_in_flight = 2: each worker needs"):
+        asyncio.run(session.run(scenario, topologies(), options))
