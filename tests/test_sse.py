@@ -2,12 +2,14 @@
 
 import json
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 
 import pytest
+import stream_fuzz
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -209,6 +211,7 @@ NO_REPLY = {
         chunk("a") + b'data: {"error":{"message":"out of memory","type":"InternalServerError","code":500}}\n\n' + DONE,
         "bad_reply",
     ),
+    "an event that nests deeper than any reply": (b'data: {"error":' + b"[" * 5_000 + b"\n\n", "bad_reply"),
     "an error in the old form": (b'data: {"object":"error","message":"no","code":400}\n\n' + DONE, "bad_reply"),
 }
 
@@ -246,6 +249,45 @@ def test_a_stream_fed_in_batches_is_the_stream_fed_whole(name: str, end: str, da
     for a, b in pairwise(edges):
         parser.feed(reads[a:b])
     assert parser.reply() == parse_stream(reads)
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_what_a_parser_keeps_is_one_event_at_most(end: str) -> None:
+    event = chunk("a").replace(b"\n", ENDS[end])
+    parser = StreamParser()
+    for i in range(1_000):
+        parser.feed([(float(i), event[:30])])
+        parser.feed([(float(i), event[30:])])
+        assert len(parser._rest) <= 1
+    parser.feed([(1e3, (chunk("", "length") + USAGE + DONE).replace(b"\n", ENDS[end]))])
+    reply = parser.reply()
+    assert reply.text == "a" * 1_000 and sum(reply.gaps.values()) == 999
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_long_event_is_not_read_again_for_each_of_its_reads(end: str) -> None:
+    """Were it, these 100,000 reads would copy 100 GB."""
+    parser = StreamParser()
+    for at, data in split(chunk("x" * 2_000_000).replace(b"\n", ENDS[end]), range(0, 2_000_000, 20)):
+        parser.feed([(at, data)])
+    parser.feed([(1e6, (chunk("", "length") + USAGE + DONE).replace(b"\n", ENDS[end]))])
+    assert len(parser.reply().text) == 2_000_000
+
+
+def test_an_event_without_end_is_given_up() -> None:
+    parser = StreamParser()
+    for i in range(20):
+        parser.feed([(float(i), b"data: " + b"x" * 1_000_000)])
+    with pytest.raises(CallError, match="an event of more than 16,000,000 bytes") as caught:
+        parser.reply()
+    assert caught.value.kind == "bad_reply" and not parser._rest
+
+
+def test_a_mutated_stream_ends_in_one_of_the_known_ways_however_it_is_cut() -> None:
+    streams = stream_fuzz.recorded()
+    found = Counter(stream_fuzz.check(number, 1, streams) for number in range(4_000))
+    assert set(found) == {"reply", "http", "bad_reply", "stream_cut", "bad response"}
+    assert min(found.values()) > 100
 
 
 def test_a_reply_that_was_not_streamed() -> None:

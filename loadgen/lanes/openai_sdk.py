@@ -106,7 +106,7 @@ class OpenaiLane:
             raise CallError(kind, f"{type(why).__name__}: {why}") from None
         except openai.APIError as e:
             raise CallError("bad_reply", f"an error in place of a reply: {e.message}") from None
-        except ValueError as e:  # JSON, UTF-8
+        except (ValueError, RecursionError) as e:  # JSON, UTF-8
             raise CallError("bad_reply", f"a malformed event: {e}") from None
         return reply
 

@@ -3,7 +3,8 @@
 Rules of the file:
 1. Events end with an empty line; lines end with LF, CRLF or CR; comment lines and unknown fields are skipped.
 2. Nothing is parsed chunk by chunk: a lane collects (instant, bytes) and hands over many at a time, at the latest at the end. Each byte is
-   read once. A stream in which a CR turns up is read at the end, for only there it is sure where its lines end.
+   read once, and what is kept between batches is one event at most, of MAX_EVENT_BYTES. A stream in which a CR turns up is read by the
+   general rules from there on; a CR at the end of a batch waits for the next, which tells whether it is a line's end or half of one.
 3. Token counts come from `usage` alone. Chunks are counted only for gaps between them.
 4. An event's instant is that of the read in which its last byte came. Several events in one read are `coalesced`: the gap before them is
    split evenly over them, so that none is counted as 0.
@@ -20,6 +21,7 @@ from fanmark.loadgen.records import gap_bucket
 
 Chunks = Sequence[tuple[float, bytes]]
 
+MAX_EVENT_BYTES = 16_000_000
 _EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?!\n)){2}")  # an end of line of any kind, and an empty line
 
 
@@ -82,19 +84,22 @@ _decoder = msgspec.json.Decoder(Chunk)
 
 def events(chunks: Chunks) -> list[tuple[float, bytes]]:
     """The data of every event that is whole, with the instant of the read that completed it. What follows the last end is dropped."""
-    body = b"".join(data for _, data in chunks)
-    ends, total = [], 0
-    for at, data in chunks:
-        total += len(data)
-        ends.append((total, at))
-    found, start, i = [], 0, 0
-    for match in _EVENT_END.finditer(body):
-        while ends[i][0] < match.end():
+    return _events(chunks, b"".join([data for _, data in chunks]), True)[0]
+
+
+def _events(chunks: Chunks, body: bytes, last: bool) -> tuple[list[tuple[float, bytes]], int]:
+    """The events in `body`, which is all of `chunks`, and where the last of them ends. Unless it is the `last` of the stream, a CR that
+    ends it is no end of line yet."""
+    found, start, i, read_end = [], 0, -1, 0
+    for match in _EVENT_END.finditer(body, 0, len(body) - (not last and body.endswith(b"\r"))):
+        end = match.end()
+        while read_end < end:
             i += 1
+            read_end += len(chunks[i][1])
         if (told := _data(body[start : match.start()])) is not None:
-            found.append((ends[i][1], told))
-        start = match.end()
-    return found
+            found.append((chunks[i][0], told))
+        start = end
+    return found, start
 
 
 def _data(event: bytes) -> bytes | None:
@@ -118,17 +123,19 @@ class StreamParser:
         "_finish",
         "_first_at",
         "_gaps",
+        "_has_cr",
         "_ids",
         "_rest",
+        "_rest_at",
         "_text",
         "_together",
-        "_unread",
         "_usage",
     )
 
     def __init__(self) -> None:
-        self._rest = b""  # of an event that is not whole yet
-        self._unread: list[tuple[float, bytes]] | None = None  # what came since the first CR
+        self._rest = bytearray()  # of an event that is not whole yet
+        self._rest_at = 0.0  # the instant of its last byte
+        self._has_cr = False
         self._error: CallError | None = None
         self._done = self._closed = False
         self._text: list[str] = []
@@ -145,16 +152,37 @@ class StreamParser:
 
     def feed(self, reads: Chunks) -> None:
         """More of the body, in reads of one instant each. What is wrong with it is told by `reply`."""
-        if self._unread is not None:
-            self._unread.extend(reads)
+        if self._done or self._error is not None or not reads:
             return
-        body = b"".join([self._rest, *[data for _, data in reads]])
-        if b"\r" in body:
-            self._unread = [(0.0, self._rest), *reads]  # no event ends within the rest: its instant is of no account
-            return
+        body = reads[0][1] if len(reads) == 1 else b"".join([data for _, data in reads])
+        self._has_cr = self._has_cr or b"\r" in body
+        if self._rest:
+            ahead = bytes(self._rest[-3:])
+            if not (_EVENT_END.search(ahead + body) if self._has_cr else b"\n\n" in ahead + body):
+                self._keep(body, reads[-1][0])
+                return
+            ahead = bytes(self._rest)
+            reads, body = [(self._rest_at, ahead), *reads], ahead + body  # no event ends in it but at its very end
+            self._rest.clear()
+        if self._has_cr:
+            found, start = _events(reads, body, False)
+            self._keep(body[start:], reads[-1][0])
+            self.take(found)
+        else:
+            self._lines(reads, body)
+
+    def _keep(self, rest: bytes, at: float) -> None:
+        self._rest += rest
+        self._rest_at = at
+        if len(self._rest) > MAX_EVENT_BYTES:
+            self._error = CallError("bad_reply", f"an event of more than {MAX_EVENT_BYTES:,} bytes")
+            self._rest.clear()
+
+    def _lines(self, reads: Chunks, body: bytes) -> None:
+        """All events in a body without any CR, as nearly all are."""
         whole = body.split(b"\n\n")
-        found, i, end, read_end = [], -1, 0, len(self._rest)
-        self._rest = whole.pop()
+        found, i, end, read_end = [], -1, 0, 0
+        self._keep(whole.pop(), reads[-1][0])
         for event in whole:
             end += len(event) + 2
             while read_end < end:
@@ -169,8 +197,8 @@ class StreamParser:
     def reply(self) -> Reply:
         """The whole reply. Raises CallError: "stream_cut" where neither [DONE] nor, after a finish, the closing usage is there,
         "bad_reply" for what cannot be read."""
-        if self._unread is not None:
-            self.take(events(self._unread))
+        if self._has_cr:  # one that ends the stream ends a line
+            self.take(events([(self._rest_at, bytes(self._rest))]))
         if self._error is not None:
             raise self._error
         if not self._done and (self._finish is None or not self._closed):
@@ -274,7 +302,7 @@ def _decode(data: bytes | Chunk) -> Chunk:
     if isinstance(data, bytes):
         try:
             chunk = _decoder.decode(data)
-        except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
             raise CallError("bad_reply", f"a malformed event: {e}: {data[:200]!r}") from None
     else:
         chunk = data
