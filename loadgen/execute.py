@@ -18,11 +18,16 @@ _OPEN_LOOP_CONNECTIONS, _MOST_CONNECTIONS = 8, 16_384
 
 
 async def carry_out(
-    one: Run, tally: Tally, health: Health, journal: Journal, beside: Sequence[Coroutine[Any, Any, None]] = ()
+    one: Run,
+    tally: Tally,
+    health: Health,
+    journal: Journal,
+    beside: Sequence[Coroutine[Any, Any, None]] = (),
+    worker: int = 0,
 ) -> bool:
     """The whole schedule, and what goes on beside it until it ends; True when it was not cut short."""
     with _rare_collections():
-        async with going_on([_flush(journal), health.watch(tally.loop_lag_s.add), *beside]):
+        async with going_on([_flush(journal), health.watch(tally, worker), *beside]):
             whole = await one.execute()
     journal.flush()
     return whole

@@ -1,30 +1,41 @@
 """Is the client the bottleneck? The loop lag and send delays of its workers, their CPU and memory, and the verdict."""
 
 import asyncio
+import math
 import resource
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
-from fanmark.loadgen.records import Call, gap_bucket
+from fanmark.loadgen.records import Call, bucket_gap_s, gap_bucket
 from fanmark.loadgen.statistics import distribution, gap_distribution, merge_gaps
 
 _BEAT_S = 0.05
-_WORDS = ("ok", "strained", "client-limited")  # from good to bad
+WORDS = ("ok", "strained", "client-limited")  # from good to bad
 
 
 class ClientState(msgspec.Struct):
     """What one worker has measured of itself so far. `loop_lag` counts beats by log bucket of their lateness (records.gap_bucket);
-    `busy_seconds` is the longest stretch of seconds above 90 % CPU; `lost_at` is when the worker died, if it did."""
+    `busy_seconds` is the longest stretch of seconds above 90 % CPU; `lost_at` is when the worker died, if it did; `verdict` is as of
+    the last second, warm-up included."""
 
     loop_lag: Counter[int] = msgspec.field(default_factory=Counter)
     busy_seconds: int = 0
     cpu_s: float = 0.0
     rss_mb: float = 0.0
     lost_at: float | None = None
+    verdict: str = "ok"
+
+
+class Delays(Protocol):
+    """The calls' send delays and times to first token so far, by log bucket; and where the workers' states are shown."""
+
+    send_delay: Counter[int]
+    ttft: Counter[int]
+    clients: dict[int, "ClientState"]
 
 
 class Health:
@@ -35,22 +46,24 @@ class Health:
         self._now = now
         self._cpu_start_s = time.process_time()
 
-    async def watch(self, seen: Callable[[float], None]) -> None:
-        """Beats until cancelled; each beat's lateness is the loop's lag. Counts the seconds in a row above 90 % CPU."""
+    async def watch(self, delays: Delays, worker: int = 0) -> None:
+        """Beats until cancelled; each beat's lateness is the loop's lag. Counts the seconds in a row above 90 % CPU, and judges."""
         in_a_row = 0
+        delays.clients[worker] = self.state
         cpu_s, at = time.process_time(), self._now()
         while True:
             due_at = self._now() + _BEAT_S
             await asyncio.sleep(_BEAT_S)
             lag_s = max(0.0, self._now() - due_at)
             self.state.loop_lag[gap_bucket(lag_s)] += 1
-            seen(lag_s)
             if self._now() - at >= 1.0:
                 share = (time.process_time() - cpu_s) / (self._now() - at)
                 in_a_row = in_a_row + 1 if share > 0.9 else 0
                 self.state.busy_seconds = max(self.state.busy_seconds, in_a_row)
                 cpu_s, at = time.process_time(), self._now()
                 self.look()
+                ttft_s = bucket_quantile(delays.ttft, 0.5)
+                self.state.verdict = judge(self.state, bucket_quantile(delays.send_delay, 0.99), ttft_s).word
 
     def look(self) -> ClientState:
         """The state, with CPU time and memory as they are now."""
@@ -68,15 +81,19 @@ class Judged(NamedTuple):
     delay_p99_s: float
 
 
-def judge(state: ClientState, send_delay_s: Sequence[float], median_ttft_s: float | None) -> Judged:
+def judge(state: ClientState, delay_p99_s: float | None, median_ttft_s: float | None) -> Judged:
     """The verdict on one worker."""
-    lag = gap_distribution(state.loop_lag)
-    delay_p99_s = p99(send_delay_s)
-    lag_p99_s = float(lag["p99"] or lag["max"] or 0.0) if lag else 0.0
+    delay_p99_s = delay_p99_s or 0.0
+    lag_p99_s = bucket_quantile(state.loop_lag, 0.99) or 0.0
     word, reasons = verdict(lag_p99_s, delay_p99_s, median_ttft_s, state.busy_seconds)
     if state.lost_at is not None:
-        word, reasons = _WORDS[-1], [f"died at {state.lost_at:.1f} s", *reasons]
+        word, reasons = WORDS[-1], [f"died at {state.lost_at:.1f} s", *reasons]
     return Judged(word, reasons, lag_p99_s, delay_p99_s)
+
+
+def worst(words: Sequence[str]) -> str:
+    """The worst of some verdicts; of none, ok."""
+    return max(words, key=WORDS.index, default=WORDS[0])
 
 
 def client_part(states: Mapping[int, ClientState], calls: Sequence[Call]) -> dict[str, Any]:
@@ -88,8 +105,8 @@ def client_part(states: Mapping[int, ClientState], calls: Sequence[Call]) -> dic
             delays.setdefault(call.worker, []).append(call.sent_at - call.due_at)
     ttft = sorted(c.first_at - c.sent_at for c in calls if c.first_at is not None and c.sent_at is not None)
     median_ttft_s = ttft[len(ttft) // 2] if ttft else None
-    judged = {worker: judge(state, delays[worker], median_ttft_s) for worker, state in states.items()}
-    word = max((each.word for each in judged.values()), key=_WORDS.index, default="ok")
+    judged = {worker: judge(state, p99(delays[worker]), median_ttft_s) for worker, state in states.items()}
+    word = worst([each.word for each in judged.values()])
     # chunks that came together with a call's first are in no gap: a reply that came all at once is coalesced as a whole
     chunks = sum(merge_gaps([call.gaps for call in calls]).values()) + len(calls)
     return {
@@ -120,9 +137,19 @@ def client_part(states: Mapping[int, ClientState], calls: Sequence[Call]) -> dic
     }
 
 
+def bucket_quantile(counts: Mapping[int, int], q: float) -> float | None:
+    """A quantile of values counted by log bucket, the largest where there are few; None where there is none."""
+    rank, seen = math.ceil(q * (sum(counts.values()) - 1)), 0
+    for bucket in sorted(counts):
+        seen += counts[bucket]
+        if seen > rank:
+            return bucket_gap_s(bucket)
+    return None
+
+
 def p99(values: Sequence[float]) -> float:
     """The 99th percentile, the largest value where there are fewer than 100."""
-    return sorted(values)[int(0.99 * (len(values) - 1) + 0.999999)] if values else 0.0
+    return sorted(values)[math.ceil(0.99 * (len(values) - 1))] if values else 0.0
 
 
 def verdict(

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TextIO
 
+from fanmark.loadgen.health import worst
 from fanmark.loadgen.table import number
 from fanmark.loadgen.tally import Tally
 
@@ -47,6 +48,9 @@ class Progress:
         seconds = max(at - before_at, 1e-9)
         return (read - before_read) / seconds, (written - before_written) / seconds
 
+    def _verdict(self) -> str:
+        return worst([state.verdict for state in self._tally.clients.values()])
+
     def line(self) -> str:
         """Everything in one line."""
         read, written = self._rates()
@@ -60,6 +64,7 @@ class Progress:
             if name != self._tally.baseline and (ratio := self._tally.amplification(name, "calls")) is not None
         )
         failed = sum(arm.finished["failed"] for arm in arms.values())
+        verdict = self._verdict()
         if not any(arm.started for arm in arms.values()):
             return f"{self._now():6.1f} s  warming up, {flying} calls in flight"
         return (
@@ -67,6 +72,7 @@ class Progress:
             + (f", {failed} failed" if failed else "")
             + f", {flying} calls in flight, tokens/s in {number(read)} out {number(written)}"
             + (f", calls: {ratios}" if ratios else "")
+            + (f", client {verdict}" if verdict != "ok" else "")
         )
 
     def _table(self) -> "Table":
@@ -74,7 +80,8 @@ class Progress:
 
         read, written = self._rates()
         table = Table(
-            title=f"{self._now():.0f} s   tokens/s in {number(read)} out {number(written)}", title_justify="left"
+            title=f"{self._now():.0f} s   tokens/s in {number(read)} out {number(written)}   client {self._verdict()}",
+            title_justify="left",
         )
         for column in ("arm", "done", "failed", "running", "calls in flight", "calls", "tokens out", "latency"):
             table.add_column(column, justify="left" if column == "arm" else "right")

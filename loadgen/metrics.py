@@ -1,10 +1,13 @@
 """The run's sums as Prometheus metrics, made when they are scraped: nothing here is on the hot path."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from fanmark.loadgen.errors import ScenarioError
-from fanmark.loadgen.tally import ArmTally, Histogram, Tally
+from fanmark.loadgen.health import WORDS, worst
+from fanmark.loadgen.records import bucket_gap_s
+from fanmark.loadgen.tally import GAPS_S, ArmTally, Histogram, Tally
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -40,6 +43,7 @@ class Collector:
         yield from self._counters()
         yield from self._gauges()
         yield from self._histograms()
+        yield from self._client()
 
     def _each(self) -> list[tuple[str, ArmTally]]:
         return list(self._tally.arms.items())
@@ -127,13 +131,42 @@ class Collector:
             ["tool"],
             lambda t: [((tool,), h) for tool, h in list(t.tool_s.items())],
         )
-        for name, text, histogram in (
-            ("fanmark_client_loop_lag_seconds", "Lateness of the client's event loop", self._tally.loop_lag_s),
-            ("fanmark_client_send_delay_seconds", "From due to sent, of a call", self._tally.send_delay_s),
+        lag: Counter[int] = Counter()
+        for state in list(self._tally.clients.values()):
+            lag.update(dict(state.loop_lag))  # a copy: the run goes on in another thread
+        for name, text, counts in (
+            ("fanmark_client_loop_lag_seconds", "Lateness of the client's event loop", lag),
+            ("fanmark_client_send_delay_seconds", "From due to sent, of a call", self._tally.send_delay),
         ):
+            histogram = Histogram(GAPS_S)
+            for bucket, times in dict(counts).items():
+                histogram.add(bucket_gap_s(bucket), times)
             found = HistogramMetricFamily(name, text, labels=[])
             found.add_metric([], buckets=_buckets(histogram), sum_value=histogram.sum)
             yield found
+
+    def _client(self) -> Iterator["Metric"]:
+        """The client's own CPU and memory by worker, how many chunks it read together, and its verdict as of now."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        cpu = CounterMetricFamily("fanmark_client_cpu_seconds", "CPU time of the client", labels=["worker"])
+        memory = GaugeMetricFamily("fanmark_client_memory_bytes", "Largest resident memory so far", labels=["worker"])
+        verdict = GaugeMetricFamily(
+            "fanmark_client_verdict", "1 for the verdict on the client as it is now", labels=["verdict"]
+        )
+        states = dict(self._tally.clients)
+        for worker, state in states.items():
+            cpu.add_metric([str(worker)], state.cpu_s)
+            memory.add_metric([str(worker)], state.rss_mb * 2**20)
+        word = worst([state.verdict for state in states.values()])
+        for each in WORDS:
+            verdict.add_metric([each], float(each == word))
+        yield from (cpu, memory, verdict)
+        for name, text, value in (
+            ("fanmark_client_chunks", "Chunks with tokens that were read", self._tally.chunks),
+            ("fanmark_client_coalesced_chunks", "Chunks that came together with the one before", self._tally.coalesced),
+        ):
+            yield CounterMetricFamily(name, text, value=value)
 
 
 def serve(tally: Tally, port: int) -> tuple[int, Callable[[], None]]:

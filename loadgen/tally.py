@@ -5,7 +5,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fanmark.loadgen.records import Call, Query, bucket_gap_s
+from fanmark.loadgen.health import ClientState
+from fanmark.loadgen.records import Call, Query, bucket_gap_s, gap_bucket
 
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 GAPS_S = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
@@ -94,19 +95,23 @@ class Tally:
     def __init__(self, arms: dict[str, str], baseline: str) -> None:
         self.arms = {name: ArmTally(topology) for name, topology in arms.items()}
         self.baseline = baseline
-        self.send_delay_s = Histogram(GAPS_S)
-        self.loop_lag_s = Histogram(GAPS_S)
+        self.send_delay: Counter[int] = Counter()  # of calls, by log bucket (records.gap_bucket), as the next
+        self.ttft: Counter[int] = Counter()
+        self.chunks = self.coalesced = 0  # a call's first chunk included
+        self.clients: dict[int, ClientState] = {}
 
     def replace(self, workers: Sequence["Tally"]) -> None:
         """Becomes the sum of the workers' tallies."""
         arms = {name: ArmTally(arm.topology) for name, arm in self.arms.items()}
-        delay, lag = Histogram(GAPS_S), Histogram(GAPS_S)
         for worker in workers:
             for name, arm in arms.items():
                 arm.merge(worker.arms[name])
-            delay.merge(worker.send_delay_s)
-            lag.merge(worker.loop_lag_s)
-        self.arms, self.send_delay_s, self.loop_lag_s = arms, delay, lag
+            self.clients.update(worker.clients)
+        self.arms = arms
+        self.send_delay = sum((worker.send_delay for worker in workers), Counter())
+        self.ttft = sum((worker.ttft for worker in workers), Counter())
+        self.chunks = sum(worker.chunks for worker in workers)
+        self.coalesced = sum(worker.coalesced for worker in workers)
 
     def call_started(self, call: Call) -> None:
         self.arms[call.arm].calls_in_flight += 1
@@ -129,10 +134,13 @@ class Tally:
         arm.tokens.update({kind: n for kind, n in tokens.items() if n is not None})
         if call.sent_at is None:
             return
-        self.send_delay_s.add(call.sent_at - call.due_at)
+        self.send_delay[gap_bucket(call.sent_at - call.due_at)] += 1
+        self.chunks += 1 + sum(call.gaps.values())
+        self.coalesced += call.coalesced
         arm.call_s.add(call.seconds)
         if call.first_at is not None:
             arm.ttft_s.add(call.first_at - call.sent_at)
+            self.ttft[gap_bucket(call.first_at - call.sent_at)] += 1
         for bucket, times in call.gaps.items():
             arm.itl_s.add(bucket_gap_s(bucket), times)
 

@@ -73,7 +73,9 @@ async def work(task: Task, link: Link) -> Ended:
             return Ended(False, one.drift, {})
         clock.start(go.origin_s)
         health = Health(clock.now)
-        whole = await carry_out(one, tally, health, journal, [_report(link, tally, health), member.listen(one.stop)])
+        whole = await carry_out(
+            one, tally, health, journal, [_report(link, tally, health), member.listen(one.stop)], task.index
+        )
     notes = [note for endpoint in reached.endpoints.values() for note in endpoint.notes]
     return Ended(whole, one.drift, {task.index: health.look()}, notes)
 

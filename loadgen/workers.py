@@ -18,7 +18,7 @@ from typing import IO
 
 from fanmark.loadgen.costs import resources
 from fanmark.loadgen.errors import UnreachableError
-from fanmark.loadgen.health import ClientState
+from fanmark.loadgen.health import WORDS, ClientState
 from fanmark.loadgen.link import Ask, Ended, Go, Link, Meeting, Ready, Refused, Say, Snapshot, Task
 from fanmark.loadgen.reach import Place
 from fanmark.loadgen.records import Journal, Query, read_begun, read_queries
@@ -139,7 +139,9 @@ class Workers:
                 worker.ended = message
                 worker.state = message.states.get(worker.index, worker.state)
             elif message is None and worker.ended is None:
-                worker.lost_at = self._clock.now()
+                worker.lost_at = worker.state.lost_at = self._clock.now()
+                worker.state.verdict = WORDS[-1]
+                self._tally.clients[worker.index] = worker.state
             self._hold_meeting()
             if not worker.works:
                 return
@@ -157,9 +159,7 @@ class Workers:
         """The workers' ends as one. Those that died are named."""
         total = Ended(True, Drift(), {})
         for worker in self._workers:
-            state = worker.state
-            state.lost_at = worker.lost_at
-            total.states[worker.index] = state
+            total.states[worker.index] = worker.state
             if worker.ended is None:
                 total.notes.append(
                     f"worker {worker.index} of {len(self._workers)} died at {worker.lost_at:.1f} s ({worker.last_words}): "

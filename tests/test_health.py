@@ -2,14 +2,18 @@
 
 import asyncio
 import json
+import math
 import time
 from collections import Counter
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from two_arms import call
 
-from fanmark.loadgen.health import ClientState, Health, client_part, p99, verdict
+from fanmark.loadgen.health import ClientState, Health, bucket_quantile, client_part, p99, verdict
 from fanmark.loadgen.records import Call, bucket_gap_s, gap_bucket
+from fanmark.loadgen.tally import Tally
 
 
 @pytest.mark.parametrize(
@@ -121,13 +125,23 @@ def test_the_worst_worker_is_the_verdict_and_is_named() -> None:
 
 
 def test_a_watch_measures_the_process_it_runs_in() -> None:
-    async def watch_for(seconds: float) -> Health:
-        health, seen = Health(time.monotonic), list[float]()
-        watching = asyncio.ensure_future(health.watch(seen.append))
+    async def watch_for(seconds: float) -> Tally:
+        health, tally = Health(time.monotonic), Tally({"single": "single"}, "single")
+        tally.send_delay[gap_bucket(0.2)] = 1  # far too late
+        watching = asyncio.ensure_future(health.watch(tally, 3))
         await asyncio.sleep(seconds)
         watching.cancel()
-        assert sum(health.state.loop_lag.values()) == len(seen) > 0
-        return health
+        return tally
 
-    state = asyncio.run(watch_for(0.2)).look()
-    assert state.cpu_s >= 0 and state.rss_mb > 1
+    state = asyncio.run(watch_for(1.2)).clients[3]
+    assert 10 <= sum(state.loop_lag.values()) <= 24
+    assert state.cpu_s > 0 and state.rss_mb > 1 and state.verdict == "client-limited"
+
+
+@given(st.lists(st.floats(1e-5, 10), max_size=300), st.sampled_from([0.0, 0.5, 0.9, 0.99, 1.0]))
+def test_a_quantile_of_buckets_is_that_of_the_values_to_one_percent(values: list[float], q: float) -> None:
+    found = bucket_quantile(Counter(map(gap_bucket, values)), q)
+    if not values:
+        assert found is None
+    else:
+        assert found == pytest.approx(sorted(values)[math.ceil(q * (len(values) - 1))], rel=0.0101)

@@ -2,6 +2,7 @@
 
 import io
 
+from fanmark.loadgen.health import ClientState
 from fanmark.loadgen.live import Progress
 from fanmark.loadgen.records import Call, Query
 from fanmark.loadgen.tally import Tally
@@ -34,3 +35,5 @@ def test_a_line_says_what_is_done_and_what_runs() -> None:
     clock[0] = 4.0
     said = "   4.0 s  2 of 8 queries done, 0 calls in flight, tokens/s in 2,500 out 500, calls: debate 9.00x"
     assert progress.line() == said
+    tally.clients = {0: ClientState(), 1: ClientState(verdict="strained")}
+    assert progress.line() == said.replace("2,500 out 500", "0 out 0") + ", client strained"

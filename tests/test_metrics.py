@@ -2,6 +2,7 @@
 
 import socket
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +11,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fanmark.loadgen.errors import ScenarioError
+from fanmark.loadgen.health import ClientState
 from fanmark.loadgen.metrics import Collector, serve
+from fanmark.loadgen.records import gap_bucket
 from fanmark.loadgen.tally import Histogram, Tally
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -33,6 +36,11 @@ PROMISED = {
     "fanmark_expected_calls": {"arm", "topology"},
     "fanmark_client_loop_lag_seconds": set(),
     "fanmark_client_send_delay_seconds": set(),
+    "fanmark_client_cpu_seconds": {"worker"},
+    "fanmark_client_memory_bytes": {"worker"},
+    "fanmark_client_verdict": {"verdict"},
+    "fanmark_client_chunks": set(),
+    "fanmark_client_coalesced_chunks": set(),
 }
 
 
@@ -51,7 +59,11 @@ def tally() -> Tally:
     running = two_arms.query("debate", 3, [two_arms.call(1, (9.0, None, 9.0), (None, None, None))], 9.0, 9.0)
     found.query_started("debate")
     found.call_started(running.calls[0])
-    found.loop_lag_s.add(0.0015)
+    lags = Counter({gap_bucket(0.0015): 1})
+    found.clients = {
+        0: ClientState(lags, cpu_s=1.5, rss_mb=2.0),
+        1: ClientState(Counter(), cpu_s=0.25, rss_mb=1.0, verdict="strained"),
+    }
     return found
 
 
@@ -165,6 +177,22 @@ def test_histograms(tally: Tally) -> None:
     assert histogram(found, "fanmark_call_itl_seconds", arm="single") == {0.2: 30}  # 0.1015 s, each ten times
     assert histogram(found, "fanmark_client_loop_lag_seconds") == {0.002: 1}
     assert histogram(found, "fanmark_client_send_delay_seconds") == {0.001: 11}
+
+
+def test_the_client_tells_of_itself_by_worker(tally: Tally) -> None:
+    found = scrape(tally)
+    for worker, cpu_s, mb in (("0", 1.5, 2), ("1", 0.25, 1)):
+        assert value(found, "fanmark_client_cpu_seconds_total", worker=worker) == cpu_s
+        assert value(found, "fanmark_client_memory_bytes", worker=worker) == mb * 2**20
+    words = {
+        word: value(found, "fanmark_client_verdict", verdict=word) for word in ("ok", "strained", "client-limited")
+    }
+    assert words == {"ok": 0, "strained": 1, "client-limited": 0}  # the worst worker's
+    assert value(found, "fanmark_client_chunks_total") == 11 + 100  # calls that were sent, and their gaps
+    joined = two_arms.call(1, (0.0, 1.0, 2.0), (1, 0, 9), gaps={-116: 4}, coalesced=3)
+    two_arms.query("single", 9, [joined], 0.0, 2.0)
+    tally.call_finished(joined)
+    assert value(scrape(tally), "fanmark_client_coalesced_chunks_total") == 3
 
 
 def test_warm_up_calls_show_only_while_they_are_in_flight() -> None:
