@@ -1,7 +1,8 @@
 """A target as a run sees it, whatever carries its calls: HTTP (target.py), or the engine in process (lanes/virtual.py)."""
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -24,6 +25,12 @@ LOST = {
 }
 
 
+def role_key(role: str, keys: Container[str]) -> str | None:
+    """Which of `keys` names this role: itself, or without its number (worker-3 is a worker)."""
+    plain = re.sub(r"-\d+$", "", role)
+    return role if role in keys else plain if plain in keys else None
+
+
 class Lane(Protocol):
     """What carries the calls, as far as records name it."""
 
@@ -41,6 +48,8 @@ class Endpoint(ABC):
         self.server = server
         self.notes: list[str] = []
         self.dropped: set[str] = set()
+        self.params = config.params
+        self.role_params = {name: role.params for name, role in config.roles.items()}
         self.prompts: Prompts = ChatPrompts(vocabulary(), None, None)
         self.tool_part: Part | None = None
         self.tools: list[dict[str, Any]] = []
@@ -86,9 +95,11 @@ class Endpoint(ABC):
         tools: bool,
         samples: int,
         reasoning_tokens: int,
+        role: str = "",
     ) -> dict[str, Any]:
         """The request, as a JSON object. Parameters that the target refused before are left out."""
-        fields: dict[str, Any] = {"model": self.model}
+        own = role_key(role, self.config.roles)
+        fields: dict[str, Any] = {"model": (self.config.roles[own].model if own else None) or self.model}
         if self.config.api == "completions":
             fields["prompt"] = [i for _, part in parts for i in part.content]
             fields["return_token_ids"] = True
@@ -105,7 +116,9 @@ class Endpoint(ABC):
             fields["ignore_eos"] = True
         if salt is not None:
             fields["cache_salt"] = salt
-        fields |= self.config.params
+        fields |= self.params
+        if own is not None:
+            fields |= self.role_params[own]
         for name in self.dropped & set(fields):
             del fields[name]
         if "max_tokens" in self.dropped:
@@ -116,7 +129,7 @@ class Endpoint(ABC):
         """Whether the refusal names an optional parameter of `body`; it is left out from now on, and said once."""
         if error.status not in (400, 422):
             return False
-        for name in [*LOST, *self.config.params]:
+        for name in [*LOST, *self.params, *(name for params in self.role_params.values() for name in params)]:
             if name in body and name in error.body:
                 if name not in self.dropped:
                     self.dropped.add(name)

@@ -11,6 +11,8 @@ from msgspec import inspect
 
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.lengths import Dist
+from fanmark.loadgen.redaction import REDACTED, is_secret_name
+from fanmark.loadgen.scenario import ClientCert, FromEnv
 
 T = TypeVar("T")
 
@@ -43,7 +45,10 @@ def show(value: Any) -> str:
 
 def _toml(value: Any) -> str:
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{k} = {_toml(v)}" for k, v in value.items()) + " }" if value else "{}"
+        shown = [
+            f"{k} = {REDACTED if isinstance(v, str) and is_secret_name(k) else _toml(v)}" for k, v in value.items()
+        ]
+        return f"{{ {', '.join(shown)} }}" if shown else "{}"
     if isinstance(value, list):
         return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, str | bool):
@@ -55,17 +60,22 @@ def _explained(text: str, raw: Any, kind: type[Any], where: str, path: Sequence[
     """msgspec's message "what - at `$.a.b[0]`" as one line. It names types of its own; what is allowed is told from `kind`."""
     said, _, at = text.partition(" - at ")
     names, value, found = list(path), raw, inspect.type_info(kind)
+    inside: inspect.Type | None = None
     for name, index in re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", at):
         if name:
             names.append(name)
             value, found = value.get(name) if isinstance(value, dict) else None, _fields(found)[name]
             continue
+        if index == "...":
+            inside = _value(found)
         item = _item(found)
         if not isinstance(item, _TABLES) or index == "...":
             break  # an item of a plain list or table: the whole is shown
         names[-1] += f"[{index}]"
         value, found = value[int(index)], item
     key = re.search(r"(unknown|missing required) field `(\w+)`", said)
+    if key and inside is not None:
+        found = inside
     if key and key[1] == "unknown":
         return ScenarioError(f"{_table(where, names)}: unknown key {key[2]!r}{nearest(key[2], list(_fields(found)))}")
     if key:
@@ -100,6 +110,10 @@ def _item(found: inspect.Type) -> inspect.Type | None:
     return next((option.item_type for option in _options(found) if isinstance(option, inspect.ListType)), None)
 
 
+def _value(found: inspect.Type) -> inspect.Type | None:
+    return next((option.value_type for option in _options(found) if isinstance(option, inspect.DictType)), None)
+
+
 def _allowed(found: inspect.Type, key: str) -> str:
     """What `key`, of this type, may hold."""
     return " or ".join(_one_allowed(option) for option in _options(found)).replace("[[...]]", f"[[{key}]]")
@@ -124,6 +138,14 @@ def _one_allowed(found: inspect.Type) -> str:
             return "a list of tables, as [[...]]"
         case inspect.DictType() if isinstance(found.value_type, inspect.StrType):
             return "a table of texts"
+        case inspect.DictType() if isinstance(found.value_type, inspect.UnionType):
+            return 'a table of texts, or of { env = "NAME" }'
+        case inspect.DictType() if isinstance(found.value_type, inspect.StructType):
+            return "a table of tables"
+        case inspect.StructType() if found.cls is FromEnv:
+            return '{ env = "NAME" }'
+        case inspect.StructType() if found.cls is ClientCert:
+            return '{ cert = "FILE", key = "FILE" }'
         case inspect.StructType() if found.cls is Dist:
             return 'a distribution, as { dist = "lognormal", mean = 400, cv = 0.5 }'
     return "a table"

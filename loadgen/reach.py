@@ -66,7 +66,7 @@ async def reach(
         tools = ToolSet(servers, servers.tools, scenario.tools, embedded=not scenario.tools.server)
     endpoints: dict[str, HttpEndpoint] = {}
     for name, target in place.targets.items():
-        endpoints[name] = await connect(name, target, now, time_scale=place.time_scale)
+        endpoints[name] = await connect(name, target, now, time_scale=place.time_scale, source=scenario.source)
         stack.push_async_callback(endpoints[name].lane.close)
         if tools is not None:
             await endpoints[name].expose(tools.schemas, system=scenario.workload.system != 0)

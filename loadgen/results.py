@@ -38,7 +38,8 @@ def assemble(
         for key in ("reconciled", "alone")
     } | {said: "; ".join(p[said] for p in parts) for said in ("reason", "alone_reason")}
     targets = {
-        name: {"url": e.config.url, "model": e.model, "server": e.server, "lane": e.lane.name}
+        name: {"url": e.config.replicas[0], "model": e.model, "server": e.server, "lane": e.lane.name}
+        | ({"urls": e.config.replicas, "spread": e.config.spread} if e.config.urls else {})
         for name, e in endpoints.items()
     }
     notes = [note for endpoint in endpoints.values() for note in endpoint.notes]

@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-import re
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from fanmark.loadgen.contamination import Explained
 from fanmark.loadgen.costs import mismatches, resources
 from fanmark.loadgen.crew import Alone, Crew, share
 from fanmark.loadgen.demand import Demand, draw_demand, expected_tokens
-from fanmark.loadgen.endpoint import Endpoint
+from fanmark.loadgen.endpoint import Endpoint, role_key
 from fanmark.loadgen.errors import CallError
 from fanmark.loadgen.records import Begun, Outcome, Query
 from fanmark.loadgen.runtime import QueryRuntime, ToolUse, World
@@ -120,8 +119,7 @@ class Run:
 
     def _endpoint(self, arm: str, role: str) -> Endpoint:
         chosen = self._arms[arm]
-        plain = re.sub(r"-\d+$", "", role)  # worker-3 is a worker
-        by_role = chosen.targets.get(role) or chosen.targets.get(plain) or chosen.targets.get("default")
+        by_role = chosen.targets.get(role_key(role, chosen.targets) or "default")
         return self._endpoints[by_role or chosen.target or "default"]
 
     async def execute(self) -> bool:

@@ -203,6 +203,7 @@ class QueryRuntime:
                 tools=tools,
                 samples=call.samples,
                 reasoning_tokens=thought,
+                role=call.role,
             )
             own = {m.key for m in messages if m.per_query or m.source is not None}
             traffic = self._traffic(salt, prompt, own, endpoint.tool_part if tools else None)

@@ -25,29 +25,62 @@ class Prices(Table, frozen=True):
     cached_input: Price | None = None
 
 
-class Target(Table, frozen=True):
-    """An inference endpoint. `model` None: the first that /v1/models lists. `params` pass through unchanged. `lane` "auto": the fast lane
-    for plain http:// without a proxy, on systems that have it, else aiohttp; "openai": the SDK that applications use, slow. A call that
-    ends with 429, 503 or no connection is sent again at most `retries` times: after the server's Retry-After, else after
-    `retry_backoff_s`, doubled each time. `call_timeout_s` is for each attempt. `metrics_urls`: where all its servers tell of themselves;
-    left out: /metrics beside the url."""
+class FromEnv(Table, frozen=True):
+    """A value that is read from the environment when the target is reached, and that no file or message shows."""
 
-    url: str
+    env: str
+
+
+class ClientCert(Table, frozen=True):
+    """The client's certificate and its key, as PEM files."""
+
+    cert: str
+    key: str
+
+
+class RoleShape(Table, frozen=True):
+    """What is different for the calls of one role: params on top of the target's, and a model with the target's tokenizer (a LoRA)."""
+
+    params: dict[str, Any] = {}
+    model: str | None = None
+
+
+class Target(Table, frozen=True):
+    """An inference endpoint. `urls` in place of `url`: replicas of one service, which take calls in turn, or whole queries (`spread`).
+    `model` None: the first that /v1/models lists. `params` pass through unchanged, {env = NAME} in them filled in. The key goes as
+    "Authorization: Bearer KEY", bare in any other `auth_header`. `lane` "auto": the fast lane for plain http:// without a proxy, on
+    systems that have it, else aiohttp; "openai": the SDK that applications use, slow. A call that ends with 429, 503 or no connection is
+    sent again at most `retries` times: after the server's Retry-After, else after `retry_backoff_s`, doubled each time. `call_timeout_s`
+    is for each attempt. `metrics_urls`: where all its servers tell of themselves; left out: /metrics beside each url."""
+
+    url: str | None = None
+    urls: list[str] = []
+    spread: Literal["round-robin", "query"] = "round-robin"
     model: str | None = None
     api_key_env: str | None = None
+    api_key_file: str | None = None
+    auth_header: str = "Authorization"
     api: Literal["chat", "completions"] = "chat"
     lane: Literal["auto", "fast", "aiohttp", "openai"] = "auto"
     params: dict[str, Any] = {}
-    headers: dict[str, str] = {}
     metrics_urls: list[str] = []
+    headers: dict[str, str | FromEnv] = {}
+    query: dict[str, str | FromEnv] = {}
+    roles: dict[str, RoleShape] = {}
     ca_file: str | None = None
+    client_cert: str | ClientCert | None = None
     insecure: bool = False
-    proxy: str | None = None
+    proxy: str | FromEnv | None = None
     ready_timeout_s: Positive = 10.0
     call_timeout_s: Positive = 600.0
     retries: Annotated[int, msgspec.Meta(ge=0, le=100)] = 0
     retry_backoff_s: Positive = 0.5
     prices: Prices | None = None
+
+    @property
+    def replicas(self) -> list[str]:
+        """The addresses that calls go to, one or several."""
+        return [url.rstrip("/") for url in self.urls or [self.url or ""]]
 
 
 class Stub(Table, frozen=True):

@@ -16,6 +16,7 @@ from fanmark.agents.runtime import Topology
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.lengths import Dist
 from fanmark.loadgen.mistakes import convert, nearest, show
+from fanmark.loadgen.redaction import is_secret_name
 from fanmark.loadgen.scenario import (
     ANSWER_KINDS,
     ARM_KEYS,
@@ -29,8 +30,14 @@ from fanmark.loadgen.scenario import (
     Tools,
     Workload,
 )
+from fanmark.loadgen.target_check import check_targets
 
-_CLEARS = {"load.queries": "duration", "load.duration": "queries"}  # what --set KEY=VALUE puts out of force
+_CLEARS = {  # what --set KEY=VALUE puts out of force
+    "load.queries": "load.duration",
+    "load.duration": "load.queries",
+    "target.api_key_file": "target.api_key_env",
+    "target.urls": "target.url",
+}
 
 
 class _File(Table, frozen=True, kw_only=True):
@@ -84,18 +91,7 @@ def check(raw: Mapping[str, Any], source: str, topologies: Mapping[str, Topology
         targets = {name: convert(table, Target, source, ("targets", name)) for name, table in file.targets.items()}
     if targets and file.stub is not None:
         raise ScenarioError(f"{source}: both a target and [stub]: the stub stands in only where there is no target")
-    for name, target in targets.items():
-        if not re.match(r"https?://[^/\s]+", target.url):
-            raise ScenarioError(
-                f"{source}: {_target_key(name)} url = {show(target.url)}: must be http://HOST:PORT/v1 or https://..."
-            )
-        if target.lane == "fast" and (target.proxy is not None or not target.url.startswith("http://")):
-            carries = f"url = {show(target.url)}" if target.proxy is None else f"proxy = {show(target.proxy)}"
-            raise ScenarioError(
-                f'{source}: {_target_key(name)} lane = "fast" with {carries}: it carries plain http:// without a proxy: '
-                'use "auto" or "aiohttp"'
-            )
-        _check_metrics_urls(target, f"{source}: {_target_key(name)}")
+    check_targets(targets, source)
     _check_tools(file.tools, source)
     arms = [_arm(raw_arm, i, source, topologies) for i, raw_arm in enumerate(file.arm)]
     _check_arms(arms, targets, source)
@@ -162,17 +158,6 @@ def _arrivals(given: str | list[float], source: str) -> list[float]:
     if not times:
         raise ScenarioError(f"{where}: is empty: give one start time (s) a line")
     return sorted(times)
-
-
-def _check_metrics_urls(target: Target, where: str) -> None:
-    for url in target.metrics_urls:
-        if not re.match(r"https?://[^/\s]+", url):
-            raise ScenarioError(f"{where} metrics_urls: {show(url)}: must be http://HOST:PORT/metrics or https://...")
-        plain = target.url.startswith("http://") and target.proxy is None
-        if url.startswith("https://") and plain and target.lane != "aiohttp":
-            raise ScenarioError(
-                f'{where} metrics_urls: {show(url)}: the fast lane carries plain http:// only: say lane = "aiohttp"'
-            )
 
 
 def _check_tools(tools: Tools, source: str) -> None:
@@ -271,15 +256,13 @@ def resolve_params(topology: Topology, given: Mapping[str, Any], where: str, dra
     return convert(values, topology.params, where, shown=given)
 
 
-def _target_key(name: str) -> str:
-    return "[target]" if name == "default" else f"[targets.{name}]"
-
-
 def override(raw: dict[str, Any], settings: Sequence[str]) -> None:
     """Applies `--set KEY=VALUE` in place: KEY is a dotted path (an arm by its name: arm.debate.agents), VALUE is TOML, else text."""
     for setting in settings:
         path, sign, text = setting.partition("=")
         keys = path.strip().split(".")
+        if any(map(is_secret_name, keys)):
+            setting = f"{path}=..."
         if not sign or not all(keys):
             raise ScenarioError(f"--set {setting}: must be KEY=VALUE, such as load.rate=2 or arm.debate.agents=6")
         try:
@@ -298,8 +281,8 @@ def override(raw: dict[str, Any], settings: Sequence[str]) -> None:
                 raise ScenarioError(f"--set {setting}: {key} is not a table")
         table[keys[-1]] = value
         clears = _CLEARS.get(path.strip())
-        if clears is not None and not any(other.partition("=")[0].strip() == f"load.{clears}" for other in settings):
-            raw["load"].pop(clears, None)
+        if clears is not None and not any(other.partition("=")[0].strip() == clears for other in settings):
+            table.pop(clears.partition(".")[2], None)
 
 
 def _arms(raw: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -68,7 +68,7 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
         journal = open_folder(options.out, scenario)
         stack.callback(journal.close)
         if options.progress is not None:
-            where = next(iter(place.targets.values())).url
+            where = next(iter(place.targets.values())).replicas[0]
             print(f"target   {where} ({next(iter(endpoints.values())).server})", file=options.progress)
             print(f"metrics  http://127.0.0.1:{port}/metrics", file=options.progress, flush=True)
         started = datetime.now(UTC)
@@ -96,6 +96,8 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
     found["notes"] = list(
         dict.fromkeys([*ended.notes, *found["notes"]])
     )  # what is lost first; all workers notice the same
+    for endpoint in endpoints.values():
+        found = endpoint.shape.secrets.clean(found)
     (options.out / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
     return Result(found, interrupted=not ended.whole)
 

@@ -55,7 +55,7 @@ def ignored(scenario: Scenario) -> list[str]:
     for name, target in scenario.targets.items():
         where = "[target]" if name == "default" else f"[targets.{name}]"
         lines.append(
-            f"ignored: {where} url = {target.url!r}: an engine model of its own stands in (api, params, prices are taken)"
+            f"ignored: {where} url = {target.replicas[0]!r}: an engine model of its own stands in (api, params, prices are taken)"
         )
     if scenario.tools.server:
         lines.append("ignored: [[tools.server]]: the bundled tools stand in, with [tools] latency_s and round_trip_s")

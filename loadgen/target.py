@@ -1,6 +1,7 @@
 """A target found, checked and measured before anything is sent to it; and what one call to it looks like on the wire."""
 
 import asyncio
+import itertools
 import os
 import ssl
 from collections.abc import Callable, Mapping, Sequence
@@ -11,12 +12,14 @@ import msgspec
 
 from fanmark.loadgen.counters import MetricsOf, Reading
 from fanmark.loadgen.endpoint import Endpoint
-from fanmark.loadgen.errors import CallError, ScenarioError, UnreachableError
+from fanmark.loadgen.errors import CallError, FanmarkError, ScenarioError, UnreachableError
 from fanmark.loadgen.lanes import fast
 from fanmark.loadgen.lanes.http import HttpLane, Sent
 from fanmark.loadgen.lanes.sse import Reply
 from fanmark.loadgen.prompts import ChatPrompts, TokenPrompts, measure_template
+from fanmark.loadgen.redaction import RedactedLane
 from fanmark.loadgen.scenario import Target
+from fanmark.loadgen.shaping import Shape, shaped, target_key, tls_of
 from fanmark.loadgen.tokenizers import LocalTokenizer, RemoteTokenizer, one_token_words
 from fanmark.servers.tokenizer import Tokenizer as StubTokenizer
 from fanmark.servers.tokenizer import vocabulary
@@ -31,30 +34,51 @@ class HttpEndpoint(Endpoint):
     """A target that is reached over HTTP."""
 
     def __init__(
-        self, name: str, config: Target, lane: AnyLane, model: str, server: str, headers: dict[str, str]
+        self, name: str, config: Target, lane: AnyLane, shape: Shape, model: str = "", server: str = "unknown"
     ) -> None:
         super().__init__(name, config, model, server)
+        self.params, self.role_params = shape.params, shape.role_params
         self.max_model_len: int | None = None
-        self._lane = lane
-        self._headers = {**headers, "Content-Type": "application/json"}
+        self.shape = shape
+        self._carrier = lane
+        self._lane: "AnyLane | RedactedLane" = RedactedLane(lane, shape.secrets) if shape.secrets else lane
+        self._headers = {**shape.headers, "Content-Type": "application/json"}
         self._tokenizer: RemoteTokenizer | None = None
         self._metrics = MetricsOf(
-            config.metrics_urls or [f"{self.root}/metrics"], self._scrape, guessed=not config.metrics_urls
+            config.metrics_urls or [f"{url.removesuffix('/v1')}/metrics" for url in config.replicas],
+            self._scrape,
+            guessed=not config.metrics_urls,
         )
+        path = "completions" if config.api == "completions" else "chat/completions"
+        self._calls_to = [shape.at(f"{url}/{path}") for url in config.replicas]
+        self._turn = itertools.count()
 
     @property
-    def lane(self) -> AnyLane:
+    def lane(self) -> "AnyLane | RedactedLane":
+        """What carries this target's requests; no error of it shows a secret."""
         return self._lane
 
     async def open_ahead(self, count: int) -> None:
         """Opens connections for `count` calls at a time, where the lane can."""
-        if isinstance(self._lane, fast.FastLane):
-            await self._lane.open_ahead(self.config.url, count)
+        if isinstance(self._carrier, fast.FastLane):
+            for url in self.urls:
+                await self._carrier.open_ahead(url, -(-count // len(self.urls)))
+
+    @property
+    def urls(self) -> list[str]:
+        """The addresses of its replicas, .../v1."""
+        return self.config.replicas
 
     @property
     def root(self) -> str:
-        """The server's address without /v1."""
-        return self.config.url.rstrip("/").removesuffix("/v1")
+        """The first server's address without /v1."""
+        return self.urls[0].removesuffix("/v1")
+
+    def replica(self, session: str) -> int:
+        """Which replica takes the next call of this query: calls in turn, or all of query i to replica i mod n, in every arm."""
+        if self.config.spread == "query":
+            return int(session.rpartition("-")[2] or 0) % len(self.urls)
+        return next(self._turn) % len(self.urls)
 
     async def measure(self) -> None:
         """Finds out how exactly lengths can be had: template shares and words of one token each, by /tokenize."""
@@ -75,7 +99,7 @@ class HttpEndpoint(Endpoint):
                 self.prompts = ChatPrompts(list(ids), tokenizer, await measure_template(tokenizer))
         except (CallError, ScenarioError) as e:
             if self.config.api == "completions":
-                raise ScenarioError(f'{self.config.url}: api = "completions" needs /tokenize: {e}') from None
+                raise ScenarioError(f'{self.urls[0]}: api = "completions" needs /tokenize: {e}') from None
             self.notes.append(f"{self.name}: input lengths are approximate, and not compared ({e})")
 
     async def schema_tokens(self, system: bool) -> int | None:
@@ -88,9 +112,8 @@ class HttpEndpoint(Endpoint):
         return full - bare
 
     async def send(self, body: Mapping[str, Any], headers: Mapping[str, str], sent: Sent) -> Reply:
-        path = "completions" if self.config.api == "completions" else "chat/completions"
-        return await self.lane.send(
-            f"{self.config.url.rstrip('/')}/{path}",
+        return await self._lane.send(
+            self._calls_to[self.replica(headers["X-Session-Id"]) if len(self._calls_to) > 1 else 0],
             msgspec.json.encode(body),
             {**self._headers, **headers},
             stream=True,
@@ -102,8 +125,8 @@ class HttpEndpoint(Endpoint):
         return await self._metrics.read(timeout_s)
 
     async def _scrape(self, url: str, timeout_s: float) -> tuple[int, bytes]:
-        """A GET of metrics. The key goes to the target's own address only."""
-        own = urlsplit(url)[:2] == urlsplit(self.config.url)[:2]
+        """A GET of metrics. The key goes to the target's own addresses only."""
+        own = urlsplit(url)[:2] in [urlsplit(address)[:2] for address in self.urls]
         return await self.lane.get(url, self._headers if own else {}, timeout_s=timeout_s)
 
 
@@ -113,109 +136,128 @@ async def connect(
     now: Callable[[], float],
     environ: Mapping[str, str] = os.environ,
     time_scale: float = 1.0,
+    source: str = "",
 ) -> HttpEndpoint:
-    """Waits for the target, chooses or checks the model and measures its tokenizer. `now` runs `time_scale` times slower than seconds.
-    Raises ScenarioError or UnreachableError."""
-    headers = dict(config.headers)
-    if config.api_key_env is not None:
-        key = environ.get(config.api_key_env)
-        if not key:
-            raise ScenarioError(
-                f"{config.url}: the API key is missing: set the environment variable {config.api_key_env}"
-            )
-        headers["Authorization"] = f"Bearer {key}"
-    lane = _lane(config, now, time_scale)
+    """Waits for the target, chooses or checks the model and measures its tokenizer. `now` runs `time_scale` times slower than seconds;
+    `source` is the scenario's file. Raises ScenarioError or UnreachableError, which show no secret."""
+    where = f"{source}: {target_key(name)}" if source else target_key(name)
+    shape = shaped(config, where, environ)
+    lane = _lane(config, where, shape, now, time_scale)
     try:
-        status, body = await _models(config, lane, headers)
-        if lane.name == "fast" and config.lane == "auto" and 300 <= status < 400:  # sent on elsewhere: aiohttp follows
+        endpoint = HttpEndpoint(name, config, lane, shape)
+        answers = await _models(endpoint)
+        if lane.name == "fast" and config.lane == "auto" and any(300 <= status < 400 for status, _ in answers):
             await lane.close()
-            lane = HttpLane(now, tls=_tls(config), proxy=config.proxy)
-            status, body = await _models(config, lane, headers)
-        listed = _listed(config, status, body)
-        model = _choose(config, [entry["id"] for entry in listed])
-        server = await _server(config, lane, headers)
-        endpoint = HttpEndpoint(name, config, lane, model, server, headers)
-        endpoint.max_model_len = next((entry.get("max_model_len") for entry in listed if entry["id"] == model), None)
+            lane = HttpLane(now, tls=_tls(config, where), proxy=shape.proxy)  # sent on elsewhere: aiohttp follows
+            endpoint = HttpEndpoint(name, config, lane, shape)
+            answers = await _models(endpoint)
+        listed = [_listed(config, url, *answer) for url, answer in zip(endpoint.urls, answers, strict=True)]
+        endpoint.model, endpoint.max_model_len = _model(endpoint, listed)
+        endpoint.server = await _server(endpoint)
+        if config.insecure:
+            endpoint.notes.append(f"{name}: insecure = true: whose certificate answers is not checked")
         await endpoint.measure()
+    except FanmarkError as e:
+        await lane.close()
+        e.args = (shape.secrets.redact(str(e)),)
+        raise
     except BaseException:
         await lane.close()
         raise
     return endpoint
 
 
-def _lane(config: Target, now: Callable[[], float], time_scale: float) -> AnyLane:
+def _lane(config: Target, where: str, shape: Shape, now: Callable[[], float], time_scale: float) -> AnyLane:
     """The lane that the target wants."""
-    plain = config.url.startswith("http://") and config.proxy is None
+    plain = config.proxy is None and all(url.startswith("http://") for url in config.replicas)
     if config.lane == "fast" and not fast.available():
-        raise ScenarioError(
-            f'{config.url}: lane = "fast" needs epoll, which this system lacks: use "auto" or "aiohttp"'
-        )
+        raise ScenarioError(f'{where} lane = "fast": it needs epoll, which this system lacks: use "auto" or "aiohttp"')
     if config.lane == "fast" or (config.lane == "auto" and plain and fast.available()):
         return fast.FastLane(now, time_scale=time_scale)
     if config.lane == "openai":
         from fanmark.loadgen.lanes.openai_sdk import OpenaiLane
 
-        return OpenaiLane(now, tls=_tls(config), proxy=config.proxy)
-    return HttpLane(now, tls=_tls(config), proxy=config.proxy)
+        return OpenaiLane(now, tls=_tls(config, where), proxy=shape.proxy)
+    return HttpLane(now, tls=_tls(config, where), proxy=shape.proxy)
 
 
-def _tls(config: Target) -> ssl.SSLContext | bool:
-    """How https:// is checked."""
-    if config.ca_file is None:
-        return not config.insecure
-    try:
-        return ssl.create_default_context(cafile=config.ca_file)
-    except OSError as e:
-        raise ScenarioError(f"{config.url}: ca_file = {config.ca_file!r}: {e.strerror or e}") from None
+def _tls(config: Target, where: str) -> ssl.SSLContext | bool:
+    own = config.ca_file is not None or config.client_cert is not None or config.insecure
+    return tls_of(config, where) if own else True
 
 
-async def _models(config: Target, lane: AnyLane, headers: Mapping[str, str]) -> tuple[int, bytes]:
-    """Status and body of /models, once the target answers."""
-    url = f"{config.url.rstrip('/')}/models"
-    give_up_at = asyncio.get_running_loop().time() + config.ready_timeout_s
+async def _models(endpoint: HttpEndpoint) -> list[tuple[int, bytes]]:
+    """Status and body of each replica's /models, once it answers."""
+    return list(await asyncio.gather(*(_models_of(endpoint, url) for url in endpoint.urls)))
+
+
+async def _models_of(endpoint: HttpEndpoint, url: str) -> tuple[int, bytes]:
+    ready_s = endpoint.config.ready_timeout_s
+    give_up_at = asyncio.get_running_loop().time() + ready_s
     while True:
         try:
-            return await lane.get(url, headers, timeout_s=config.ready_timeout_s)
+            return await endpoint.lane.get(
+                endpoint.shape.at(f"{url}/models"), endpoint.shape.headers, timeout_s=ready_s
+            )
         except CallError as e:
             if asyncio.get_running_loop().time() + 0.25 > give_up_at:
                 raise UnreachableError(
-                    f"{config.url}: does not answer within {config.ready_timeout_s:g} s ({e}): is the server up? "
-                    "(ready_timeout_s waits longer)"
+                    f"{url}: does not answer within {ready_s:g} s ({e}): is the server up? (ready_timeout_s waits longer)"
                 ) from None
             await asyncio.sleep(0.25)
 
 
-def _listed(config: Target, status: int, body: bytes) -> list[dict[str, Any]]:
-    url = f"{config.url.rstrip('/')}/models"
+def _listed(config: Target, url: str, status: int, body: bytes) -> list[dict[str, Any]]:
     if status in (401, 403):
-        hint = (
-            f"the key in {config.api_key_env} is refused" if config.api_key_env else "name its variable by api_key_env"
+        given = config.api_key_env or config.api_key_file
+        hint = f"the key in {given} is refused" if given else "name its variable by api_key_env"
+        raise ScenarioError(f"{url}: wants an API key (HTTP {status}): {hint}")
+    if status == 407:
+        raise UnreachableError(
+            f"{url}: the proxy wants a password (HTTP 407): give its address with one, from the environment"
         )
-        raise ScenarioError(f"{config.url}: wants an API key (HTTP {status}): {hint}")
     if status != 200:
         if config.model is None:
-            raise UnreachableError(f"{url}: HTTP {status}: is the path right (.../v1)? Else name the model by --model")
+            raise UnreachableError(
+                f"{url}/models: HTTP {status}: is the path right (.../v1)? Else name the model by --model"
+            )
         return []
     try:
-        return list(msgspec.json.decode(body)["data"])
+        return [{**entry, "id": str(entry["id"])} for entry in msgspec.json.decode(body)["data"]]
     except (msgspec.DecodeError, KeyError, TypeError):
-        raise UnreachableError(f"{url}: not an OpenAI-compatible list of models: is the path right (.../v1)?") from None
+        raise UnreachableError(
+            f"{url}/models: not an OpenAI-compatible list of models: is the path right (.../v1)?"
+        ) from None
 
 
-def _choose(config: Target, listed: Sequence[str]) -> str:
-    if config.model is None:
-        if not listed:
-            raise UnreachableError(f"{config.url}: lists no model: name one by --model")
-        return listed[0]
-    if listed and config.model not in listed:
-        raise UnreachableError(f"{config.url}: has no model {config.model!r}, but {', '.join(listed[:10])}")
-    return config.model
+def _model(endpoint: HttpEndpoint, listed: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[str, int | None]:
+    """The model of all replicas, and the longest context that all of them take. Raises UnreachableError where one lacks a model."""
+    wanted = endpoint.config.model
+    if wanted is None:
+        if not listed[0]:
+            raise UnreachableError(f"{endpoint.urls[0]}: lists no model: name one by --model")
+        wanted = str(listed[0][0]["id"])
+    by_role = [shape.model for shape in endpoint.config.roles.values() if shape.model is not None]
+    for url, entries in zip(endpoint.urls, listed, strict=True):
+        ids = [entry["id"] for entry in entries]
+        for model in [wanted, *by_role]:
+            if ids and model not in ids:
+                raise UnreachableError(f"{url}: has no model {model!r}, but {', '.join(ids[:10])}")
+    known = [entry.get("max_model_len") for entries in listed for entry in entries if entry["id"] == wanted]
+    return wanted, min((length for length in known if isinstance(length, int)), default=None)
 
 
-async def _server(config: Target, lane: AnyLane, headers: Mapping[str, str]) -> str:
-    root = config.url.rstrip("/").removesuffix("/v1")
+async def _server(endpoint: HttpEndpoint) -> str:
+    """What serves, by its own word; replicas of several versions are all named."""
+    found = list(dict.fromkeys(await asyncio.gather(*(_version(endpoint, url) for url in endpoint.urls))))
+    if len(found) > 1:
+        endpoint.notes.append(f"{endpoint.name}: its replicas are not alike: {', '.join(found)}")
+    return ", ".join(found)
+
+
+async def _version(endpoint: HttpEndpoint, url: str) -> str:
     try:
-        status, body = await lane.get(f"{root}/version", headers)
+        status, body = await endpoint.lane.get(f"{url.removesuffix('/v1')}/version", endpoint.shape.headers)
         version = msgspec.json.decode(body)["version"] if status == 200 else None
     except (CallError, msgspec.DecodeError, KeyError, TypeError):
         version = None

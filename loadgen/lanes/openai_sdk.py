@@ -14,6 +14,7 @@ import ssl
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
+from urllib.parse import parse_qsl
 
 import httpx2
 import msgspec
@@ -130,8 +131,15 @@ class OpenaiLane:
         """The SDK's method for this address, and the fields that it has a parameter for; the others go by extra_body. The key is in the
         calls' headers, none is taken from elsewhere."""
         if url not in self._creates:
-            path = CHAT if url.endswith(CHAT) else COMPLETIONS
-            client = _Client(api_key="none", base_url=url.removesuffix(path), max_retries=0, http_client=self._http)
+            address, _, query = url.partition("?")
+            path = CHAT if address.endswith(CHAT) else COMPLETIONS
+            client = _Client(
+                api_key="none",
+                base_url=address.removesuffix(path),
+                default_query=dict(parse_qsl(query)),
+                max_retries=0,
+                http_client=self._http,
+            )
             create = client.chat.completions.create if path == CHAT else client.completions.create
             self._creates[url] = create, frozenset(inspect.signature(create).parameters)
         return self._creates[url]
