@@ -58,8 +58,8 @@ FILE_MISTAKES = {
         "f.toml: [target.prices]: unknown key 'gpu_hour': allowed are cached_input, input, output",
     ),
     "an unknown key of the one target": (
-        '[target]\nurls = ["http://h/v1"]',
-        "f.toml: [target]: unknown key 'urls': did you mean 'url'?",
+        '[target]\nurl = "http://h/v1"\nurlz = ["http://h/v1"]',
+        "f.toml: [target]: unknown key 'urlz': did you mean 'url'?",
     ),
     "an unknown key of a named target": (
         '[targets.big]\nurl = "http://h/v1"\nmodle = "m"',
@@ -95,7 +95,7 @@ FILE_MISTAKES = {
     "targets that are no tables": ("targets = { a = 3 }", "f.toml: targets = { a = 3 }: must be a table"),
     "headers that are no texts": (
         f"{TARGET}headers = {{ a = 1 }}",
-        "f.toml: [target] headers = { a = 1 }: must be a table of texts",
+        'f.toml: [target] headers = { a = 1 }: must be a table of texts, or of { env = "NAME" }',
     ),
     "a command as one text": (
         '[[tools.server]]\ncommand = "mcp-server-time --utc"',
@@ -243,7 +243,7 @@ FILE_MISTAKES = {
     ),
     "a target without an address": (
         '[target]\nmodel = "m"',
-        "f.toml: [target]: url is missing: it must be a text in quotes",
+        'f.toml: [target]: url is missing: give url = "http://HOST:PORT/v1", or urls = [...] of the replicas of one service',
     ),
     "an address without a scheme": (
         '[target]\nurl = "h:8000"',
@@ -726,7 +726,8 @@ def scenarios(draw: st.DrawFn) -> dict[str, Any]:
         optional={
             "model": texts,
             "prices": st.just({"input": 1, "output": 2}),
-            "headers": st.dictionaries(texts, texts),
+            "headers": st.dictionaries(st.from_regex("X-[A-F]{1,9}", fullmatch=True), texts | st.just({"env": "NAME"})),
+            "query": st.dictionaries(st.from_regex("[a-f]{1,9}", fullmatch=True), texts | st.just({"env": "NAME"})),
             "params": st.dictionaries(texts, st.integers(0, 9) | texts | st.booleans() | st.floats(0, 1)),
         },
     )
