@@ -41,7 +41,7 @@ class HttpEndpoint(Endpoint):
         self.max_model_len: int | None = None
         self.shape = shape
         self._carrier = lane
-        self._lane: "AnyLane | RedactedLane" = RedactedLane(lane, shape.secrets) if shape.secrets else lane
+        self._lane: AnyLane | RedactedLane = RedactedLane(lane, shape.secrets) if shape.secrets else lane
         self._headers = {**shape.headers, "Content-Type": "application/json"}
         self._tokenizer: RemoteTokenizer | None = None
         self._metrics = MetricsOf(

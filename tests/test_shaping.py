@@ -257,26 +257,29 @@ def connected(config: Target, use: Any, environ: dict[str, str] | None = None) -
     return asyncio.run(go())
 
 
-def test_what_goes_over_the_wire() -> None:
+@pytest.mark.parametrize("lane", ["fast", "aiohttp", "openai"])
+def test_what_goes_over_the_wire(lane: str) -> None:
     async def use(endpoint: HttpEndpoint) -> None:
         for role in ("agent-2", "judge", "judge-1"):
             await ask(endpoint, role)
 
     with echoing(Echo()) as echo:
         text = (
-            f'url = "{echo.url}"\napi_key_env = "K"\nauth_header = "api-key"\nquery = {{ api-version = "1", sig = {{ env = "S" }} }}\n'
-            'params = { temperature = 0.5, user = { env = "S" } }\nheaders = { X-Org = "org" }\n'
+            f'url = "{echo.url}"\nlane = "{lane}"\n'
+            'api_key_env = "K"\nauth_header = "api-key"\nquery = { api-version = "1", sig = { env = "S" } }\n'
+            'params = { temperature = 0.5, user = { env = "S" }, min_p = 0.1 }\nheaders = { X-Org = "org" }\n'
             '[target.roles.judge]\nmodel = "lora"\nparams = { temperature = 0.0, reasoning_effort = "high" }'
         )
         connected(target(text), use, {"K": "k3y", "S": "s&s"})
     for call in echo.calls:
         assert call.path == "/v1/chat/completions?api-version=1&sig=s%26s"
-        assert (call.headers["api-key"], call.headers["X-Org"], "Authorization" in call.headers) == (
+        headers = {name.lower(): value for name, value in call.headers.items()}
+        assert (headers["api-key"], headers["x-org"], "authorization" in headers) == (
             "k3y",
             "org",
             False,
         )
-        assert call.body["user"] == "s&s"
+        assert (call.body["user"], call.body["min_p"]) == ("s&s", 0.1)
     assert [call.body["model"] for call in echo.calls] == ["echo", "lora", "lora"]
     assert [call.body["temperature"] for call in echo.calls] == [0.5, 0.0, 0.0]
     assert [call.body.get("reasoning_effort") for call in echo.calls] == [None, "high", "high"]
