@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,10 +25,16 @@ T = TypeVar("T")
 Make = Callable[..., Any]
 
 
+@cache
+def authorities() -> ssl.SSLContext:
+    """The system's, read once: each lane of its own takes 20 ms for it."""
+    return ssl.create_default_context()
+
+
 def openai_lane(*arguments: Any, **options: Any) -> Any:
     from fanmark.loadgen.lanes.openai_sdk import OpenaiLane
 
-    return OpenaiLane(*arguments, **options)
+    return OpenaiLane(*arguments, **{"tls": authorities(), **options})
 
 
 LANES: dict[str, Make] = {"fast": FastLane, "aiohttp": HttpLane, "openai": openai_lane}

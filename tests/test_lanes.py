@@ -147,7 +147,8 @@ SHORT = chunk("a") + chunk("é", "length") + USAGE + DONE
 @pytest.mark.parametrize("reset", [False, True], ids=["end", "reset"])
 def test_a_reply_cut_at_any_byte_is_an_error_or_whole(lane: str, reset: bool) -> None:
     response = head(SSE, CHUNKED) + chunked([SHORT[:50], SHORT[50:]])
-    places = range(0, len(response) + 1, 7 if reset else 1)
+    step = 7 if reset or lane == "openai" else 1  # the SDK takes its time
+    places = [*range(0, len(response) - 30, step), *range(len(response) - 30, len(response) + 1)]
     script = Script([[response[:place], None] for place in places], reset)
     found, connections = outcomes(LANES[lane], script, times=len(places))
     whole = told(parse_stream([(1.0, SHORT)]))
@@ -156,13 +157,14 @@ def test_a_reply_cut_at_any_byte_is_an_error_or_whole(lane: str, reset: bool) ->
         assert all(one in ("stream_cut", whole) for one in found)
     else:
         told_at = len(response) if lane != "openai" else response.index(DONE) + len(DONE)
-        assert found == ["stream_cut"] * told_at + [whole] * (len(places) - told_at)
+        assert found == [whole if place >= told_at else "stream_cut" for place in places]
 
 
-def test_a_body_of_given_length_cut_at_any_byte(make: Make) -> None:
+def test_a_body_of_given_length_cut_at_any_byte(lane: str) -> None:
     response = head(JSON, b"Content-Length: %d\r\n" % len(BODY)) + BODY
-    script = Script([[response[:i], None] for i in range(len(response))])
-    assert outcomes(make, script, times=len(response)) == (["stream_cut"] * len(response), len(response))
+    places = range(0, len(response), 7 if lane == "openai" else 1)
+    script = Script([[response[:place], None] for place in places])
+    assert outcomes(LANES[lane], script, times=len(places)) == (["stream_cut"] * len(places), len(places))
 
 
 @pytest.mark.parametrize("answer", [[...], [GOOD[:300], ...], [head(SSE)[:9], ...]])
@@ -375,10 +377,10 @@ def test_a_redirect_is_followed(lane: str) -> None:
 
 def test_a_stream_longer_than_any_buffer_is_read_to_its_end(make: Make) -> None:
     """With the first read comes more than a reader would take at once, in chunks of few bytes."""
-    stream = chunk("x" * 3_000) * 100 + chunk("", "length") + USAGE + DONE
+    stream = chunk("x" * 3_000) * 70 + chunk("", "length") + USAGE + DONE
     response = head(SSE, CHUNKED) + chunked(in_parts(stream, 5))
     found, connections = outcomes(make, Script([[response]]))
-    assert [len(one[0]) for one in found] == [300_000] and connections == 1
+    assert [len(one[0]) for one in found] == [210_000] and connections == 1
 
 
 LISTED = b'{"data":[{"id":"m"}]}'
