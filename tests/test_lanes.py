@@ -375,11 +375,12 @@ def test_a_redirect_is_followed(lane: str) -> None:
     assert json.loads(script.requests[1].partition(b"\r\n\r\n")[2]) == ASKED
 
 
-def test_a_stream_longer_than_any_buffer_is_read_to_its_end(make: Make) -> None:
+@pytest.mark.parametrize("lane", ["fast", "aiohttp"])
+def test_a_stream_longer_than_any_buffer_is_read_to_its_end(lane: str) -> None:
     """With the first read comes more than a reader would take at once, in chunks of few bytes."""
     stream = chunk("x" * 3_000) * 20 + chunk("", "length") + USAGE + DONE
     response = head(SSE, CHUNKED) + chunked(in_parts(stream, 2))
-    found, connections = outcomes(make, Script([[response]]))
+    found, connections = outcomes(LANES[lane], Script([[response]]))
     assert [len(one[0]) for one in found] == [60_000] and connections == 1
 
 
