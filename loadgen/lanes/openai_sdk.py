@@ -115,7 +115,8 @@ class OpenaiLane:
         create, known = self._create(url)
         own = {name: value for name, value in fields.items() if name in known and name != "stream"}
         extra = {name: value for name, value in fields.items() if name not in known}
-        key = {} if "Authorization" in headers else {"Authorization": openai.Omit()}
+        has_key = any(name.lower() == "authorization" for name in headers)
+        key = {} if has_key else {"Authorization": openai.Omit()}
         stream = await create(**own, stream=True, extra_body=extra, extra_headers={**headers, **key})
         async with stream:
             if "event-stream" not in stream.response.headers.get("content-type", "").lower():
