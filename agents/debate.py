@@ -70,7 +70,9 @@ class Params:
 
 
 async def run(rt: Runtime, p: Params) -> None:
-    agents = seats(rt, ((i, ROLES[i % len(ROLES)]) for i in range(p.agents)), p.role_position, p.system)
+    agents = seats(
+        rt, ((i, f"Agent {i + 1}. {ROLES[i % len(ROLES)]}") for i in range(p.agents)), p.role_position, p.system
+    )
     revise = rt.message(("instruction",), REVISE)
     histories = [[rt.question] for _ in agents]
     rounds: list[list[Message]] = []

@@ -60,7 +60,9 @@ class Params:
 
 
 async def run(rt: Runtime, p: Params) -> None:
-    texts = {f"specialist-{i + 1}": SPECIALISTS[i % len(SPECIALISTS)] for i in range(p.specialists)}
+    texts = {
+        f"specialist-{i + 1}": f"Member {i + 1}. {SPECIALISTS[i % len(SPECIALISTS)]}" for i in range(p.specialists)
+    }
     texts |= {"leader": LEADER} if p.leader_in_rounds else {}
     members = dict(zip(texts, seats(rt, texts.items(), p.role_position, p.system), strict=True))
     [system] = systems(rt, ["leader"], p.system)

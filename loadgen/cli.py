@@ -231,11 +231,23 @@ def _version() -> str:
 
 
 @app.command()
-def topologies(json: Annotated[bool, typer.Option("--json")] = False) -> None:
-    """Lists the agent shapes."""
+def topologies(
+    name: Annotated[str | None, typer.Argument(help="All about this topology or preset.")] = None,
+    json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Lists the agent shapes and presets: how they look, and what a query costs by the closed forms."""
     from fanmark.agents import topologies
+    from fanmark.loadgen import catalogue
+    from fanmark.loadgen.lanes.virtual_tools import schema_tokens
 
-    _listing({name: topology.summary for name, topology in topologies().items()}, json)
+    table, tokens = topologies(), schema_tokens()
+    if name is None:
+        found = catalogue.catalogue(table, tokens)
+        print(_json(found) if json else "\n".join(catalogue.lines(found)))
+    elif json:
+        print(_json(catalogue.entry(name, table, tokens)))
+    else:
+        print("\n".join(catalogue.long_lines(name, table, tokens)))
 
 
 @app.command()

@@ -10,19 +10,31 @@ from fanmark.loadgen.demand import SYSTEM, Demand
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """One call of the walk: who makes it, what it reads, and its prompt and reply together."""
+    """One call of the walk: who makes it, what it reads and writes. `depth` counts calls on the longest chain up to it."""
 
     role: str
+    round: int
+    depth: int
     prompt: list[Message]
-    context_tokens: int
+    reply: Message
+
+    @property
+    def input_tokens(self) -> int:
+        return sum(message.tokens for message in self.prompt)
+
+    @property
+    def context_tokens(self) -> int:
+        """The prompt and the reply together."""
+        return self.input_tokens + self.reply.tokens
 
 
 @dataclass
 class _Walk:
-    """A Runtime whose calls and tool calls end at once, as long as drawn. Replies have source 0."""
+    """A Runtime whose calls and tool calls end at once, as long as drawn. A quote is the reply itself."""
 
     demand: Demand
     made: list[Made] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)  # of calls and tool calls by number, the first of which is 1
 
     @property
     def system(self) -> Message:
@@ -44,17 +56,42 @@ class _Walk:
     def quote(self, reply: Message) -> Message:
         return reply
 
-    async def infer(self, prompt: Iterable[Message], *, writes: Key, role: str, times: int = 1, **_: Any) -> Message:
-        messages, tokens = list(prompt), self.demand.lengths[str(writes[0])] * times
-        self.made.append(Made(role, messages, sum(message.tokens for message in messages) + tokens))
-        return Message(writes, "assistant", "", tokens, 0)
+    async def infer(
+        self,
+        prompt: Iterable[Message],
+        *,
+        writes: Key,
+        role: str,
+        round: int = 1,
+        tools: bool = False,
+        times: int = 1,
+        after: Iterable[Message] = (),
+        **_: Any,
+    ) -> Message:
+        messages = list(prompt)
+        depth = 1 + self._depth([*messages, *after])
+        if tools and self.demand.tokens(("tools",)) > 0:
+            place = 1 if messages and messages[0].author == "system" else 0
+            messages.insert(place, Message(("tools",), "system", "", self.demand.tokens(("tools",))))
+        reply = Message(writes, "assistant", "", self.demand.lengths[str(writes[0])] * times, self._number(depth))
+        self.made.append(Made(role, round, depth, messages, reply))
+        return reply
 
-    async def call_tool(self, *, writes: Key, **_: Any) -> Message:
-        return Message(writes, "user", "", self.demand.lengths["tool_result"], 0)
+    async def call_tool(self, *, writes: Key, request: Message, **_: Any) -> Message:
+        number = self._number(self._depth([request]))
+        return Message(writes, "user", "", self.demand.lengths["tool_result"], number)
+
+    def _depth(self, read: Iterable[Message]) -> int:
+        return max((self.depths[m.source - 1] for m in read if m.source is not None), default=0)
+
+    def _number(self, depth: int) -> int:
+        self.depths.append(depth)
+        return len(self.depths)
 
 
 async def walk(topology: Topology, demand: Demand) -> list[Made]:
-    """The calls of one query, in the order in which they are made."""
+    """The calls of one query, in an order in which they can be made. The tools' schemas stand in their prompts where `demand` has a length
+    of ("tools",)."""
     walked = _Walk(demand)
     await topology.run(walked, demand.params)
     return walked.made

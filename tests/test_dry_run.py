@@ -73,6 +73,27 @@ def test_dollars_by_the_targets_prices() -> None:
     assert found["chain"]["dollars"] is None  # which target writes how much is not known ahead
 
 
+CACHES: dict[str, list[float | None]] = {
+    # Q; Q + 4 roles, F + 4 answers + 4 roles, 4 answers + the judge's instruction; each step's action and result. S is warm
+    "arm": [200, 280 + 920 + 840, 200 + 12 * 300],
+    "warm": [200, 280 + 920 + 840, 200 + 12 * 300],
+    "query": [500, 580 + 920 + 840, 500 + 12 * 300],
+    "call": [500, 8860, 13 * 500 + 78 * 360],
+    "run": [None, None, None],  # what one arm computes serves another
+}
+
+
+@pytest.mark.parametrize(("cache", "per_query"), CACHES.items())
+def test_what_a_perfect_cache_leaves_to_be_computed(cache: str, per_query: list[float | None]) -> None:
+    found = plan(scenario(TEN | {"queries": 40}, workload={"cache": cache}), TABLE)
+    assert [arm["fresh_tokens_at_best"] for arm in found.values()] == [n and 40 * n for n in per_query]
+
+
+def test_without_warm_up_the_first_query_computes_what_all_share() -> None:
+    found = plan(scenario(TEN | {"warmup": 0}), TABLE)
+    assert found["single"]["fresh_tokens_at_best"] == 300 + 10 * 200
+
+
 def test_an_arms_own_number_of_queries() -> None:
     found = plan(scenario({"queries": 5}, SINGLE | {"queries": 3}, DEBATE), TABLE)
     assert [arm["queries"] for arm in found.values()] == [3, 5]
@@ -127,6 +148,7 @@ def test_the_plan_as_a_table() -> None:
         "calls                       10      90",
         "tool calls                   0       0",
         "input tokens             5,000  88,600",
+        "fresh tokens at best     2,000  20,400",
         "output tokens            2,000  19,000",
         "longest context tokens     700   1,640",
         "peak calls in flight        10      40",
@@ -142,7 +164,9 @@ def test_a_claim_stands_beside_the_closed_forms() -> None:
     claim = found["panel"]["claim"]
     assert (claim["unit"], claim["low"], claim["high"]) == ("x", 1.5, 2.5)
     # 10 calls; plan, 4 turns, 4 turns, conclusion in: 540 + 4 x 670 + 4 x 1110 + 1090; 150 + 8 x 100 + 300 out
-    known = {"calls": 10.0, "input_tokens": 8750 / 500, "output_tokens": 1250 / 200}
+    # fresh, where S is warm: Q + F; Q + plan + 4 roles; 4 turns + F + 4 roles; 4 turns + F
+    known = {"calls": 10.0, "input_tokens": 8750 / 500, "fresh_tokens": (240 + 230 + 520 + 440) / 200}
+    known["output_tokens"] = 1250 / 200
     assert {name: at["value"] for name, at in claim["measured"].items() if at["value"] is not None} == known
     assert {at["is"] for at in claim["measured"].values()} == {"above", None}
     text = "\n".join(lines(found))

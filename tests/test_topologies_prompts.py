@@ -324,6 +324,17 @@ def test_only_extended_reasoning_reasons() -> None:
         assert {m.reasoning for m in recorder.calls} <= {name == "reasoning"}
 
 
+@pytest.mark.parametrize(("name", "params"), [("debate", {"agents": 9}), ("panel", {"specialists": 9})])
+@pytest.mark.parametrize("whose", ["shared", "own"])
+def test_no_two_agents_have_the_same_text(name: str, params: dict[str, Any], whose: str) -> None:
+    """Else they would share what only one of them reads."""
+    topology = topologies()[name]
+    recorder = record(topology, topology.params(system=whose, **params), Recorder(dict.fromkeys(KINDS, 1)))
+    for kind in ("role", "system"):
+        texts = [" ".join(m.text.split()[:3]) for key, m in recorder.messages.items() if key[0] == kind]
+        assert len(set(texts)) == len(texts) >= (9 if kind == "role" or whose == "own" else 1)
+
+
 @pytest.mark.parametrize("name", topologies())
 def test_messages_of_one_query_alone(name: str) -> None:
     """Question, chunks and workers' tasks open a prompt's own part, so they differ from query to query; nothing else of ours does."""

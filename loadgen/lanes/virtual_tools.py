@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from fanmark.loadgen.errors import CallError
-from fanmark.servers.tokenizer import vocabulary
+from fanmark.loadgen.scenario import Tools
+from fanmark.loadgen.toolset import ToolSet
+from fanmark.servers.prompts import tools_text
+from fanmark.servers.tokenizer import Tokenizer, vocabulary
 from fanmark.servers.tool_specs import (
     RESULT_TOKENS_META,
     SEED_META,
@@ -33,6 +36,12 @@ class Result:
 
     text: str
     is_error: bool = False
+
+
+def schema_tokens() -> int:
+    """Tokens of all embedded tools' schemas, as they stand in a prompt."""
+    schemas = ToolSet(tools := VirtualTools(0.0, 0.0), tools.tools, Tools(), embedded=True).schemas
+    return len(Tokenizer(vocabulary()).encode(tools_text(schemas)))
 
 
 class VirtualTools:
