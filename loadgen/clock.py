@@ -7,7 +7,8 @@ Rules of the file:
 2. Nothing from outside may come in: no sockets, no pipes, no threads, no processes. Each is refused with an error, for what waits for the
    outside has no place in virtual time. A signal handler may call `call_soon_threadsafe`.
 3. If nothing is ready and no timer is set, what is awaited can never come: that is a Deadlock, said at once, where an ordinary loop hangs.
-4. It is built from public parts alone: asyncio.SelectorEventLoop on a selector of our own, with a `time` of our own.
+4. Who watches time is told of each move before it is made, and cannot hold it up: a watcher keeps no loop alive.
+5. It is built from public parts alone: asyncio.SelectorEventLoop on a selector of our own, with a `time` of our own.
 """
 
 import asyncio
@@ -33,12 +34,16 @@ class _Clock(selectors.BaseSelector):
 
     def __init__(self) -> None:
         self.now = 0.0
+        self.passing: Callable[[float, float], None] | None = None
         self._files: dict[Any, selectors.SelectorKey] = {}
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if timeout is None:
             raise Deadlock("virtual time stands still: everything waits for something that nothing will ever set off")
-        self.now += max(timeout, 0.0)
+        then = self.now + max(timeout, 0.0)
+        if self.passing is not None and then > self.now:
+            self.passing(self.now, min(then, _LONGEST_S))
+        self.now = then
         if self.now > _LONGEST_S:
             raise Deadlock(f"virtual time is over: no run may be longer than {_LONGEST_S:g} s")
         return []
@@ -66,6 +71,10 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         """Virtual seconds since the loop was made."""
         return self._clock.now
+
+    def watch_time(self, passing: Callable[[float, float], None] | None) -> None:
+        """Has `passing(since, until)` called whenever time moves; None ends that."""
+        self._clock.passing = passing
 
     def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> NoReturn:  # type: ignore[override]
         raise _refused("wait for a thread")

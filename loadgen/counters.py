@@ -99,13 +99,22 @@ def parse(text: str) -> Reading | None:
             cache = dict(_LABEL.findall(labels))
             found.setdefault("kv_capacity_tokens", []).extend(_capacity(cache))
         for word in _words(name, labels):
-            value = float(plain.split()[0])  # a time stamp may follow
-            if math.isfinite(value):
+            value = _number(plain)
+            if value is not None:
                 found.setdefault(word, []).append(value)
     values = {w: math.fsum(v) / (len(v) if w in _MEANS else 1) for w, v in found.items() if v}
     if "kv_blocks" in values and "kv_block_tokens" in values:
         values.setdefault("kv_capacity_tokens", values["kv_blocks"] * values["kv_block_tokens"])
     return Reading(server, values, cache) if server else None
+
+
+def _number(text: str) -> float | None:
+    """The value of a sample, which a time stamp may follow; None where it is no number."""
+    try:
+        value = float(text.split()[0])
+    except (IndexError, ValueError):
+        return None
+    return value if math.isfinite(value) else None
 
 
 def _words(name: str, labels: str) -> Iterable[str]:

@@ -14,6 +14,7 @@ from fanmark.loadgen.records import Call, bucket_gap_s, gap_bucket
 from fanmark.loadgen.statistics import distribution, gap_distribution, merge_gaps
 
 _BEAT_S = 0.05
+_BUSY_S = 5  # so many seconds on end of a busy processor count
 WORDS = ("ok", "strained", "client-limited")  # from good to bad
 
 
@@ -96,9 +97,9 @@ def worst(words: Sequence[str]) -> str:
     return max(words, key=WORDS.index, default=WORDS[0])
 
 
-def client_part(states: Mapping[int, ClientState], calls: Sequence[Call]) -> dict[str, Any]:
+def client_part(states: Mapping[int, ClientState], calls: Sequence[Call], host_busy_seconds: int = 0) -> dict[str, Any]:
     """The `client` part of summary.json from the workers' states and the counted calls that were sent: the verdict is the worst worker's,
-    CPU and memory are sums."""
+    CPU and memory are sums. A host that was busy for `host_busy_seconds` on end strains the client, whoever made it so."""
     delays: dict[int, list[float]] = {worker: [] for worker in states}
     for call in calls:
         if call.sent_at is not None:
@@ -106,7 +107,8 @@ def client_part(states: Mapping[int, ClientState], calls: Sequence[Call]) -> dic
     ttft = sorted(c.first_at - c.sent_at for c in calls if c.first_at is not None and c.sent_at is not None)
     median_ttft_s = ttft[len(ttft) // 2] if ttft else None
     judged = {worker: judge(state, p99(delays[worker]), median_ttft_s) for worker, state in states.items()}
-    word = worst([each.word for each in judged.values()])
+    host = [f"the host's CPU was above 80 % for {host_busy_seconds} s"] if host_busy_seconds >= _BUSY_S else []
+    word = worst([each.word for each in judged.values()] + [WORDS[1]] * bool(host))
     # chunks that came together with a call's first are in no gap: a reply that came all at once is coalesced as a whole
     chunks = sum(merge_gaps([call.gaps for call in calls]).values()) + len(calls)
     return {
@@ -116,12 +118,14 @@ def client_part(states: Mapping[int, ClientState], calls: Sequence[Call]) -> dic
             for worker, each in judged.items()
             if each.word == word
             for reason in each.reasons
-        ],
+        ]
+        + host,
         "loop_lag_s": gap_distribution(sum((state.loop_lag for state in states.values()), Counter[int]())),
         "send_delay_s": distribution([delay_s for each in delays.values() for delay_s in each]),
         "coalesced_share": min(1.0, sum(call.coalesced for call in calls) / chunks) if chunks else 0.0,
         "cpu_s": sum(state.cpu_s for state in states.values()),
         "rss_mb": sum(state.rss_mb for state in states.values()),
+        "host_busy_seconds": host_busy_seconds,
         "workers": len(states),
         "by_worker": {
             str(worker): {
@@ -160,7 +164,7 @@ def verdict(
     ttft_s = median_ttft_s or 0.0
     limits = {"client-limited": max(0.025, 0.2 * ttft_s), "strained": max(0.005, 0.05 * ttft_s)}
     measured = {"loop lag": lag_p99_s, "send delay": delay_p99_s}
-    if busy_seconds >= 5:
+    if busy_seconds >= _BUSY_S:
         return "client-limited", [f"above 90 % CPU for {busy_seconds} s"]
     for word, limit_s in limits.items():
         reasons = [

@@ -151,21 +151,22 @@ def in_order(calls: Iterable[Call]) -> list[Call]:
 
 def read_begun(folder: Path) -> list[Begun]:
     """The queries that a worker had begun."""
-    return list(_lines(folder / "begun.jsonl", Begun))
+    return list(lines_of(folder / "begun.jsonl", Begun))
 
 
 def read_queries(folder: Path, begun: Iterable[Query] = ()) -> list[Query]:
     """All whole records of a run's folder, each query with its calls; a last line that was cut off is left out. One of `begun` stands in
     where a query has no record."""
-    queries = {(q.arm, q.query): q for each in (begun, _lines(folder / "queries.jsonl", Query)) for q in each}
-    for call in _lines(folder / "calls.jsonl", Call):
+    queries = {(q.arm, q.query): q for each in (begun, lines_of(folder / "queries.jsonl", Query)) for q in each}
+    for call in lines_of(folder / "calls.jsonl", Call):
         if (call.arm, call.query) in queries:
             query = queries[call.arm, call.query]
             (query.calls if call.retry_at is None else query.retried).append(call)
     return list(queries.values())
 
 
-def _lines(path: Path, kind: type[R]) -> Iterator[R]:
+def lines_of(path: Path, kind: type[R]) -> Iterator[R]:
+    """The whole lines of a file; a last one that was cut off is left out."""
     decoder = msgspec.json.Decoder(kind)
     with path.open("rb") as file:
         for line in file:

@@ -27,6 +27,7 @@ from fanmark.loadgen.records import Journal, read_queries
 from fanmark.loadgen.results import assemble
 from fanmark.loadgen.run import Run
 from fanmark.loadgen.run_clock import RunClock
+from fanmark.loadgen.samples import Sampler
 from fanmark.loadgen.scenario import Scenario, resolved
 from fanmark.loadgen.tally import Tally
 from fanmark.loadgen.workers import Workers
@@ -72,12 +73,15 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
             print(f"target   {where} ({next(iter(endpoints.values())).server})", file=options.progress)
             print(f"metrics  http://127.0.0.1:{port}/metrics", file=options.progress, flush=True)
         started = datetime.now(UTC)
+        sampler = Sampler(options.out, clock.now, endpoints, before, tally)
         if options.workers == 1:
-            ended = await _alone(scenario, topologies, reached, tally, journal, options, clock, place.time_scale)
+            ended = await _alone(
+                scenario, topologies, reached, tally, journal, options, clock, place.time_scale, sampler
+            )
         else:
             crew = Workers(scenario, place, options.run_id, options.out, clock, tally)
             stack.push_async_callback(crew.close)
-            ended = await _crew(crew, scenario, tally, journal, options, clock)
+            ended = await _crew(crew, scenario, tally, journal, options, clock, sampler)
         seconds = clock.now()
         journal.flush()
         queries = read_queries(options.out)
@@ -89,8 +93,9 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
                 part |= {"reconciled": None, "alone": None, "reason": reason, "alone_reason": reason}
         stub = await server_side.stub_on_time(endpoints, before, queries, place.time_scale)
     run_part = _run_part(scenario, options, started, seconds, place.time_scale)
+    client = partial(client_part, ended.states, host_busy_seconds=sampler.host_busy_seconds)
     found = assemble(
-        scenario, queries, endpoints, server, partial(client_part, ended.states), ended.drift, run_part, stub,
+        scenario, queries, endpoints, server, client, ended.drift, run_part, stub,
         partial=not ended.whole,
     )  # fmt: skip
     found["notes"] = list(
@@ -127,6 +132,7 @@ async def _alone(
     options: Options,
     clock: RunClock,
     time_scale: float,
+    sampler: Sampler,
 ) -> Ended:
     """The whole run in this process."""
     endpoints, tools = reached.endpoints, reached.tools
@@ -135,7 +141,8 @@ async def _alone(
     health = Health(clock.now)
     clock.start(time.monotonic())
     async with _signals(one.stop.ask):
-        whole = await carry_out(one, tally, health, journal, _progress(scenario, tally, options, clock))
+        beside = [*_progress(scenario, tally, options, clock), sampler.watch(lambda: {0: health.look()})]
+        whole = await carry_out(one, tally, health, journal, beside)
     return Ended(whole, one.drift, {0: health.look()})
 
 
@@ -146,10 +153,12 @@ async def _crew(
     journal: Journal,
     options: Options,
     clock: RunClock,
+    sampler: Sampler,
 ) -> Ended:
     """The whole run by worker processes."""
     await crew.start(options.workers)
-    async with _signals(crew.ask), going_on(_progress(scenario, tally, options, clock)):
+    beside = [*_progress(scenario, tally, options, clock), sampler.watch(crew.states)]
+    async with _signals(crew.ask), going_on(beside):
         ended = await crew.carry_out()
     crew.join(journal)
     return ended

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from fanmark.agents.runtime import Topology
-from fanmark.loadgen.clock import run_virtually
+from fanmark.loadgen.clock import VirtualLoop, run_virtually
 from fanmark.loadgen.counters import Reading
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.lanes.virtual import VirtualEndpoint
@@ -26,6 +26,7 @@ from fanmark.loadgen.reach import tool_latency, uses_tools
 from fanmark.loadgen.records import Call, read_queries
 from fanmark.loadgen.results import assemble
 from fanmark.loadgen.run import Run
+from fanmark.loadgen.samples import VirtualSampler
 from fanmark.loadgen.scenario import Scenario, Target
 from fanmark.loadgen.server_side import account
 from fanmark.loadgen.session import Result, open_folder
@@ -100,11 +101,17 @@ async def _simulate(
     tally = Tally({arm.name: arm.topology for arm in scenario.arms}, scenario.baseline.name)
     run_id = f"virtual-{scenario.seed}"
     journal = open_folder(options.out, scenario)
+    sampler = VirtualSampler(options.out, {name: endpoint.told for name, endpoint in endpoints.items()}, tally)
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+    loop.watch_time(sampler.passing)
     try:
         one = Run(scenario, topologies, endpoints, tools, tally, journal, run_id, now)
         with _interrupts(one.stop.ask):
             whole = await one.execute()
     finally:
+        loop.watch_time(None)
+        sampler.close()
         journal.close()
     queries = read_queries(options.out)
     server: dict[str, Any] = {}

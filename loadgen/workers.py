@@ -100,6 +100,10 @@ class Workers:
         link.send(Task(self._scenario, self._place, index, count, self._run_id, out))
         return _Worker(index, process, link, errors, out)
 
+    def states(self) -> dict[int, ClientState]:
+        """The workers as they last told of themselves."""
+        return {worker.index: worker.state for worker in self._workers}
+
     def ask(self) -> None:
         """Asks all to end: first without new queries, the second time at once."""
         self._asked += 1

@@ -47,6 +47,27 @@ def test_a_month_of_waiting_one_second_at_a_time_moves_time_only_when_nothing_is
     assert run_virtually(main()) == (0.0, 30 * 86_400)
 
 
+def test_who_watches_time_is_told_of_each_move_and_keeps_no_loop_alive() -> None:
+    moves: list[tuple[float, float]] = []
+
+    async def main(*, stuck: bool) -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        loop.watch_time(lambda since, until: moves.append((since, until)))
+        await asyncio.sleep(0.5)
+        await asyncio.sleep(0)
+        await asyncio.sleep(2.0)
+        if stuck:
+            await loop.create_future()
+        loop.watch_time(None)
+        await asyncio.sleep(1.0)
+
+    run_virtually(main(stuck=False))
+    assert moves == [(0.0, 0.5), (0.5, 2.5)]
+    with pytest.raises(Deadlock):
+        run_virtually(main(stuck=True))
+
+
 def test_callbacks_of_one_moment_run_in_the_order_in_which_they_were_asked_for() -> None:
     async def main() -> list[int]:
         loop, seen = asyncio.get_running_loop(), list[int]()

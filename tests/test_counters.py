@@ -137,7 +137,9 @@ def test_whoever_speaks_of_something_else_is_no_server_of_ours(text: str) -> Non
 
 
 def test_what_is_no_number_is_unknown() -> None:
-    assert values("trtllm_kv_cache_utilization NaN\ntrtllm_num_requests_running 1 1700000000\n") == (
+    assert values(
+        "trtllm_kv_cache_utilization NaN\ntrtllm_num_requests_waiting{\ntrtllm_num_requests_running 1 17000\n"
+    ) == (
         "trtllm",
         {"running": 1.0},
     )

@@ -124,6 +124,19 @@ def test_the_worst_worker_is_the_verdict_and_is_named() -> None:
     assert found["reasons"] == ["worker 1: p99 of send delay is 19.0 ms, above 5.0 ms"]
 
 
+def test_a_busy_host_strains_the_client_and_makes_no_verdict_better() -> None:
+    calls = [sent(0, 0.001, 0.1, {})]
+    busy = "the host's CPU was above 80 % for 5 s"
+    for state, host_s, word, last in (
+        (lagging(0.001), 4, "ok", None),
+        (lagging(0.001), 5, "strained", busy),
+        (lagging(0.030), 5, "client-limited", busy),
+    ):
+        found = client_part({0: state}, calls, host_s)
+        assert (found["verdict"], found["host_busy_seconds"]) == (word, host_s)
+        assert (found["reasons"][-1] if found["reasons"] else None) == last
+
+
 def test_a_watch_measures_the_process_it_runs_in() -> None:
     async def watch_for(seconds: float) -> Tally:
         health, tally = Health(time.monotonic), Tally({"single": "single"}, "single")

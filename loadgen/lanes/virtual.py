@@ -143,7 +143,10 @@ class VirtualEndpoint(Endpoint):
         return len(self._schemas()[0])
 
     async def reading(self, timeout_s: float = 10.0) -> Reading:
-        """As the stub would tell it at the engine's last event."""
+        return self.told()
+
+    def told(self) -> Reading:
+        """What the stub would tell, as of the engine's last event."""
         engines = self._lane.replica.statistics().engines
         return Reading(
             self.server,
