@@ -8,7 +8,8 @@ run: .venv/ready
 	$(BIN)/fanmark run
 
 test: .venv/ready
-	$(BIN)/pytest
+	$(BIN)/pytest -n 4 --dist loadfile -m 'not vllm and not quiet'
+	$(BIN)/pytest -m quiet
 
 lint: .venv/ready
 	$(BIN)/ruff check .

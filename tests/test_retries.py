@@ -18,7 +18,7 @@ from fanmark.loadgen.errors import CallError
 from fanmark.loadgen.lanes.http import HttpError, Sent
 from fanmark.loadgen.lanes.sse import Reply
 from fanmark.loadgen.lanes.virtual import VirtualEndpoint
-from fanmark.loadgen.records import Call, Query
+from fanmark.loadgen.records import Begun, Call, Query
 from fanmark.loadgen.retries import retry_after_s, wait_s, waste
 from fanmark.loadgen.run import Run
 from fanmark.loadgen.scenario import Target
@@ -105,6 +105,9 @@ class Refusing(VirtualEndpoint):
 
 class Kept(list[Query]):
     """The journal: a list."""
+
+    def begin(self, query: Begun) -> None:
+        """Only what has ended is kept."""
 
     def write(self, query: Query) -> None:
         self.append(query)

@@ -221,6 +221,7 @@ def test_interrupt_writes_what_was_simulated(tmp_path: Path) -> None:
 
 
 @pytest.mark.real
+@pytest.mark.quiet
 def test_real_time_and_virtual_time_agree(tmp_path: Path) -> None:
     """At rest, where a millisecond more or less moves no request into another batch; benchmarks/two_clocks.py does it under load."""
     time_scale = 5.0
