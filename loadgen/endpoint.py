@@ -2,7 +2,7 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Awaitable, Container, Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -59,7 +59,7 @@ class Endpoint(ABC):
     def lane(self) -> Lane: ...
 
     @abstractmethod
-    async def send(self, body: Mapping[str, Any], headers: Mapping[str, str], sent: Sent) -> Reply:
+    def send(self, body: Mapping[str, Any], headers: Mapping[str, str], sent: Sent) -> Awaitable[Reply]:
         """One call. Raises CallError."""
 
     @abstractmethod

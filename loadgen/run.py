@@ -91,7 +91,7 @@ class Run:
         guard = load.max_in_flight
         self._slots = asyncio.Semaphore(share(guard, self._crew)) if guard is not None else None
         self._query_timeout_s = load.query_timeout_s * time_scale if load.query_timeout_s is not None else None
-        self._running: set[asyncio.Task[None]] = set()
+        self._running: set[asyncio.Task[Outcome]] = set()
         self._explained = Explained(elsewhere=self._crew.count > 1)
         self._world = World(
             run_id=run_id,
@@ -160,7 +160,7 @@ class Run:
             await self._warm_up(arm)
             await self._arm(arm, (await self._crew.meet()).at, 0.0)
 
-    async def _together(self, parts: Iterator[Coroutine[Any, Any, None]]) -> None:
+    async def _together(self, parts: Iterator[Coroutine[Any, Any, object]]) -> None:
         async with asyncio.TaskGroup() as group:
             for part in parts:
                 group.create_task(part)
@@ -179,7 +179,7 @@ class Run:
             users = range(self._crew.index, load.concurrency, self._crew.count)
             await self._together(self._user(arm, numbers, end_at) for _ in users)
             return
-        mine: list[asyncio.Task[None]] = []
+        mine: set[asyncio.Task[Outcome]] = set()
         for i, at in enumerate(open_loop(load, self.scenario.seed, arm.name, place)):
             if i % self._crew.count != self._crew.index:
                 continue
@@ -187,7 +187,10 @@ class Run:
             await self._prepare(arm, runtime)
             if await self._stopped_before(start_at + at):
                 break
-            mine.append(self._spawn(self._query(arm, runtime, start_at + at)))
+            task = asyncio.ensure_future(self._query(arm, runtime, start_at + at))
+            for tasks in (mine, self._running):
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)  # a long run does not keep what has ended
         await asyncio.gather(*mine)
 
     def _own_numbers(self, load: Load) -> Iterator[int]:
@@ -202,13 +205,8 @@ class Run:
             await self._prepare(arm, runtime)
             if self.stop.asked.is_set() or (end_at is not None and self._now() >= end_at):
                 return
-            await asyncio.gather(self._spawn(self._query(arm, runtime, self._now())))
-
-    def _spawn(self, query: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.ensure_future(query)
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
-        return task
+            if await self._query(arm, runtime, self._now()) == "abandoned":  # so this user is to end, too
+                return
 
     async def _stopped_before(self, at: float) -> bool:
         """Sleeps until `at`; True as soon as the run is asked to stop."""
@@ -236,7 +234,7 @@ class Run:
         endpoints = {self._endpoint(arm.name, role) for role in arm.targets} or {self._endpoint(arm.name, "")}
         await runtime.prepare(endpoints, [runtime.system, runtime.question])
 
-    async def _query(self, arm: Arm, runtime: QueryRuntime, due_at: float) -> None:
+    async def _query(self, arm: Arm, runtime: QueryRuntime, due_at: float) -> Outcome:
         """One query, from its due time to its record. The only place where any exception becomes an outcome."""
         counted = runtime.demand.query >= 0
         outcome: Outcome = "failed"
@@ -294,6 +292,7 @@ class Run:
         self._journal.write(query)
         if counted:
             self._tally.query_finished(query)
+        return outcome
 
     def _exact_output(self, arm: Arm) -> bool:
         return self._world.forced and not any("ignore_eos" in e.dropped for e in self._endpoints.values())

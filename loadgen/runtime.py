@@ -205,8 +205,7 @@ class QueryRuntime:
                 reasoning_tokens=thought,
                 role=call.role,
             )
-            own = {m.key for m in messages if m.per_query or m.source is not None}
-            traffic = self._traffic(salt, prompt, own, endpoint.tool_part if tools else None)
+            traffic = self._traffic(salt, prompt, messages, endpoint.tool_part if tools else None)
             try:
                 reply = await self._send(endpoint, call, body)
             except HttpError as e:
@@ -281,13 +280,18 @@ class QueryRuntime:
         return self._ids.get(unquoted(message.key))
 
     def _traffic(
-        self, salt: str | None, prompt: Sequence[tuple[Key, Author, Part]], own: set[Key], tools: Part | None
+        self,
+        salt: str | None,
+        prompt: Sequence[tuple[Key, Author, Part]],
+        messages: Sequence[Message],
+        tools: Part | None,
     ) -> Prompt | None:
         """The prompt as the cache sees it; None where there is no salt. In a chat prompt the tools' schemas are no message, but they lead
-        the prompt. Who said a text does not tell: without a template it is the same tokens. What comes before the first of the `own`
+        the prompt. Who said a text does not tell: without a template it is the same tokens. What comes before the first of the query's own
         messages other queries send too; arms with one salt between them also share what belongs to a query."""
         if salt is None:
             return None
+        own = {m.key for m in messages if m.per_query or m.source is not None}
         listed: list[tuple[Hashable, int]] = []
         if tools is not None and not any(key == ("tools",) for key, _, _ in prompt):
             listed.append(("tools", tools.size or 0))

@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import os
 import ssl
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import urlsplit
 
@@ -111,8 +111,8 @@ class HttpEndpoint(Endpoint):
         )
         return full - bare
 
-    async def send(self, body: Mapping[str, Any], headers: Mapping[str, str], sent: Sent) -> Reply:
-        return await self._lane.send(
+    def send(self, body: Mapping[str, Any], headers: Mapping[str, str], sent: Sent) -> Awaitable[Reply]:
+        return self._lane.send(
             self._calls_to[self.replica(headers["X-Session-Id"]) if len(self._calls_to) > 1 else 0],
             msgspec.json.encode(body),
             {**self._headers, **headers},

@@ -13,14 +13,15 @@ Rules of the file:
 """
 
 import asyncio
+import math
 import select
 import socket
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from fanmark.loadgen.errors import CallError
+from fanmark.loadgen.lanes.dial import Dialler
 from fanmark.loadgen.lanes.http import HttpError, Sent
 from fanmark.loadgen.lanes.http1 import Address, BadResponse, Response, request, request_head
 from fanmark.loadgen.lanes.sse import Reply, StreamParser, parse_body
@@ -47,10 +48,11 @@ def available() -> bool:
 class _Exchange:
     """One request under way on a connection."""
 
-    __slots__ = ("batch_reads", "error", "parser", "read_at", "reads", "response", "unsent", "whole")
+    __slots__ = ("batch_reads", "end_by_s", "error", "parser", "read_at", "reads", "response", "unsent", "whole")
 
-    def __init__(self, whole: "asyncio.Future[None]") -> None:
+    def __init__(self, whole: "asyncio.Future[None]", end_by_s: float) -> None:
         self.whole = whole
+        self.end_by_s = end_by_s
         self.error: Exception | None = None
         self.batch_reads = BATCH_READS
         self.response = Response()
@@ -94,9 +96,11 @@ class FastLane:
         self._connections: dict[int, _Connection] = {}
         self._idle: dict[Address, list[_Connection]] = {}
         self._in_flight = 0
-        self._addresses: dict[Address, list[tuple[int, Any]]] = {}
+        self._dialler = Dialler()
         self._heads: dict[tuple[str, str], tuple[Address, bytes]] = {}
         self._tick_timer: asyncio.Handle | None = None
+        self._end_timer: asyncio.TimerHandle | None = None
+        self._next_end_s = math.inf
         self._ended: deque[asyncio.Future[None]] = deque()  # of calls that are to be handed over
         self._turn_left = HANDED_OVER_A_TURN
         self._loop.add_reader(self._epoll.fileno(), self._on_ready)
@@ -111,7 +115,7 @@ class FastLane:
         """Posts `body` and reads the whole reply. Raises CallError, HttpError for a status of 400 or more."""
         try:
             where, message = self._request("POST", url, body, headers)
-            del body
+            del body, headers
             exchange = await self._exchange(where, message, timeout_s, sent, stream)
         except TimeoutError:
             raise CallError("timeout", f"no whole reply within {timeout_s:g} s") from None
@@ -165,8 +169,9 @@ class FastLane:
     async def close(self) -> None:
         """Closes all connections; calls under way fail."""
         self._loop.remove_reader(self._epoll.fileno())
-        if self._tick_timer is not None:
-            self._tick_timer.cancel()
+        for timer in (self._tick_timer, self._end_timer):
+            if timer is not None:
+                timer.cancel()
         for connection in list(self._connections.values()):
             self._lose(connection, ConnectionError("the lane was closed"))
         self._epoll.close()
@@ -186,22 +191,25 @@ class FastLane:
     ) -> _Exchange:
         """One request, taken out of `message` so that it is not kept once it is sent, and its whole response. Raises TimeoutError,
         BadResponse, ConnectionError, or CallError where nobody is reached."""
-        exchange = _Exchange(self._loop.create_future())
+        exchange = _Exchange(self._loop.create_future(), time.monotonic() + timeout_s)
         if stream:
             exchange.parser = StreamParser()
         connection: _Connection | None = None
         self._drain_if_late()
         try:
-            async with asyncio.timeout(timeout_s):
-                connection = self._take_idle(address) or await self._connect(address)
-                exchange.batch_reads = 1 + connection.fd % BATCH_READS  # streams in step are not all parsed at once
-                connection.exchange = exchange
-                self._in_flight += 1
-                sent.at = exchange.read_at = self._now()
-                self._write(connection, exchange, memoryview(message.pop()))
-                await exchange.whole
-                if exchange.error is not None:
-                    raise exchange.error
+            connection = self._take_idle(address)
+            if connection is None:
+                async with asyncio.timeout(timeout_s):
+                    connection = await self._connect(address)
+            exchange.batch_reads = 1 + connection.fd % BATCH_READS  # streams in step are not all parsed at once
+            connection.exchange = exchange
+            self._in_flight += 1
+            sent.at = exchange.read_at = self._now()
+            self._write(connection, exchange, memoryview(message.pop()))
+            self._end_by(exchange)
+            await exchange.whole
+            if exchange.error is not None:
+                raise exchange.error
         finally:
             if connection is not None and connection.exchange is exchange:  # failed, out of time or cancelled
                 self._lose(connection, None)
@@ -209,6 +217,23 @@ class FastLane:
         if exchange.response.headers.get("content-encoding", "identity") != "identity":
             raise BadResponse("a compressed reply, though none was asked for")
         return exchange
+
+    def _end_by(self, exchange: _Exchange) -> None:
+        """Sees to it that a call out of time is ended: one timer for all, at the first that may be, for a timer each is dear."""
+        if exchange.end_by_s < self._next_end_s:
+            if self._end_timer is not None:
+                self._end_timer.cancel()
+            self._next_end_s = exchange.end_by_s
+            self._end_timer = self._loop.call_later(exchange.end_by_s - time.monotonic(), self._end_late)
+
+    def _end_late(self) -> None:
+        self._next_end_s = math.inf
+        for connection in list(self._connections.values()):
+            if connection.exchange is not None:
+                if connection.exchange.end_by_s <= time.monotonic():
+                    self._lose(connection, TimeoutError())
+                else:
+                    self._end_by(connection.exchange)
 
     def _write(self, connection: _Connection, exchange: _Exchange, message: memoryview) -> None:
         """Sends what the socket takes and keeps the rest. Where it takes no more for good, the reading side tells why."""
@@ -239,31 +264,8 @@ class FastLane:
         return None
 
     async def _connect(self, address: Address) -> _Connection:
-        """A new connection, to the first of the name's addresses that takes one. Raises CallError."""
-        try:
-            if address not in self._addresses:
-                found = await self._loop.getaddrinfo(*address, type=socket.SOCK_STREAM)
-                self._addresses[address] = [(family, where) for family, _, _, _, where in found]
-            for family, where in self._addresses[address]:
-                sock = socket.socket(family, socket.SOCK_STREAM)
-                try:
-                    sock.setblocking(False)
-                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                    await self._loop.sock_connect(sock, where)
-                except BaseException as e:
-                    sock.close()
-                    if not isinstance(e, OSError):
-                        raise
-                    reason = e
-                else:
-                    self._addresses[address] = [(family, where)]
-                    return self._opened(sock, address)
-            raise reason
-        except (OSError, UnicodeError) as e:
-            self._addresses.pop(address, None)
-            raise CallError("connect", f"cannot connect to {address[0]}:{address[1]}: {e}") from None
-
-    def _opened(self, sock: socket.socket, address: Address) -> _Connection:
+        """A new connection. Raises CallError."""
+        sock = await self._dialler.connect(address)
         self._clock.ask_stamps(sock)
         connection = _Connection(sock, address)
         self._connections[connection.fd] = connection
