@@ -37,6 +37,9 @@ RateOpt = Annotated[float | None, typer.Option(help="Queries per second of each 
 ConcurrencyOpt = Annotated[int | None, typer.Option(help="Queries at a time of each arm (closed loop).")]
 SeedOpt = Annotated[int | None, typer.Option(help="Seed of lengths, texts and arrivals.")]
 SetOpt = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of the scenario.")]
+LabelOpt = Annotated[
+    list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="A word on what was run; kept.")
+]
 OutOpt = Annotated[Path | None, typer.Option(help="Folder of the results; runs/NAME-TIME.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print summary.json, and nothing else, on standard output.")]
 StrictOpt = Annotated[bool, typer.Option(help="Exit 1 when a validity tick or an objective failed.")]
@@ -83,6 +86,7 @@ def run(
     ] = "1",
     seed: SeedOpt = None,
     set_: SetOpt = None,
+    label: LabelOpt = None,
     out: OutOpt = None,
     metrics_port: Annotated[int, typer.Option(help="Port of /metrics; 0 takes a free one.")] = 0,
     json: JsonOpt = False,
@@ -102,12 +106,9 @@ def run(
     table = with_users(raw, source, topologies())
     checked = scenario_check.check(raw, source, table)
     if dry_run:
-        from fanmark.loadgen import dry_run as dry
-
-        planned = dry.plan(checked, table)
-        print(_json(planned) if json else "\n".join(dry.lines(planned)))
-        return 0
-    from fanmark.loadgen import results, session
+        return _dry_run(checked, table, json)
+    from fanmark.loadgen import session
+    from fanmark.loadgen.environment import labels_of
 
     folder = _folder(out, checked.name)
     options = session.Options(
@@ -118,8 +119,23 @@ def run(
         command=sys.argv[1:],
         progress=None if quiet else sys.stderr,
         workers=_workers(workers),
+        labels=labels_of(label or []),
     )
-    result = _run_async(session.run(checked, table, options))
+    return _told(_run_async(session.run(checked, table, options)), folder, json, strict)
+
+
+def _dry_run(checked: Any, table: Any, json: bool) -> int:
+    from fanmark.loadgen import dry_run
+
+    planned = dry_run.plan(checked, table)
+    print(_json(planned) if json else "\n".join(dry_run.lines(planned)))
+    return 0
+
+
+def _told(result: Any, folder: Path, json: bool, strict: bool) -> int:
+    """Prints what a run or a simulation gave; the exit code."""
+    from fanmark.loadgen import results
+
     if json:
         print(_json(result.summary))
     else:
@@ -140,6 +156,7 @@ def simulate(
     concurrency: ConcurrencyOpt = None,
     seed: SeedOpt = None,
     set_: SetOpt = None,
+    label: LabelOpt = None,
     out: OutOpt = None,
     json: JsonOpt = False,
     strict: StrictOpt = False,
@@ -147,8 +164,9 @@ def simulate(
 ) -> int:
     """Runs a scenario in virtual time against the engine model: nothing is contacted, the same seed gives the same bytes."""
     from fanmark.agents import topologies
-    from fanmark.loadgen import results, scenario_check
+    from fanmark.loadgen import scenario_check
     from fanmark.loadgen import simulate as simulation
+    from fanmark.loadgen.environment import labels_of
     from fanmark.loadgen.user_topology import with_users
 
     raw, source = scenario_check.read(scenario)
@@ -161,15 +179,10 @@ def simulate(
     for line in simulation.ignored(checked):
         print(line, file=sys.stderr)
     folder = _folder(out, checked.name)
-    options = simulation.Options(folder, _version(), simulation.repeatable(sys.argv[1:]))
+    options = simulation.Options(folder, _version(), simulation.repeatable(sys.argv[1:]), labels_of(label or []))
     if seeds > 1:
         return _spread(checked, table, options, seeds, json)
-    result = simulation.simulate(checked, table, options)
-    if json:
-        print(_json(result.summary))
-    else:
-        results.print_result(result.summary, folder)
-    return exit_code(result.summary, result.interrupted, strict)
+    return _told(simulation.simulate(checked, table, options), folder, json, strict)
 
 
 def _spread(checked: Any, table: Any, options: Any, seeds: int, json: bool) -> int:

@@ -46,6 +46,7 @@ class Endpoint(ABC):
         self.config = config
         self.model = model
         self.server = server
+        self.max_model_len: int | None = None
         self.notes: list[str] = []
         self.dropped: set[str] = set()
         self.params = config.params

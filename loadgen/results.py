@@ -46,6 +46,7 @@ def assemble(
     if counted and not knowable and scenario.workload.cache != "warm":
         notes.append(
             "the target reports no cached tokens (vLLM: --enable-prompt-tokens-details): cached and fresh are unknown"
+            + "".join(_servers_mean(part, len(scenario.arms)) for part in parts)
         )
     if all(_constant(scenario, arm.name) for arm in scenario.arms):
         notes.append("all lengths are constant: equal queries run in phase, latencies hold for this pattern only")
@@ -61,6 +62,15 @@ def assemble(
         "retokenized_pct": 100.0 * (drift.read - drift.written) / drift.written if drift.written else None,
         "notes": notes,
     }
+
+
+def _servers_mean(server: Mapping[str, Any], arms: int) -> str:
+    """What stands in for the calls' own cached tokens: a mean that is an arm's own only where there is no other."""
+    cached, fresh = server.get("cached_tokens_per_query"), server.get("fresh_tokens_per_query")
+    if cached is None or fresh is None:
+        return ""
+    over = "all queries" if arms == 1 else f"the queries of all {arms} arms"
+    return f"; by the server's own counters {table.number(cached)} cached and {table.number(fresh)} fresh a query, the mean of {over}"
 
 
 def _constant(scenario: Scenario, arm: str) -> bool:

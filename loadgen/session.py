@@ -5,7 +5,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ import msgspec
 from fanmark.agents.runtime import Topology
 from fanmark.loadgen import server_side
 from fanmark.loadgen.crew import Alone
+from fanmark.loadgen.environment import client_host, environment, on_this_host
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.execute import carry_out, going_on, open_connections
 from fanmark.loadgen.health import Health, client_part
@@ -30,6 +31,7 @@ from fanmark.loadgen.run_clock import RunClock
 from fanmark.loadgen.samples import Sampler
 from fanmark.loadgen.scenario import Scenario, resolved
 from fanmark.loadgen.tally import Tally
+from fanmark.loadgen.target import HttpEndpoint
 from fanmark.loadgen.workers import Workers
 
 
@@ -44,6 +46,7 @@ class Options:
     command: Sequence[str]
     progress: TextIO | None
     workers: int = 1
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
         port, stop_metrics = serve(tally, options.metrics_port)
         stack.callback(stop_metrics)
         before = await server_side.read_all(endpoints)
+        surroundings = await _surroundings(scenario, options, endpoints, before)
         journal = open_folder(options.out, scenario)
         stack.callback(journal.close)
         if options.progress is not None:
@@ -101,10 +105,22 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
     found["notes"] = list(
         dict.fromkeys([*ended.notes, *found["notes"]])
     )  # what is lost first; all workers notice the same
+    found["environment"] = surroundings
     for endpoint in endpoints.values():
         found = endpoint.shape.secrets.clean(found)
     (options.out / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
     return Result(found, interrupted=not ended.whole)
+
+
+async def _surroundings(
+    scenario: Scenario, options: Options, endpoints: Mapping[str, HttpEndpoint], before: server_side.Readings
+) -> dict[str, Any]:
+    """`environment`. A target of the user's that shares its machine with the client is noted: ours does by its nature."""
+    same_host = {name: await on_this_host(endpoint.urls) for name, endpoint in endpoints.items()}
+    for name, endpoint in endpoints.items():
+        if scenario.targets and same_host[name]:
+            endpoint.notes.append(f"{name}: the target is on this host: server and client share its processors")
+    return environment(options.labels, client_host(), endpoints, before, same_host)
 
 
 def _run_part(

@@ -9,7 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import msgspec
 from fanmark.agents.runtime import Topology
 from fanmark.loadgen.clock import VirtualLoop, run_virtually
 from fanmark.loadgen.counters import Reading
+from fanmark.loadgen.environment import environment
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.lanes.virtual import VirtualEndpoint
 from fanmark.loadgen.lanes.virtual_tools import VirtualTools
@@ -43,6 +44,7 @@ class Options:
     out: Path
     version: str
     command: Sequence[str]
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 def with_profile(scenario: Scenario, profile: str) -> Scenario:
@@ -114,9 +116,11 @@ async def _simulate(
         sampler.close()
         journal.close()
     queries = read_queries(options.out)
-    server: dict[str, Any] = {}
-    for name, endpoint in endpoints.items():
-        server[name] = account(name, Reading("", {}), await endpoint.reading(), queries) | endpoint.work()
+    told = {name: endpoint.told() for name, endpoint in endpoints.items()}
+    server = {
+        name: account(name, Reading("", {}), told[name], queries) | endpoint.work()
+        for name, endpoint in endpoints.items()
+    }
     run_part = {
         "name": scenario.name,
         "id": run_id,
@@ -131,6 +135,7 @@ async def _simulate(
     parts = server if len(server) > 1 else next(iter(server.values()))
     found = assemble(scenario, queries, endpoints, parts, _no_client, one.drift, run_part, partial=not whole)
     found["notes"] = list(dict.fromkeys(found["notes"]))  # engines of one profile have the same caveats
+    found["environment"] = environment(options.labels, None, endpoints, told, {})
     (options.out / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
     return Result(found, interrupted=not whole)
 

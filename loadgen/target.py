@@ -38,7 +38,6 @@ class HttpEndpoint(Endpoint):
     ) -> None:
         super().__init__(name, config, model, server)
         self.params, self.role_params = shape.params, shape.role_params
-        self.max_model_len: int | None = None
         self.shape = shape
         self._carrier = lane
         self._lane: AnyLane | RedactedLane = RedactedLane(lane, shape.secrets) if shape.secrets else lane

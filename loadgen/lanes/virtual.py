@@ -120,6 +120,7 @@ class VirtualEndpoint(Endpoint):
         self.notes += profile.caveats()
         self._lane = VirtualLane(replica_of(profile, engine, stream=False))
         self._energy_known = profile.energy_known
+        self.max_model_len = engine.max_model_len
         self._kv_capacity_tokens = (engine.num_blocks - 1) * engine.block_size * profile.settings.data_parallel
         self._limits = Limits(self.model, engine.max_model_len)
         self._tokenizer = Tokenizer(words)
