@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from message_lists import Lists, count
 from topology_recorder import KINDS, Recorder, record
 
 import fanmark.agents
@@ -251,6 +252,8 @@ def test_run_closed_form_and_published_formula_agree(name: str, data: st.DataObj
     read = sum(count * sizes[key] for key, count in form.reads.items())
     counted = (form.calls, form.tool_calls, read, sum(written.values()), form.depth, form.width)
     assert counted == recorder.counts()
+    lists = Lists(lengths, lambda r: recorder.chance("stop", r))
+    assert counted == count(name, p, lists)
     assert counted == FORMULAS[name](p, {**lengths, "P": lengths["system"] + lengths["question"]}, recorder)
     assert recorder.peak == form.width, "siblings are not launched together"
 
@@ -270,6 +273,7 @@ def test_coding_agent_compacts_by_the_real_sizes_of_real_results(p: Any, sizes: 
     written = sum(count * lengths[kind] for kind, count in form.writes.items())
     found = (form.calls, form.tool_calls, read, written, form.depth, form.width)
     assert found == recorder.counts() == coding_agent(p, {**lengths, "P": 40}, recorder)
+    assert found == count("coding-agent", p, Lists(lengths, lambda _: 0.0, sizes))
 
 
 def test_actions_of_several_tools_are_as_many_lengths() -> None:
