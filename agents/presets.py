@@ -79,7 +79,7 @@ _TABLE = (
         summary="two sides and a judge, three rounds at most",
         topology="two-sided-debate",
         source="arXiv 2305.19118; how often its judge ends a debate early is not published: set stop_probability",
-        params={"rounds": 3},
+        params={"rounds": 3, "system": "own"},
     ),
     Preset(
         name="chateval",

@@ -4,9 +4,23 @@ round r:  affirmative, negative, judge, one after another; each reads S, Q and a
           the others' as messages to it
 """
 
+from collections import Counter
 from dataclasses import dataclass
+from typing import Literal
 
-from fanmark.agents.runtime import Drawn, Expected, Key, Message, Runtime, Topology, at_least, is_probability, stopped
+from fanmark.agents.runtime import (
+    Drawn,
+    Expected,
+    Key,
+    Message,
+    Runtime,
+    Topology,
+    at_least,
+    is_probability,
+    stopped,
+    system_key,
+    systems,
+)
 
 SPEAKERS = {"affirmative": "answer", "negative": "answer", "judge": "judge_answer"}
 """Who speaks in a round, in this order, and the kind of what they say."""
@@ -14,10 +28,12 @@ SPEAKERS = {"affirmative": "answer", "negative": "answer", "judge": "judge_answe
 
 @dataclass(frozen=True, slots=True)
 class Params:
-    """At most `rounds`. After each but the last, the judge ends the debate with `stop_probability`, drawn from the query's seed."""
+    """At most `rounds`. After each but the last, the judge ends the debate with `stop_probability`, drawn from the query's seed.
+    `system`: one system message for all three, or one each."""
 
     rounds: int = 3
     stop_probability: float = 0.0
+    system: Literal["shared", "own"] = "shared"
 
     def __post_init__(self) -> None:
         at_least(1, rounds=self.rounds)
@@ -25,11 +41,12 @@ class Params:
 
 
 async def run(rt: Runtime, p: Params) -> None:
+    own = dict(zip(SPEAKERS, systems(rt, SPEAKERS, p.system), strict=True))
     said: list[tuple[str, Message]] = []
     for r in range(1, p.rounds + 1):
         for speaker, kind in SPEAKERS.items():
             heard = [words if by == speaker else rt.quote(words) for by, words in said]
-            prompt = [rt.system, rt.question, *heard]
+            prompt = [own[speaker], rt.question, *heard]
             said.append((speaker, await rt.infer(prompt, writes=(kind, speaker, r), role=speaker, round=r)))
         if stopped(rt, r, p.rounds, p.stop_probability):
             return
@@ -40,11 +57,13 @@ def expected(p: Params, drawn: Drawn) -> Expected:
     R - r of them by its own speaker."""
     last = next(r for r in range(1, p.rounds + 1) if stopped(drawn, r, p.rounds, p.stop_probability))
     calls = 3 * last
-    reads: dict[Key, int] = {("system",): calls, ("question",): calls}
+    reads: Counter[Key] = Counter({("question",): calls})
+    for speaker in SPEAKERS:
+        reads[system_key(speaker, p.system)] += last
     for r in range(1, last + 1):
         for place, (speaker, kind) in enumerate(SPEAKERS.items(), start=1):
             own, all_told = last - r, calls - 3 * (r - 1) - place
-            reads |= {(kind, speaker, r): own, ("quoted", kind, speaker, r): all_told - own}
+            reads.update({(kind, speaker, r): own, ("quoted", kind, speaker, r): all_told - own})
     writes = {"answer": 2 * last, "judge_answer": last}
     return Expected(calls=calls, depth=calls, width=1, writes=writes, reads=reads)
 

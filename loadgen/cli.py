@@ -128,7 +128,8 @@ def _dry_run(checked: Any, table: Any, json: bool) -> int:
     from fanmark.loadgen import dry_run
 
     planned = dry_run.plan(checked, table)
-    print(_json(planned) if json else "\n".join(dry_run.lines(planned)))
+    notes = [f"note     {note}" for note in checked.unlike_baseline()]
+    print(_json(planned) if json else "\n".join([*dry_run.lines(planned), *notes]))
     return 0
 
 

@@ -50,6 +50,7 @@ def assemble(
         )
     if all(_constant(scenario, arm.name) for arm in scenario.arms):
         notes.append("all lengths are constant: equal queries run in phase, latencies hold for this pattern only")
+    notes += scenario.unlike_baseline()
     return {
         "schema": summary.SCHEMA,
         "partial": partial,

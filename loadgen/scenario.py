@@ -222,6 +222,18 @@ class Scenario(Table, frozen=True):
             own["duration"] = None
         return msgspec.structs.replace(self.load, **own)
 
+    def unlike_baseline(self) -> list[str]:
+        """A line for each arm that is asked other questions than the baseline."""
+        base, found = self.workload_of(self.baseline), list[str]()
+        for arm in self.arms:
+            own = self.workload_of(arm)
+            kinds = [kind for kind in ("system", "question") if getattr(own, kind) != getattr(base, kind)]
+            if kinds:
+                found.append(
+                    f"{arm.name}: its {' and '.join(kinds)} lengths are not the baseline's: ratios compare other questions too"
+                )
+        return found
+
     @property
     def baseline(self) -> Arm:
         """The arm that all others are set against."""

@@ -116,6 +116,18 @@ def tree_miss(p: Any, w: Mapping[str, int]) -> int:
     return fresh
 
 
+def round_robin_miss(p: Any, w: Mapping[str, int]) -> int:
+    """Every speaker its own prompt, what was said before its first turn, and then what the others said since its last."""
+    n, o = p.agents, w["answer"]
+    return n * w["P"] + o * n * (n - 1) // 2 + n * (p.rounds - 1) * (n - 1) * o
+
+
+def reflection_miss(p: Any, w: Mapping[str, int]) -> int:
+    """The critic reads every draft anew; the writer finds its first draft behind its prompt, and no later one."""
+    k, o, c = p.rounds, w["answer"], w["critique"]
+    return 2 * w["P"] + k * o + c + (k - 1) * (o + c) if k else w["P"]
+
+
 FORMULAS: dict[str, tuple[str, dict[str, Any], Miss]] = {
     "single": ("single", {}, lambda p, w: w["P"]),
     "reasoning": ("reasoning", {}, lambda p, w: w["P"]),
@@ -131,6 +143,8 @@ FORMULAS: dict[str, tuple[str, dict[str, Any], Miss]] = {
         lambda p, w: w["P"] + w["instruction"] + (p.layers - 1) * p.agents * w["answer"],
     ),
     "round-robin": ("round-robin", {"system": "shared"}, lambda p, w: w["P"]),
+    "round-robin, one system each": ("round-robin", {"system": "own"}, round_robin_miss),
+    "reflection, one system each": ("reflection", {"system": "own", "stop_probability": 0.0}, reflection_miss),
     "planner": ("planner", {}, lambda p, w: w["P"] + p.steps * w["instruction"] + p.steps * w["answer"]),
 }
 PLAIN = {"groups": 1, "neighbours": "all", "stop_probability": 0.0, "system": "shared"}

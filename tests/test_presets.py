@@ -52,6 +52,13 @@ def test_an_arms_own_keys_and_lengths_override() -> None:
     assert again == arm  # a resolved scenario names both
 
 
+def test_an_arm_that_is_asked_other_questions_than_the_baseline_is_told() -> None:
+    [line] = scenario({"preset": "du-debate"}).unlike_baseline()  # whose question is as long, without a system message
+    assert line.startswith("a: its system lengths are not the baseline's")
+    assert scenario({"preset": "du-debate"}, workload={"system": 0}).unlike_baseline() == []
+    assert scenario({"preset": "grok-4", "workload": {"answer": 90}}).unlike_baseline() == []
+
+
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no such preset": ({"preset": "grok"}, f'preset = "grok": must be one of {", ".join(presets())}'),
     "another topology": (
