@@ -3,8 +3,9 @@
 usage: python benchmarks/lane.py [--streams N] [--chunks N] [--gap-ms MS] [--calls N] [--rounds N]
 
 A server of a process of its own sends each of N streams a chunk of a vLLM-like size every MS (0: as fast as it can). The lanes take turns;
-printed are medians over the rounds, and the ratios to the fast lane, which depend on the machine less than the figures do. Included is all
-that a lane does for a call, from the request to the parsed reply; what a run does around it (prompts, records, start-up) is not.
+printed are medians over the rounds, and the ratios to the fast lane, which depend on the machine less than the figures do. The openai
+lane, which one core holds few streams of, gets a tenth of them. Included is all that a lane does for a call, from the request to the
+parsed reply; what a run does around it (prompts, records, start-up) is not.
 """
 
 import argparse
@@ -20,8 +21,15 @@ import uvloop
 
 from fanmark.loadgen.lanes.fast import FastLane
 from fanmark.loadgen.lanes.http import HttpLane, Sent
+from fanmark.loadgen.lanes.openai_sdk import OpenaiLane
 
 FIRST_S = 0.1
+BODY = b'{"model":"m","messages":[{"role":"user","content":"hi"}],"stream":true}'
+LANES: dict[str, tuple[Callable[..., Any], float]] = {  # and what share of the streams each gets
+    "fast": (FastLane, 1.0),
+    "aiohttp": (HttpLane, 1.0),
+    "openai": (OpenaiLane, 0.1),
+}
 EVENT = (
     b'data: {"id":"chatcmpl-000000009e3779b97f4a7c15","object":"chat.completion.chunk","created":1764000000,"model":"m",'
     b'"choices":[{"index":0,"delta":{"content":" token"},"logprobs":null,"finish_reason":%s,"token_ids":null}]}\n\n'
@@ -72,7 +80,7 @@ async def measure(
     async def user(count: int) -> None:
         for _ in range(count):
             sent = Sent()
-            reply = await lane.send(url, b'{"stream":true}', {}, stream=True, timeout_s=300, sent=sent)
+            reply = await lane.send(url, BODY, {}, stream=True, timeout_s=300, sent=sent)
             assert reply.finish == "length" and len(reply.text) == 6 * chunks and sent.at is not None
             firsts.append(reply.first_at - sent.at)
 
@@ -95,13 +103,13 @@ def main() -> None:
     url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/chat/completions"
     server = multiprocessing.Process(target=serve, args=(listener, given.chunks, given.gap_ms / 1e3), daemon=True)
     server.start()
-    lanes: dict[str, Callable[..., Any]] = {"fast": FastLane, "aiohttp": HttpLane}
-    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in lanes}
+    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in LANES}
     try:
         for _ in range(given.rounds):
-            for name, make in lanes.items():
+            for name, (make, share) in LANES.items():
+                streams = max(1, round(given.streams * share))
                 with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                    found[name].append(runner.run(measure(make, url, given.streams, given.calls, given.chunks)))
+                    found[name].append(runner.run(measure(make, url, streams, given.calls, given.chunks)))
     finally:
         server.terminate()
         server.join()
