@@ -102,13 +102,14 @@ def client_part(states: Mapping[int, ClientState], calls: Sequence[Call], host_b
     CPU and memory are sums. A host that was busy for `host_busy_seconds` on end strains the client, whoever made it so."""
     delays: dict[int, list[float]] = {worker: [] for worker in states}
     for call in calls:
-        if call.sent_at is not None:
-            delays.setdefault(call.worker, []).append(call.sent_at - call.due_at)
+        if call.send_delay_s is not None:
+            delays.setdefault(call.worker, []).append(call.send_delay_s)
     ttft = sorted(c.first_at - c.sent_at for c in calls if c.first_at is not None and c.sent_at is not None)
     median_ttft_s = ttft[len(ttft) // 2] if ttft else None
     judged = {worker: judge(state, p99(delays[worker]), median_ttft_s) for worker, state in states.items()}
     host = [f"the host's CPU was above 80 % for {host_busy_seconds} s"] if host_busy_seconds >= _BUSY_S else []
     word = worst([each.word for each in judged.values()] + [WORDS[1]] * bool(host))
+    new = sum(call.connect_s is not None for call in calls)
     # chunks that came together with a call's first are in no gap: a reply that came all at once is coalesced as a whole
     chunks = sum(merge_gaps([call.gaps for call in calls]).values()) + len(calls)
     return {
@@ -122,6 +123,7 @@ def client_part(states: Mapping[int, ClientState], calls: Sequence[Call], host_b
         + host,
         "loop_lag_s": gap_distribution(sum((state.loop_lag for state in states.values()), Counter[int]())),
         "send_delay_s": distribution([delay_s for each in delays.values() for delay_s in each]),
+        "connections": {"new": new, "reused": len(calls) - new},
         "coalesced_share": min(1.0, sum(call.coalesced for call in calls) / chunks) if chunks else 0.0,
         "cpu_s": sum(state.cpu_s for state in states.values()),
         "rss_mb": sum(state.rss_mb for state in states.values()),

@@ -136,7 +136,11 @@ class Collector:
             lag.update(dict(state.loop_lag))  # a copy: the run goes on in another thread
         for name, text, counts in (
             ("fanmark_client_loop_lag_seconds", "Lateness of the client's event loop", lag),
-            ("fanmark_client_send_delay_seconds", "From due to sent, of a call", self._tally.send_delay),
+            (
+                "fanmark_client_send_delay_seconds",
+                "From due to sent, of a call, less connecting",
+                self._tally.send_delay,
+            ),
         ):
             histogram = Histogram(GAPS_S)
             for bucket, times in dict(counts).items():

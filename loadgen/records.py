@@ -34,7 +34,8 @@ def bucket_gap_s(bucket: int) -> float:
 class Call(msgspec.Struct, omit_defaults=False, kw_only=True):
     """One call (kind "call") or tool call (kind "tool_call"): a line of calls.jsonl. `due_at` is when it should have been sent,
     `first_at` the first token of the reply (reasoning or not), `answer_at` the first that is not reasoning. `retry_at` marks an attempt
-    that did not count, as the call was sent again: that is when the next attempt was due."""
+    that did not count, as the call was sent again: that is when the next attempt was due. `connect_s` is how long opening a connection
+    took before `sent_at`, None where one was open."""
 
     query: int
     arm: str
@@ -47,6 +48,7 @@ class Call(msgspec.Struct, omit_defaults=False, kw_only=True):
     tool: str | None = None
     due_at: float
     sent_at: float | None = None
+    connect_s: float | None = None
     first_at: float | None = None
     answer_at: float | None = None
     done_at: float | None = None
@@ -70,6 +72,11 @@ class Call(msgspec.Struct, omit_defaults=False, kw_only=True):
     def seconds(self) -> float:
         """Time in flight; 0 for a call that was never sent."""
         return self.done_at - self.sent_at if self.done_at is not None and self.sent_at is not None else 0.0
+
+    @property
+    def send_delay_s(self) -> float | None:
+        """From due to sent, less what connecting took, which is the network's and the server's time."""
+        return None if self.sent_at is None else max(0.0, self.sent_at - self.due_at - (self.connect_s or 0.0))
 
 
 class Query(msgspec.Struct, kw_only=True):

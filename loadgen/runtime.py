@@ -229,7 +229,7 @@ class QueryRuntime:
             except CallError as e:
                 error = e
             finally:
-                call.sent_at = sent.at
+                call.sent_at, call.connect_s = sent.at, sent.connect_s
             chance = self.demand.chance("retry", call.arm, call.call, call.attempt)
             wait_s = retries.wait_s(endpoint.config, call.attempt, error, chance, time.time())
             if wait_s is None:
@@ -245,7 +245,7 @@ class QueryRuntime:
         )
         self.retried.append(failed)
         self.world.tally.call_retried(failed)
-        call.attempt, call.due_at, call.sent_at = call.attempt + 1, done_at, None
+        call.attempt, call.due_at, call.sent_at, call.connect_s = call.attempt + 1, done_at, None, None
         await asyncio.sleep(wait_s)
         call.due_at = retry_at
 

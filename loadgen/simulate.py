@@ -160,6 +160,7 @@ def _no_client(calls: Sequence[Call]) -> dict[str, Any]:
         "reasons": ["virtual time has no client"],
         "loop_lag_s": None,
         "send_delay_s": None,
+        "connections": None,
         "coalesced_share": None,
         "cpu_s": None,
         "rss_mb": None,

@@ -167,6 +167,7 @@ def _per_call(calls: Sequence[Call]) -> dict[str, Any]:
         "tpot_s": distribution(tpot),
         "itl_s": gap_distribution(merge_gaps([call.gaps for call in ended])),
         "latency_s": distribution([call.seconds for call in ended]),
+        "connect_s": distribution([call.connect_s for call in ended if call.connect_s is not None]),
     }
 
 

@@ -132,9 +132,9 @@ class Tally:
         if call.input_tokens is not None and call.cached_tokens is not None:
             tokens["fresh"] = call.input_tokens - call.cached_tokens
         arm.tokens.update({kind: n for kind, n in tokens.items() if n is not None})
-        if call.sent_at is None:
+        if call.sent_at is None or call.send_delay_s is None:
             return
-        self.send_delay[gap_bucket(call.sent_at - call.due_at)] += 1
+        self.send_delay[gap_bucket(call.send_delay_s)] += 1
         self.chunks += 1 + sum(call.gaps.values())
         self.coalesced += call.coalesced
         arm.call_s.add(call.seconds)

@@ -56,6 +56,7 @@ def test_many_streams_at_once_by_ticks(own: bool) -> None:
             s.at is not None and s.at <= r.first_at <= r.done_at <= time.monotonic()
             for s, r in zip(sent, replies, strict=True)
         ]
+        assert all(s.connect_s is None for s in sent)  # opened ahead is reused
         single = await outcome(lane, script.url)
         await lane.close()
         return [single, *map(told, replies)], before, script.connections, in_time

@@ -6,6 +6,7 @@ import math
 import time
 from collections import Counter
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -103,9 +104,18 @@ def test_the_client_part_of_a_run_in_one_process() -> None:
     assert found["send_delay_s"]["p90"] == pytest.approx(0.002)
     assert found["coalesced_share"] == 0.25 and found["workers"] == 1  # 3 gaps and a first chunk a call
     assert (found["cpu_s"], found["rss_mb"]) == (1.5, 40.0)
+    assert found["connections"] == {"new": 0, "reused": 40}
     json.dumps(found, allow_nan=False)
     empty = client_part({0: ClientState()}, [])
     assert (empty["verdict"], empty["loop_lag_s"], empty["send_delay_s"]) == ("ok", None, None)
+
+
+def test_connecting_is_not_the_clients_delay() -> None:
+    late = msgspec.structs.replace(sent(0, 0.152, 0.1, {}), connect_s=0.15)
+    calls = [sent(0, 0.002, 0.1, {}), late, late, late]
+    found = client_part({0: lagging(0.001)}, calls)
+    assert (found["verdict"], found["connections"]) == ("ok", {"new": 3, "reused": 1})
+    assert found["send_delay_s"]["max"] == pytest.approx(0.002)
 
 
 def test_the_worst_worker_is_the_verdict_and_is_named() -> None:

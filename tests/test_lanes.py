@@ -302,6 +302,23 @@ def test_bytes_after_the_end_are_no_part_of_the_next_reply(lane: str) -> None:
         assert second == MEANT and (first == MEANT or (lane == "aiohttp" and first == "stream_cut"))
 
 
+def test_a_call_tells_how_long_connecting_took_before_it_was_sent(make: Make) -> None:
+    async def use(lane: Any, script: Script) -> list[tuple[bool, bool]]:
+        told = []
+        for number in range(3):
+            if number == 2:
+                await script.left.wait()
+            before, sent = time.monotonic(), Sent()
+            await call(lane, script.url, sent=sent)
+            assert sent.at is not None
+            took_s = sent.connect_s or 0.0
+            told.append((sent.connect_s is not None, 0.0 <= took_s <= sent.at - before))
+        return told
+
+    # the second call takes the first's connection, which the server closes after it
+    assert on_a_lane(make, Script([[GOOD], [GOOD, None]]), use) == [(True, True), (False, True), (True, True)]
+
+
 def test_stamps_are_in_order_and_a_chunks_is_when_it_came(make: Make) -> None:
     """The server notes when it sent each piece; no stamp of the lane lies before what it belongs to."""
     pieces = [head(SSE, CHUNKED), *[b"%x\r\n" % len(e) + e + b"\r\n" for e in EVENTS], b"0\r\n\r\n"]

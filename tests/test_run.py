@@ -134,6 +134,9 @@ def test_quickstart_counts_exactly(tmp_path: Path, api: str) -> None:
     assert len(queries) == 3 * (4 + 1)  # one warm-up query of each arm
     assert {q["arm"] for q in queries if q["warmup"]} == {"single", "debate", "mcp-chain"}
     assert len(calls) == 5 * (1 + 9 + 25)
+    new = sum(c["connect_s"] is not None for c in calls if c["query"] >= 0)
+    assert found["client"]["connections"] == {"new": new, "reused": 4 * (1 + 9 + 13) - new}
+    assert sum((arm["per_call"]["connect_s"] or {"n": 0})["n"] for arm in arms.values()) == new
     sums = {key: sum(c[key] or 0 for c in calls) for key in ("input_tokens", "output_tokens", "cached_tokens")}
     assert found["server"]["prompt_tokens"] == {
         "client": sums["input_tokens"],

@@ -91,6 +91,7 @@ def test_times_of_calls() -> None:
     assert single["tpot_s"]["mean"] == pytest.approx(0.1) and single["tpot_s"]["n"] == 3
     assert single["latency_s"]["mean"] == pytest.approx(7.25 / 3)
     assert single["itl_s"]["n"] == 30 and single["itl_s"]["p50"] == bucket_gap_s(-116)
+    assert single["connect_s"] is None  # nothing is told of connections
     # tool calls are none, and the failed query's calls are left out
     assert debate["ttft_s"] == {"mean": 1.0, "p50": 1.0, "p90": None, "p99": None, "max": 1.0, "n": 6}
     assert debate["latency_s"]["mean"] == pytest.approx((3 + 4 + 4 + 2 + 4 + 4) / 6)

@@ -199,8 +199,9 @@ class FastLane:
         try:
             connection = self._take_idle(address)
             if connection is None:
+                asked_at = self._now()
                 async with asyncio.timeout(timeout_s):
-                    connection = await self._connect(address)
+                    connection, sent.connect_s = await self._connect(address), self._now() - asked_at
             exchange.batch_reads = 1 + connection.fd % BATCH_READS  # streams in step are not all parsed at once
             connection.exchange = exchange
             self._in_flight += 1

@@ -35,9 +35,11 @@ class HttpError(CallError):
 
 @dataclass(slots=True)
 class Sent:
-    """When the request went to the socket; filled while it is under way, so that it stands even if the call fails."""
+    """When the request went to the socket, and how long opening a connection for it took before that (None: it took one that was open);
+    filled while it is under way, so that it stands even if the call fails."""
 
     at: float | None = None
+    connect_s: float | None = None
 
 
 class Body:
@@ -85,6 +87,8 @@ class HttpLane:
         self._now = now
         self._proxy = proxy
         trace = aiohttp.TraceConfig()
+        trace.on_connection_create_start.append(self._connecting)
+        trace.on_connection_create_end.append(self._connected)
         trace.on_request_chunk_sent.append(self._to_socket)
         self._session = aiohttp.ClientSession(
             connector=BodyConnector(now, limit=0, keepalive_timeout=60, ssl=tls),
@@ -92,6 +96,14 @@ class HttpLane:
             trace_configs=[trace],
             auto_decompress=True,
         )
+
+    async def _connecting(self, session: Any, context: SimpleNamespace, params: Any) -> None:
+        context.asked_at = self._now()
+
+    async def _connected(self, session: Any, context: SimpleNamespace, params: Any) -> None:
+        sent: Sent = context.trace_request_ctx
+        if sent.at is None:  # else it is a redirect's
+            sent.connect_s = self._now() - context.asked_at
 
     async def _to_socket(self, session: Any, context: SimpleNamespace, params: Any) -> None:
         """Called right before each piece of a request's body is written; the first takes the head with it."""

@@ -80,9 +80,17 @@ class OpenaiLane:
 
     async def _watch(self, request: httpx2.Request) -> None:
         sent = self._under_way.get()
+        asked_at = self._now()
 
         async def told(event: str, info: Mapping[str, Any]) -> None:
-            if event.endswith("send_request_headers.started") and sent.at is None:
+            nonlocal asked_at
+            if sent.at is not None:  # a redirect's
+                return
+            if event.endswith("connect_tcp.started"):
+                asked_at = self._now()
+            elif event.endswith(("connect_tcp.complete", "start_tls.complete")):
+                sent.connect_s = self._now() - asked_at
+            elif event.endswith("send_request_headers.started") and info["request"].method != b"CONNECT":
                 sent.at = self._now()
 
         request.extensions["trace"] = told
