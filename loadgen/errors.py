@@ -17,6 +17,14 @@ class UnreachableError(FanmarkError):
     exit_code = 3
 
 
+class Stopped(Exception):
+    """A query has reached a limit of its arm and ends with what it has; `limit` is the arm's key."""
+
+    def __init__(self, limit: str) -> None:
+        super().__init__(limit)
+        self.limit = limit
+
+
 class CallError(Exception):
     """A call or tool call failed; `kind` is its class in summary.json ("connect", "http_4xx", "tool_transport", ...)."""
 

@@ -98,6 +98,13 @@ class Query(msgspec.Struct, kw_only=True):
     error: str | None = None
     calls: list[Call] = []
     retried: list[Call] = []
+    stopped: str | None = None
+
+    @property
+    def needed(self) -> list[Call]:
+        """The calls that the outcome rests on: in a completed query not those that were given up because enough others had answered, or a
+        limit was reached."""
+        return [call for call in self.calls if self.outcome != "completed" or call.error != "cancelled"]
 
 
 class Begun(msgspec.Struct, array_like=True):

@@ -67,10 +67,16 @@ def lost_s(retried: Iterable[Call]) -> dict[int, float]:
 
 
 def waste(queries: Sequence[Query]) -> dict[str, Any]:
-    """`waste` of an arm in summary.json: attempts that were sent again, and the calls of queries that did not complete. Tokens are None
+    """`waste` of an arm in summary.json: attempts that were sent again, calls that a query gave up since it
+    needed them no more, and the calls of queries that did not complete. Tokens are None
     where a server may have worked on one of them and did not say; `seconds` is time in flight, and between attempts."""
     retried = [call for query in queries for call in query.retried]
     lost = [call for query in queries if query.outcome != "completed" for call in query.calls if call.kind == "call"]
+    completed = [query for query in queries if query.outcome == "completed"]
+    given_up = [
+        call for query in completed for call in query.calls if call.kind == "call" and call.error == "cancelled"
+    ]
+    lost += given_up
     tokens: dict[str, int | None] = {}
     for name in ("input_tokens", "output_tokens"):
         untold = any(c.sent_at is not None and c.error in _UNTOLD and getattr(c, name) is None for c in lost)
@@ -79,6 +85,7 @@ def waste(queries: Sequence[Query]) -> dict[str, Any]:
     return {
         "retries": len(retried),
         "retried": dict(Counter(call.error for call in retried)),
+        "given_up": len(given_up),
         "calls": len(retried) + len(lost),
         **tokens,
         "seconds": waited_s + math.fsum(call.seconds for call in lost),

@@ -15,7 +15,7 @@ from fanmark.loadgen.costs import mismatches, resources
 from fanmark.loadgen.crew import Alone, Crew, share
 from fanmark.loadgen.demand import Demand, draw_demand, expected_tokens
 from fanmark.loadgen.endpoint import Endpoint, role_key
-from fanmark.loadgen.errors import CallError
+from fanmark.loadgen.errors import CallError, Stopped
 from fanmark.loadgen.records import Begun, Outcome, Query
 from fanmark.loadgen.runtime import QueryRuntime, ToolUse, World
 from fanmark.loadgen.scenario import Arm, Load, Scenario
@@ -105,6 +105,7 @@ class Run:
             tally=tally,
             time_scale=time_scale,
             worker=self._crew.index,
+            arms=self._arms,
         )
 
     def _salt(self, arm: str, query: int, call: int) -> str | None:
@@ -239,6 +240,7 @@ class Run:
         counted = runtime.demand.query >= 0
         outcome: Outcome = "failed"
         error: str | None = None
+        stopped: str | None = None
         if counted:
             self._tally.query_started(arm.name)
         started_at = self._now()
@@ -248,7 +250,7 @@ class Run:
             async with self._slots or nullcontext():
                 started_at = self._now()
                 async with asyncio.timeout(self._query_timeout_s):
-                    await self._topologies[arm.topology].run(runtime, runtime.demand.params)
+                    stopped = await self._answer(arm, runtime)
             outcome = "completed"
         except TimeoutError:
             error = f"timeout: no final answer within {self.scenario.load.query_timeout_s:g} s"
@@ -268,20 +270,17 @@ class Run:
             started_at=started_at,
             done_at=done_at,
             outcome=outcome,
-            resources=resources(
-                runtime.calls,
-                due_at,
-                done_at,
-                {n: e.config.prices for n, e in self._endpoints.items()},
-                runtime.retried,
-            ),
+            resources={},
             expected=await self._expected(topology, runtime) if outcome != "abandoned" else {},
             mismatches=[],
             seed=runtime.demand.seed,
             error=error,
             calls=runtime.calls,
             retried=runtime.retried,
+            stopped=stopped,
         )
+        prices = {name: endpoint.config.prices for name, endpoint in self._endpoints.items()}
+        query.resources = resources(query.needed, due_at, done_at, prices, runtime.retried)
         if outcome == "completed":
             query.mismatches = mismatches(query, exact_output=self._exact_output(arm))
         for endpoint in self._endpoints.values():
@@ -293,6 +292,24 @@ class Run:
         if counted:
             self._tally.query_finished(query)
         return outcome
+
+    async def _answer(self, arm: Arm, runtime: QueryRuntime) -> str | None:
+        """Runs the topology; gives the arm's limit that ended it early, if one did."""
+        limit_s = arm.query_seconds * self._time_scale if arm.query_seconds is not None else None
+        timeout = asyncio.timeout(limit_s)
+        try:
+            async with timeout:
+                await self._topologies[arm.topology].run(runtime, runtime.demand.params)
+            return None
+        except Stopped as e:
+            limit = e.limit
+        except TimeoutError:
+            if not timeout.expired():
+                raise
+            limit = "query_seconds"
+        if not any(call.kind == "call" and call.error is None for call in runtime.calls):
+            raise CallError("timeout", f"{limit} was reached before any call had ended")
+        return limit
 
     def _exact_output(self, arm: Arm) -> bool:
         return self._world.forced and not any("ignore_eos" in e.dropped for e in self._endpoints.values())

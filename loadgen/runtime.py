@@ -14,11 +14,12 @@ from fanmark.loadgen import retries
 from fanmark.loadgen.contamination import Explained, Prompt
 from fanmark.loadgen.demand import SYSTEM, Demand, unquoted
 from fanmark.loadgen.endpoint import Endpoint
-from fanmark.loadgen.errors import CallError
+from fanmark.loadgen.errors import CallError, Stopped
 from fanmark.loadgen.lanes.http import HttpError, Sent
 from fanmark.loadgen.lanes.sse import Reply
 from fanmark.loadgen.prompts import Part, Text
 from fanmark.loadgen.records import Call
+from fanmark.loadgen.scenario import Arm
 
 
 class ToolUse(Protocol):
@@ -63,6 +64,7 @@ class World:
     tally: Tally
     time_scale: float = 1.0
     worker: int = 0
+    arms: Mapping[str, Arm] = field(default_factory=dict)
 
 
 @dataclass
@@ -121,6 +123,7 @@ class QueryRuntime:
         reasoning: bool = False,
         after: Iterable[Message] = (),
     ) -> Message:
+        self._check_limits()
         messages = list(prompt)
         endpoint = self.world.endpoint(self.demand.arm, role)
         call = self._start("call", role, round, [*messages, *after], target=endpoint.name, lane=endpoint.lane.name)
@@ -159,6 +162,19 @@ class QueryRuntime:
         self._ids[writes] = None
         self.replies[writes] = (self.world.endpoint(self.demand.arm, role), "user", outcome.text)
         return Message(writes, "user", outcome.text, self.demand.lengths["tool_result"], call.call)
+
+    def _check_limits(self) -> None:
+        """Raises Stopped where the arm's limits allow no further call. Tokens of calls under way are not known yet."""
+        arm = self.world.arms.get(self.demand.arm)
+        if arm is None:
+            return
+        calls = [call for call in self.calls if call.kind == "call"]
+        if arm.max_calls is not None and len(calls) >= arm.max_calls:
+            raise Stopped("max_calls")
+        if arm.max_tokens is not None:
+            tokens = sum((call.input_tokens or 0) + (call.output_tokens or 0) for call in calls)
+            if tokens >= arm.max_tokens:
+                raise Stopped("max_tokens")
 
     def _start(self, kind: Any, role: str, round: int, read: Iterable[Message], **where: Any) -> Call:
         after = sorted({m.source for m in read if m.source is not None})

@@ -178,7 +178,9 @@ class Objective(Table, frozen=True):
 
 
 class Arm(Table, frozen=True):
-    """One topology with its parameters, as one competitor. `params` holds the topology's own keys as written, and those of the `preset`."""
+    """One topology with its parameters, as one competitor. `params` holds the topology's own keys as written, and those of the `preset`.
+    A query that has made `max_calls` calls, or has read and written `max_tokens` tokens, starts no further call and ends with what it has,
+    as does one that has run for `query_seconds`."""
 
     name: str
     topology: str
@@ -191,6 +193,9 @@ class Arm(Table, frozen=True):
     concurrency: Annotated[int, msgspec.Meta(ge=1)] | None = None
     queries: Annotated[int, msgspec.Meta(ge=1)] | None = None
     warmup: Count | None = None
+    max_calls: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    query_seconds: Positive | None = None
     params: dict[str, Any] = {}
 
 

@@ -93,6 +93,7 @@ def _arm(
         "objective": None,
         "errors": dict(Counter(call.error for call in calls if call.error not in (None, "cancelled"))),
     }
+    found["stopped"] = dict(Counter(query.stopped for query in completed if query.stopped is not None))
     found["waste"] = waste(queries)
     found["claim"] = held(arm, lambda unit, resource: _claimed(found, unit, resource))
     found["failures"] = dict(Counter(query.error for query in queries if query.error is not None).most_common(3))
@@ -231,10 +232,10 @@ def _by(queries: Sequence[Query], group: Callable[[Call], str]) -> dict[str, Any
     calls: dict[str, list[Call]] = defaultdict(list)
     critical_s: Counter[str] = Counter()
     for query in queries:
-        for call in query.calls:
+        for call in query.needed:
             if call.kind == "call":
                 calls[group(call)].append(call)
-        for call in critical_path(query.calls):
+        for call in critical_path(query.needed):
             if call.kind == "call":
                 critical_s[group(call)] += call.seconds  # type: ignore[assignment]  # a Counter of floats
     total_s = math.fsum(query.resources["critical_path_s"] or 0.0 for query in queries)

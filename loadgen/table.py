@@ -153,7 +153,16 @@ def _checks(summary: Mapping[str, Any]) -> list[str]:
                 found.append(f"{'':<8} {n} x {message}")
             if queries["failed"] > 0.01 * queries["started"]:
                 found.append(f"{'':<8} more than 1 % failed: latencies are censored")
+        if arm["stopped"]:
+            why = ", ".join(f"{limit} {n}" for limit, n in arm["stopped"].items())
+            found.append(
+                f"{name:<8} {sum(arm['stopped'].values())} queries were stopped by a limit ({why}): counts are bounds"
+            )
         waste = arm["waste"]
+        if waste["given_up"]:
+            found.append(
+                f"{name:<8} {waste['given_up']} calls were given up as needed no more: what they cost is not in the tokens"
+            )
         if waste["retries"]:
             why = ", ".join(f"{kind} {n}" for kind, n in waste["retried"].items())
             found.append(
