@@ -178,7 +178,7 @@ def test_what_never_passes_fails_with_its_last_attempt() -> None:
         assert [c.attempt for c in query.retried] == [1, 2]
     assert arms["single"]["errors"] == {"http_429": 2}
     assert arms["single"]["waste"] | {"seconds": 0} == {
-        "retries": 4, "retried": {"http_429": 4}, "calls": 6, "input_tokens": 0, "output_tokens": 0, "seconds": 0,
+        "retries": 4, "retried": {"http_429": 4}, "given_up": 0, "calls": 6, "input_tokens": 0, "output_tokens": 0, "seconds": 0,
     }  # fmt: skip
     assert tally.arms["single"].calls["agent", "http_429"] == 2
 
