@@ -2,7 +2,7 @@
 
 
 class FanmarkError(Exception):
-    """Base: the command line prints it as one line and ends with `exit_code`. Nothing was sent."""
+    """Base: the command line prints it as one line and ends with `exit_code`. Nothing was sent, but for a LostError."""
 
     exit_code = 2
 
@@ -15,6 +15,12 @@ class UnreachableError(FanmarkError):
     """The target is silent or has no such model, or a tool server does not start."""
 
     exit_code = 3
+
+
+class LostError(FanmarkError):
+    """What is measured can no longer be written down: a run ends with it."""
+
+    exit_code = 1
 
 
 class Stopped(Exception):

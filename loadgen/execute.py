@@ -7,9 +7,10 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 from fanmark.loadgen.crew import Crew, share
+from fanmark.loadgen.errors import LostError
 from fanmark.loadgen.health import Health
 from fanmark.loadgen.records import Journal
-from fanmark.loadgen.run import Run
+from fanmark.loadgen.run import Run, Stop
 from fanmark.loadgen.scenario import Scenario
 from fanmark.loadgen.tally import Tally
 from fanmark.loadgen.target import HttpEndpoint
@@ -27,7 +28,7 @@ async def carry_out(
 ) -> bool:
     """The whole schedule, and what goes on beside it until it ends; True when it was not cut short."""
     with _rare_collections():
-        async with going_on([_flush(journal), health.watch(tally, worker), *beside]):
+        async with going_on([_flush(journal, one.stop), health.watch(tally, worker), *beside]):
             whole = await one.execute()
     journal.flush()
     return whole
@@ -47,10 +48,15 @@ async def going_on(parts: Sequence[Coroutine[Any, Any, None]]) -> AsyncIterator[
                 raise ended
 
 
-async def _flush(journal: Journal) -> None:
+async def _flush(journal: Journal, stop: Stop) -> None:
+    """Hands the records to the system once a second, in a thread: a disk may make a writer wait. A full one ends the run at once."""
     while True:
         await asyncio.sleep(1.0)
-        journal.flush()
+        try:
+            await asyncio.to_thread(journal.flush)
+        except LostError:
+            stop.at_once()
+            raise
 
 
 @contextmanager

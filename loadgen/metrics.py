@@ -1,5 +1,6 @@
 """The run's sums as Prometheus metrics, made when they are scraped: nothing here is on the hot path."""
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from fanmark.loadgen.tally import GAPS_S, ArmTally, Histogram, Tally
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
+_STOP_WITHIN_S = 0.05  # the server looks so often whether it is to end
 AMPLIFIED = (
     "calls",
     "tool_calls",
@@ -175,16 +177,26 @@ class Collector:
 
 def serve(tally: Tally, port: int) -> tuple[int, Callable[[], None]]:
     """Serves /metrics on loopback from a thread; gives the port and what ends it. Raises ScenarioError where the port is taken."""
-    from prometheus_client import CollectorRegistry, start_http_server
+    from wsgiref.simple_server import WSGIRequestHandler, make_server
+
+    from prometheus_client import CollectorRegistry, make_wsgi_app
+    from prometheus_client.exposition import ThreadingWSGIServer
+
+    class Silent(WSGIRequestHandler):
+        def log_message(self, format: str, *args: Any) -> None:
+            """Logs nothing."""
 
     registry = CollectorRegistry()
     registry.register(Collector(tally))
     try:
-        server, thread = start_http_server(port, addr="127.0.0.1", registry=registry)
+        server = make_server("127.0.0.1", port, make_wsgi_app(registry), ThreadingWSGIServer, Silent)
     except OSError as e:
         raise ScenarioError(
             f"--metrics-port {port}: {e.strerror}: choose another, or leave it out for a free one"
         ) from None
+
+    thread = threading.Thread(target=server.serve_forever, args=(_STOP_WITHIN_S,), daemon=True)
+    thread.start()
 
     def stop() -> None:
         server.shutdown()

@@ -5,18 +5,25 @@ server's; None is "the server did not say", never 0.
 """
 
 import math
-import shutil
-from collections import Counter
+import threading
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, TextIO, TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
+
+from fanmark.loadgen.errors import LostError
 
 Outcome = Literal["completed", "failed", "abandoned"]
 
 R = TypeVar("R")
+
+_COPIED_BYTES = 1 << 20
+_encoder = msgspec.json.Encoder()
 
 GAP_BASE = 1.02  # width of a bucket of token gaps: 2 %, so a quantile read from them is within 1 %
 
@@ -119,43 +126,68 @@ class Begun(msgspec.Struct, array_like=True):
 
 
 class Journal:
-    """Appends records to queries.jsonl and calls.jsonl as they finish; a killed run loses at most what was not flushed yet. With `starts`,
-    each query's beginning is told to the system at once, so that who reads what a killed worker left misses none."""
+    """Appends records to queries.jsonl and calls.jsonl as they finish; a killed run loses at most what was not flushed yet. `write` only
+    encodes; the disk is met in `flush`, which may be called from another thread meanwhile. With `through` each record is flushed as it
+    comes; with `starts`, each query's beginning is told to the system at once, so that who reads what a killed worker left misses none.
+    What fails once is over: nothing more is written, and every `flush` says so."""
 
-    def __init__(self, folder: Path, *, starts: bool = False) -> None:
-        self._queries: TextIO = (folder / "queries.jsonl").open("w")
-        self._calls: TextIO = (folder / "calls.jsonl").open("w")
+    def __init__(self, folder: Path, *, starts: bool = False, through: bool = False) -> None:
+        self._folder = folder
+        self._queries = (folder / "queries.jsonl").open("wb", buffering=0)
+        self._calls = (folder / "calls.jsonl").open("wb", buffering=0)
         self._begun = (folder / "begun.jsonl").open("wb", buffering=0) if starts else None
+        self._pending: deque[tuple[bytes, bytes]] = deque()
+        self._flushing = threading.Lock()
+        self._through = through
+        self._lost: LostError | None = None
 
     def begin(self, query: Begun) -> None:
         """A query that begins."""
         if self._begun is not None:
-            self._begun.write(msgspec.json.encode(query) + b"\n")
+            self._put(self._begun, _encoder.encode(query) + b"\n")
 
     def write(self, query: Query) -> None:
         """One query with all its calls, those that were sent again first."""
-        encode = msgspec.json.encode
-        self._calls.write("".join(encode(call).decode() + "\n" for call in (*query.retried, *query.calls)))
+        calls = _encoder.encode_lines([*query.retried, *query.calls])
         row = msgspec.structs.asdict(query)
         del row["calls"], row["retried"]
-        self._queries.write(encode(row).decode() + "\n")
+        self._pending.append((calls, _encoder.encode(row) + b"\n"))
+        if self._through:
+            with suppress(LostError):
+                self.flush()
 
     def take(self, folder: Path) -> None:
         """All records of another journal."""
         for name, file in (("calls.jsonl", self._calls), ("queries.jsonl", self._queries)):
-            with (folder / name).open() as source:
-                shutil.copyfileobj(source, file)
+            with (folder / name).open("rb") as source:
+                while data := source.read(_COPIED_BYTES):
+                    self._put(file, data)
 
     def flush(self) -> None:
-        """Hands what was written to the system; called once a second."""
-        self._calls.flush()
-        self._queries.flush()
+        """Hands what was written to the system, calls before their query; called once a second. Raises LostError."""
+        with self._flushing:
+            taken = [self._pending.popleft() for _ in range(len(self._pending))]
+            self._put(self._calls, b"".join([calls for calls, _ in taken]))
+            self._put(self._queries, b"".join([query for _, query in taken]))
+            if self._lost is not None:
+                raise self._lost
 
     def close(self) -> None:
+        """Flushes what can be, and closes the files."""
+        with suppress(LostError):
+            self.flush()
         self._calls.close()
         self._queries.close()
         if self._begun is not None:
             self._begun.close()
+
+    def _put(self, file: FileIO, data: bytes) -> None:
+        rest = memoryview(data)
+        try:
+            while rest and self._lost is None:
+                rest = rest[file.write(rest) :]
+        except OSError as e:
+            self._lost = LostError(f"{self._folder}: cannot be written any more ({e.strerror})")
 
 
 def in_order(calls: Iterable[Call]) -> list[Call]:

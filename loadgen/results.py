@@ -6,11 +6,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+import msgspec
+
 from fanmark.loadgen import summary, table
 from fanmark.loadgen.endpoint import Endpoint
+from fanmark.loadgen.errors import LostError
 from fanmark.loadgen.records import Call, Query
 from fanmark.loadgen.run import Drift
 from fanmark.loadgen.scenario import Scenario
+from fanmark.loadgen.table import number
+from fanmark.loadgen.tally import Tally
 
 ClientReport = Callable[[Sequence[Call]], dict[str, Any]]  # of the counted calls that were sent; see health.client_part
 
@@ -72,6 +77,25 @@ def _servers_mean(server: Mapping[str, Any], arms: int) -> str:
         return ""
     over = "all queries" if arms == 1 else f"the queries of all {arms} arms"
     return f"; by the server's own counters {table.number(cached)} cached and {table.number(fresh)} fresh a query, the mean of {over}"
+
+
+def write_summary(out: Path, found: Mapping[str, Any]) -> None:
+    """summary.json. Raises LostError."""
+    try:
+        (out / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
+    except OSError as e:
+        raise LostError(
+            f"{out}/summary.json: cannot be written ({e.strerror}): the records of all queries are beside it"
+        ) from None
+
+
+def so_far(tally: Tally) -> str:
+    """What was measured until a run broke off, in one line: its records may be lost."""
+    said = []
+    for name, arm in tally.arms.items():
+        mean = f", {number(arm.sums['latency_s'] / arm.completed)} s on average" if arm.completed else ""
+        said.append(f"{name} completed {arm.completed} of {arm.started} queries{mean}")
+    return "; ".join(said)
 
 
 def _constant(scenario: Scenario, arm: str) -> bool:

@@ -44,6 +44,11 @@ class Stop:
         """First call: no new queries. Second: end at once."""
         (self.forced if self.asked.is_set() else self.asked).set()
 
+    def at_once(self) -> None:
+        """Ends the run now, without a grace."""
+        self.asked.set()
+        self.forced.set()
+
 
 @dataclass
 class Drift:

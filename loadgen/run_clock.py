@@ -8,7 +8,7 @@ class RunClock:
     servers. Before `start` they count from when the clock was made."""
 
     def __init__(self, time_scale: float) -> None:
-        self._time_scale = time_scale
+        self.time_scale = time_scale
         self.origin_s = time.monotonic()
 
     def start(self, origin_s: float) -> None:
@@ -17,4 +17,4 @@ class RunClock:
 
     def now(self) -> float:
         """The run's time."""
-        return (time.monotonic() - self.origin_s) / self._time_scale
+        return (time.monotonic() - self.origin_s) / self.time_scale

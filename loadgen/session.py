@@ -11,13 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-import msgspec
-
 from fanmark.agents.runtime import Topology
 from fanmark.loadgen import server_side
 from fanmark.loadgen.crew import Alone
 from fanmark.loadgen.environment import client_host, environment, on_this_host
-from fanmark.loadgen.errors import ScenarioError
+from fanmark.loadgen.errors import LostError, ScenarioError
 from fanmark.loadgen.execute import carry_out, going_on, open_connections
 from fanmark.loadgen.health import Health, client_part
 from fanmark.loadgen.link import Ended
@@ -25,7 +23,7 @@ from fanmark.loadgen.live import Progress
 from fanmark.loadgen.metrics import serve
 from fanmark.loadgen.reach import Reached, reach, settle
 from fanmark.loadgen.records import Journal, read_queries
-from fanmark.loadgen.results import assemble
+from fanmark.loadgen.results import assemble, so_far, write_summary
 from fanmark.loadgen.run import Run
 from fanmark.loadgen.run_clock import RunClock
 from fanmark.loadgen.samples import Sampler
@@ -60,7 +58,7 @@ class Result:
 async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: Options) -> Result:
     """Runs the scenario and leaves its folder. Raises FanmarkError before anything is sent where something is wrong."""
     _check_guard(scenario, options.workers)
-    async with AsyncExitStack() as stack:
+    async with AsyncExitStack() as last, AsyncExitStack() as stack:
         place = await settle(scenario, topologies, stack)
         clock = RunClock(place.time_scale)
         reached = await reach(scenario, topologies, place, clock.now, stack)
@@ -78,16 +76,17 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
             print(f"metrics  http://127.0.0.1:{port}/metrics", file=options.progress, flush=True)
         started = datetime.now(UTC)
         sampler = Sampler(options.out, clock.now, endpoints, before, tally)
-        if options.workers == 1:
-            ended = await _alone(
-                scenario, topologies, reached, tally, journal, options, clock, place.time_scale, sampler
-            )
-        else:
-            crew = Workers(scenario, place, options.run_id, options.out, clock, tally)
-            stack.push_async_callback(crew.close)
-            ended = await _crew(crew, scenario, tally, journal, options, clock, sampler)
-        seconds = clock.now()
-        journal.flush()
+        try:
+            if options.workers == 1:
+                ended = await _alone(scenario, topologies, reached, tally, journal, options, clock, sampler, last)
+            else:
+                crew = Workers(scenario, place, options.run_id, options.out, clock, tally)
+                stack.push_async_callback(crew.close)
+                ended = await _crew(crew, scenario, tally, journal, options, clock, sampler, last)
+            seconds = clock.now()
+            journal.flush()
+        except LostError as e:
+            raise LostError(f"{e}: the run ended with it; until then {so_far(tally)}") from None
         queries = read_queries(options.out)
         server = await server_side.reconciled(endpoints, before, queries)
         if any(state.lost_at is not None for state in ended.states.values()):
@@ -96,20 +95,19 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
                 reason = "a worker died with calls under way"
                 part |= {"reconciled": None, "alone": None, "reason": reason, "alone_reason": reason}
         stub = await server_side.stub_on_time(endpoints, before, queries, place.time_scale)
-    run_part = _run_part(scenario, options, started, seconds, place.time_scale)
-    client = partial(client_part, ended.states, host_busy_seconds=sampler.host_busy_seconds)
-    found = assemble(
-        scenario, queries, endpoints, server, client, ended.drift, run_part, stub,
-        partial=not ended.whole,
-    )  # fmt: skip
-    found["notes"] = list(
-        dict.fromkeys([*ended.notes, *found["notes"]])
-    )  # what is lost first; all workers notice the same
-    found["environment"] = surroundings
-    for endpoint in endpoints.values():
-        found = endpoint.shape.secrets.clean(found)
-    (options.out / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
-    return Result(found, interrupted=not ended.whole)
+        run_part = _run_part(scenario, options, started, seconds, place.time_scale)
+        client = partial(client_part, ended.states, host_busy_seconds=sampler.host_busy_seconds)
+        found = assemble(
+            scenario, queries, endpoints, server, client, ended.drift, run_part, stub,
+            partial=not ended.whole,
+        )  # fmt: skip
+        notes = [*ended.notes, *found["notes"]]
+        found["notes"] = list(dict.fromkeys(notes))  # what is lost first; all workers notice the same
+        found["environment"] = surroundings
+        for endpoint in endpoints.values():
+            found = endpoint.shape.secrets.clean(found)
+        write_summary(options.out, found)
+        return Result(found, interrupted=not ended.whole)
 
 
 async def _surroundings(
@@ -147,18 +145,18 @@ async def _alone(
     journal: Journal,
     options: Options,
     clock: RunClock,
-    time_scale: float,
     sampler: Sampler,
+    last: AsyncExitStack,
 ) -> Ended:
-    """The whole run in this process."""
+    """The whole run in this process. From its start until `last`, signals are requests to stop."""
     endpoints, tools = reached.endpoints, reached.tools
-    one = Run(scenario, topologies, endpoints, tools, tally, journal, options.run_id, clock.now, time_scale)
+    one = Run(scenario, topologies, endpoints, tools, tally, journal, options.run_id, clock.now, clock.time_scale)
     await open_connections(scenario, endpoints.values(), Alone(clock.now))
     health = Health(clock.now)
     clock.start(time.monotonic())
-    async with _signals(one.stop.ask):
-        beside = [*_progress(scenario, tally, options, clock), sampler.watch(lambda: {0: health.look()})]
-        whole = await carry_out(one, tally, health, journal, beside)
+    await last.enter_async_context(_signals(one.stop.ask))
+    beside = [*_progress(scenario, tally, options, clock), sampler.watch(lambda: {0: health.look()})]
+    whole = await carry_out(one, tally, health, journal, beside)
     return Ended(whole, one.drift, {0: health.look()})
 
 
@@ -170,11 +168,12 @@ async def _crew(
     options: Options,
     clock: RunClock,
     sampler: Sampler,
+    last: AsyncExitStack,
 ) -> Ended:
-    """The whole run by worker processes."""
+    """The whole run by worker processes. From its start until `last`, signals are requests to stop."""
     await crew.start(options.workers)
-    beside = [*_progress(scenario, tally, options, clock), sampler.watch(crew.states)]
-    async with _signals(crew.ask), going_on(beside):
+    await last.enter_async_context(_signals(crew.ask))
+    async with going_on([*_progress(scenario, tally, options, clock), sampler.watch(crew.states)]):
         ended = await crew.carry_out()
     crew.join(journal)
     return ended
@@ -195,7 +194,7 @@ def _progress(scenario: Scenario, tally: Tally, options: Options, clock: RunCloc
     return [Progress(tally, total or None, clock.now, options.progress).show()]
 
 
-def open_folder(out: Path, scenario: Scenario) -> Journal:
+def open_folder(out: Path, scenario: Scenario, *, through: bool = False) -> Journal:
     """The run's folder with its scenario.toml, and a journal in it. Raises ScenarioError where it holds a run or cannot be written."""
     import tomli_w
 
@@ -204,7 +203,7 @@ def open_folder(out: Path, scenario: Scenario) -> Journal:
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "scenario.toml").write_text(tomli_w.dumps(_without_none(resolved(scenario))))
-        return Journal(out)
+        return Journal(out, through=through)
     except OSError as e:
         raise ScenarioError(f"--out {out}: cannot be written ({e.strerror}): give another folder") from None
 

@@ -25,7 +25,7 @@ from fanmark.loadgen.lanes.virtual_tools import VirtualTools
 from fanmark.loadgen.minimums import check_lengths
 from fanmark.loadgen.reach import tool_latency, uses_tools
 from fanmark.loadgen.records import Call, read_queries
-from fanmark.loadgen.results import assemble
+from fanmark.loadgen.results import assemble, write_summary
 from fanmark.loadgen.run import Run
 from fanmark.loadgen.samples import VirtualSampler
 from fanmark.loadgen.scenario import Scenario, Target
@@ -102,7 +102,7 @@ async def _simulate(
     check_lengths(scenario, topologies, endpoints)
     tally = Tally({arm.name: arm.topology for arm in scenario.arms}, scenario.baseline.name)
     run_id = f"virtual-{scenario.seed}"
-    journal = open_folder(options.out, scenario)
+    journal = open_folder(options.out, scenario, through=True)
     sampler = VirtualSampler(options.out, {name: endpoint.told for name, endpoint in endpoints.items()}, tally)
     loop = asyncio.get_running_loop()
     assert isinstance(loop, VirtualLoop)
@@ -111,6 +111,7 @@ async def _simulate(
         one = Run(scenario, topologies, endpoints, tools, tally, journal, run_id, now)
         with _interrupts(one.stop.ask):
             whole = await one.execute()
+        journal.flush()
     finally:
         loop.watch_time(None)
         sampler.close()
@@ -136,7 +137,7 @@ async def _simulate(
     found = assemble(scenario, queries, endpoints, parts, _no_client, one.drift, run_part, partial=not whole)
     found["notes"] = list(dict.fromkeys(found["notes"]))  # engines of one profile have the same caveats
     found["environment"] = environment(options.labels, None, endpoints, told, {})
-    (options.out / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
+    write_summary(options.out, found)
     return Result(found, interrupted=not whole)
 
 

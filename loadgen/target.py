@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import os
 import ssl
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import urlsplit
@@ -136,12 +137,14 @@ async def connect(
     environ: Mapping[str, str] = os.environ,
     time_scale: float = 1.0,
     source: str = "",
+    wall: Callable[[], float] = time.time,
 ) -> HttpEndpoint:
     """Waits for the target, chooses or checks the model and measures its tokenizer. `now` runs `time_scale` times slower than seconds;
-    `source` is the scenario's file. Raises ScenarioError or UnreachableError, which show no secret."""
+    `source` is the scenario's file, `wall` the clock that the kernel stamps with. Raises ScenarioError or UnreachableError, which show
+    no secret."""
     where = f"{source}: {target_key(name)}" if source else target_key(name)
     shape = shaped(config, where, environ)
-    lane = _lane(config, where, shape, now, time_scale)
+    lane = _lane(config, where, shape, now, time_scale, wall)
     try:
         endpoint = HttpEndpoint(name, config, lane, shape)
         answers = await _models(endpoint)
@@ -166,13 +169,20 @@ async def connect(
     return endpoint
 
 
-def _lane(config: Target, where: str, shape: Shape, now: Callable[[], float], time_scale: float) -> AnyLane:
+def _lane(
+    config: Target,
+    where: str,
+    shape: Shape,
+    now: Callable[[], float],
+    time_scale: float,
+    wall: Callable[[], float],
+) -> AnyLane:
     """The lane that the target wants."""
     plain = config.proxy is None and all(url.startswith("http://") for url in config.replicas)
     if config.lane == "fast" and not fast.available():
         raise ScenarioError(f'{where} lane = "fast": it needs epoll, which this system lacks: use "auto" or "aiohttp"')
     if config.lane == "fast" or (config.lane == "auto" and plain and fast.available()):
-        return fast.FastLane(now, time_scale=time_scale)
+        return fast.FastLane(now, time_scale=time_scale, wall=wall)
     if config.lane == "openai":
         from fanmark.loadgen.lanes.openai_sdk import OpenaiLane
 

@@ -45,8 +45,7 @@ class Member:
             elif isinstance(message, Ask):
                 stop.ask()
             elif message is None:  # nobody is left to report to
-                stop.ask()
-                stop.ask()
+                stop.at_once()
                 return
 
 

@@ -41,6 +41,7 @@ class _Worker:
     out: Path
     said: list[list[float]] = field(default_factory=list)  # for meetings that are still to be held
     ended: Ended | None = None
+    error: Exception | None = None  # it could not go on
     lost_at: float | None = None
     last_words: str = ""
     state: ClientState = field(default_factory=ClientState)
@@ -111,7 +112,7 @@ class Workers:
             worker.link.send(Ask())
 
     async def carry_out(self) -> Ended:
-        """Lets the run begin and sees it through."""
+        """Lets the run begin and sees it through. Raises LostError where a worker's records cannot be written."""
         self._clock.start(time.monotonic() + _START_AHEAD_S)
         for worker in self._workers:
             worker.link.send(Go(self._clock.origin_s))
@@ -127,6 +128,9 @@ class Workers:
         finally:
             await self.close()
         await asyncio.gather(*watching)
+        for worker in self._workers:
+            if worker.error is not None:
+                raise worker.error
         return self._sum()
 
     async def _watch(self, worker: _Worker) -> None:
@@ -142,6 +146,10 @@ class Workers:
             elif isinstance(message, Ended):
                 worker.ended = message
                 worker.state = message.states.get(worker.index, worker.state)
+            elif isinstance(message, Refused):
+                worker.error = message.error
+                self.ask()
+                self.ask()
             elif message is None and worker.ended is None:
                 worker.lost_at = worker.state.lost_at = self._clock.now()
                 worker.state.verdict = WORDS[-1]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import children, gone
 from stub_process import running_stub
 
 pytestmark = pytest.mark.real
@@ -60,36 +61,6 @@ def run_json(out: Path, *args: str, env: dict[str, str] | None = None) -> dict[s
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def children(pid: int) -> list[int]:
-    """Processes started by `pid`, and theirs."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            own, parent = int(path.parent.name), int(path.read_text().rpartition(")")[2].split()[1])
-        except (OSError, IndexError):
-            continue
-        if parent == pid:
-            found += [own, *children(own)]
-    return found
-
-
-def gone(pids: list[int], within_s: float = 10) -> bool:
-    """Whether all processes end in time."""
-    give_up_at = time.monotonic() + within_s
-    while any(Path(f"/proc/{pid}").exists() and " Z " not in _stat(pid) for pid in pids):
-        if time.monotonic() > give_up_at:
-            return False
-        time.sleep(0.05)
-    return True
-
-
-def _stat(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return " Z "
 
 
 @pytest.mark.parametrize("api", ["chat", "completions"])

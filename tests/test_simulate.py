@@ -209,7 +209,8 @@ def test_interrupt_writes_what_was_simulated(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         give_up_at = time.monotonic() + 60
         path = tmp_path / "run" / "queries.jsonl"
-        while not (path.exists() and path.stat().st_size) and time.monotonic() < give_up_at:
+        counted = '"arm":"single","warmup":false'
+        while not (path.exists() and counted in path.read_text()) and time.monotonic() < give_up_at:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
