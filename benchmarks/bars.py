@@ -61,13 +61,7 @@ BARS: dict[str, dict[str, tuple[float, float]]] = {  # what must be reached, and
     "a": {CPU: (12, 9), RATE: (100_000, 130_000)},
     "b": {CPU: (30, 22)},
     "c": {TTFT_OFF[0]: (1, 0.1), TTFT_OFF[1]: (5, 0.5), GAP_OFF[0]: (0.5, 0.05), GAP_OFF[1]: (5, 0.3)},
-    "5000": {
-        TTFT_OFF[0]: (1, 0.1),
-        TTFT_OFF[1]: (5, 0.5),
-        GAP_OFF[0]: (0.5, 0.05),
-        GAP_OFF[1]: (5, 0.3),
-        MEMORY: (150, 60),
-    },
+    "5000": {TTFT_OFF[0]: (1, 0.1), TTFT_OFF[1]: (5, 0.5), GAP_OFF[1]: (5, 0.3), MEMORY: (150, 60)},
 }
 
 

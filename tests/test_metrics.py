@@ -189,7 +189,7 @@ def test_the_client_tells_of_itself_by_worker(tally: Tally) -> None:
     }
     assert words == {"ok": 0, "strained": 1, "client-limited": 0}  # the worst worker's
     assert value(found, "fanmark_client_chunks_total") == 11 + 100  # calls that were sent, and their gaps
-    joined = two_arms.call(1, (0.0, 1.0, 2.0), (1, 0, 9), gaps={-116: 4}, coalesced=3)
+    joined = two_arms.call(1, (0.0, 1.0, 2.0), (1, 0, 9), gaps={gap_bucket(0.11): 4}, coalesced=3)
     two_arms.query("single", 9, [joined], 0.0, 2.0)
     tally.call_finished(joined)
     assert value(scrape(tally), "fanmark_client_coalesced_chunks_total") == 3

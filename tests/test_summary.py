@@ -8,7 +8,7 @@ import two_arms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fanmark.loadgen.records import Query, bucket_gap_s
+from fanmark.loadgen.records import Query, bucket_gap_s, gap_bucket
 from fanmark.loadgen.summary import COUNTS, EXPECTED, TIMES, summarise_arms, validity
 from fanmark.loadgen.table import lines
 
@@ -90,7 +90,7 @@ def test_times_of_calls() -> None:
     assert single["ttft_s"]["mean"] == pytest.approx((0.5 + 0.25 + 1.0) / 3)
     assert single["tpot_s"]["mean"] == pytest.approx(0.1) and single["tpot_s"]["n"] == 3
     assert single["latency_s"]["mean"] == pytest.approx(7.25 / 3)
-    assert single["itl_s"]["n"] == 30 and single["itl_s"]["p50"] == bucket_gap_s(-116)
+    assert single["itl_s"]["n"] == 30 and single["itl_s"]["p50"] == bucket_gap_s(gap_bucket(0.11))
     assert single["connect_s"] is None  # nothing is told of connections
     # tool calls are none, and the failed query's calls are left out
     assert debate["ttft_s"] == {"mean": 1.0, "p50": 1.0, "p90": None, "p99": None, "max": 1.0, "n": 6}

@@ -5,7 +5,7 @@ from typing import Any
 
 from fanmark.agents import topologies
 from fanmark.loadgen.costs import resources
-from fanmark.loadgen.records import Call, Query
+from fanmark.loadgen.records import Call, Query, gap_bucket
 from fanmark.loadgen.scenario import Prices, Scenario
 from fanmark.loadgen.scenario_check import check
 
@@ -35,7 +35,12 @@ def call(
 ) -> Call:
     """`instants`: sent, first token, done. `tokens`: read, cached, written."""
     sent_at, first_at, done_at = instants
-    given: dict[str, Any] = {"kind": "call", "target": "t", "gaps": {-116: 10}, "due_at": sent_at or 0.0} | more
+    given: dict[str, Any] = {
+        "kind": "call",
+        "target": "t",
+        "gaps": {gap_bucket(0.11): 10},
+        "due_at": sent_at or 0.0,
+    } | more
     return Call(
         query=0, arm="", call=number, after=list(after), role=role, round=round, sent_at=sent_at,
         first_at=first_at, answer_at=first_at, done_at=done_at, input_tokens=tokens[0], cached_tokens=tokens[1],
