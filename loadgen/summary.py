@@ -5,6 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from fanmark.loadgen import critical
 from fanmark.loadgen.claims import held
 from fanmark.loadgen.records import Call, Query, critical_path
 from fanmark.loadgen.retries import waste
@@ -94,6 +95,7 @@ def _arm(
         "errors": dict(Counter(call.error for call in calls if call.error not in (None, "cancelled"))),
     }
     found["stopped"] = dict(Counter(query.stopped for query in completed if query.stopped is not None))
+    found["critical_path"] = critical.shares(completed)
     found["waste"] = waste(queries)
     found["claim"] = held(arm, lambda unit, resource: _claimed(found, unit, resource))
     found["failures"] = dict(Counter(query.error for query in queries if query.error is not None).most_common(3))

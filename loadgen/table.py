@@ -19,6 +19,13 @@ ROWS = (
     ("critical_path_s", "critical path, s"),
     ("dollars", "dollars"),
 )
+SPENT = {  # parts of the latency, along the critical path (critical.py)
+    "waiting": "of latency: waiting",
+    "prefill": "of latency: prefill",
+    "decode": "of latency: decode",
+    "tools": "of latency: tools",
+    "client": "of latency: client",
+}
 TICKS = {
     "counted": "counted",
     "reconciled": "reconciled",
@@ -111,6 +118,15 @@ def _amplification_rows(arms: Mapping[str, Any]) -> list[list[str]]:
             row.append(number(found["mean"] if isinstance(found, dict) else found))
             row += [] if arm["baseline"] else [""]
         rows.append(row)
+    parts = {name: arm["critical_path"] for name, arm in arms.items()}
+    for part, title in SPENT.items():
+        if any(spent is not None and spent[part] >= 0.0005 for spent in parts.values()):
+            row = [title]
+            for name, arm in arms.items():
+                spent = parts[name]
+                row.append("-" if spent is None else f"{spent[part]:.1%}")
+                row += [] if arm["baseline"] else [""]
+            rows.append(row)
     return [head, *rows]
 
 
