@@ -82,6 +82,7 @@ class QueryRuntime:
     written: dict[Key, int] = field(default_factory=dict)
     unexplained_tokens: int = 0
     _ids: dict[Key, list[int] | None] = field(default_factory=dict)
+    _free_at: float = 0.0  # when the next call may leave
 
     @property
     def system(self) -> Message:
@@ -123,6 +124,7 @@ class QueryRuntime:
         reasoning: bool = False,
         after: Iterable[Message] = (),
     ) -> Message:
+        await self._stagger()
         self._check_limits()
         messages = list(prompt)
         endpoint = self.world.endpoint(self.demand.arm, role)
@@ -144,6 +146,17 @@ class QueryRuntime:
         self.numbers[writes] = call.call
         self.written[writes] = call.output_tokens or 0
         return Message(writes, "assistant", reply.text, self.written[writes], call.call)
+
+    async def _stagger(self) -> None:
+        """Waits until the query's call before has a lead, where the arm wants one: so siblings find what the first of them computed."""
+        arm = self.world.arms.get(self.demand.arm)
+        if arm is None or arm.stagger_s == 0:
+            return
+        now = self.world.now()
+        leaves_at = max(now, self._free_at)
+        self._free_at = leaves_at + arm.stagger_s
+        if leaves_at > now:
+            await asyncio.sleep((leaves_at - now) * self.world.time_scale)
 
     async def call_tool(self, *, writes: Key, request: Message, role: str, round: int = 1) -> Message:
         if self.world.tools is None:

@@ -180,7 +180,7 @@ class Objective(Table, frozen=True):
 class Arm(Table, frozen=True):
     """One topology with its parameters, as one competitor. `params` holds the topology's own keys as written, and those of the `preset`.
     A query that has made `max_calls` calls, or has read and written `max_tokens` tokens, starts no further call and ends with what it has,
-    as does one that has run for `query_seconds`."""
+    as does one that has run for `query_seconds`. No two calls of a query leave less than `stagger_s` apart."""
 
     name: str
     topology: str
@@ -196,6 +196,7 @@ class Arm(Table, frozen=True):
     max_calls: Annotated[int, msgspec.Meta(ge=1)] | None = None
     max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
     query_seconds: Positive | None = None
+    stagger_s: NotNegative = 0.0
     params: dict[str, Any] = {}
 
 

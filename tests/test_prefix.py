@@ -6,6 +6,8 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from fanmark.agents import topologies
 from fanmark.loadgen.demand import Demand, draw_demand
 from fanmark.loadgen.lanes.virtual_tools import schema_tokens
 from fanmark.loadgen.prefix import PrefixCache
+from fanmark.loadgen.records import read_queries
 from fanmark.loadgen.scenario import KINDS, Arm, Scenario
 from fanmark.loadgen.scenario_check import check
 from fanmark.loadgen.simulate import Options, simulate
@@ -256,3 +259,25 @@ def test_siblings_that_found_nothing_would_cost_their_whole_prompts(
     )
     assert PrefixCache().fresh_tokens(samples, 0, together=True) == 6 * 500
     assert sum(fresh_tokens["self-consistency-1", 0]) <= 500 + 5 * BLOCK
+
+
+def test_staggered_siblings_leave_apart_and_compute_no_less(tmp_path: Path) -> None:
+    """Each of four agents leaves 0.3 s after the one before, which has its prompt in the cache by then; on this engine as well without."""
+
+    def run(name: str, **more: Any) -> list[Any]:
+        single = {"name": "single", "topology": "single", "baseline": True}
+        arm = {"name": "debate", "topology": "debate", "judge": "none", **more}
+        raw = {"arm": [single, arm], "load": {"queries": 1, "rate": 1, "warmup": 0}, "workload": {"cache": "query"}}
+        simulate(check(raw, "f.toml", TABLE), TABLE, Options(tmp_path / name, "0", []))
+        [query] = [query for query in read_queries(tmp_path / name) if query.arm == "debate"]
+        assert query.mismatches == [] and (query.resources["depth"], query.resources["width"]) == (2, 4)
+        return query.calls
+
+    together, apart = run("together"), run("apart", stagger_s=0.3)
+    for round in (1, 2):
+        sent_at = [[call.sent_at for call in calls if call.round == round] for calls in (together, apart)]
+        assert max(sent_at[0]) - min(sent_at[0]) < 0.01
+        assert [b - a for a, b in pairwise(sent_at[1])] == pytest.approx([0.3] * 3)
+        assert all(call.due_at == call.sent_at for call in apart)  # the wait is the arm's, no delay of the client
+    fresh = [sum(call.input_tokens - call.cached_tokens for call in calls) for calls in (together, apart)]
+    assert abs(fresh[0] - fresh[1]) <= BLOCK * len(apart)
