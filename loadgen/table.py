@@ -20,11 +20,11 @@ ROWS = (
     ("dollars", "dollars"),
 )
 SPENT = {  # parts of the latency, along the critical path (critical.py)
-    "waiting": "of latency: waiting",
-    "prefill": "of latency: prefill",
-    "decode": "of latency: decode",
-    "tools": "of latency: tools",
-    "client": "of latency: client",
+    "waiting": "latency: waiting",
+    "prefill": "latency: prefill",
+    "decode": "latency: decode",
+    "tools": "latency: tools",
+    "client": "latency: client",
 }
 TICKS = {
     "counted": "counted",

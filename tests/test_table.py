@@ -76,6 +76,9 @@ critical path, s         2.42          8               3.31x
 dollars             0.0001003  0.0004220  4.63x [4.00, 6.22]
 queries/s              0.5000     0.2222
 calls in flight          1.21       2.67
+latency: prefill        23.3%      25.0%
+latency: decode         73.3%      75.0%
+latency: client          3.3%       0.0%
 
 expected (closed form) against measured, per query
         calls  tool calls  input tokens  output tokens  depth  width  queries  differ
