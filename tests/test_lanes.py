@@ -384,6 +384,41 @@ def test_a_proxy_is_asked_for_the_whole_address(lane: str) -> None:
 
 
 @pytest.mark.parametrize("lane", ["aiohttp", "openai"])
+def test_https_through_a_proxys_tunnel_is_sent_once_the_tunnel_is_there(lane: str) -> None:
+    there_at: list[float] = []
+    asked: list[bytes] = []
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65_536):
+            writer.write(data)
+        writer.close()
+
+    async def tunnel(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(await reader.readuntil(b"\r\n\r\n"))
+        host, port = asked[-1].split()[1].split(b":")
+        inward, outward = await asyncio.open_connection(host.decode(), int(port))
+        writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        there_at.append(time.monotonic())
+        await asyncio.gather(pump(reader, outward), pump(inward, writer))
+
+    async def use(_: Any, script: Script) -> tuple[object, bool]:
+        proxy = await asyncio.start_server(tunnel, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{proxy.sockets[0].getsockname()[1]}"
+        trusted = ssl.create_default_context(cafile=str(CERTIFICATE))
+        through, before, sent = LANES[lane](time.monotonic, tls=trusted, proxy=url), time.monotonic(), Sent()
+        found = await outcome(through, script.url, sent=sent)
+        await through.close()
+        proxy.close()
+        await script.left.wait()
+        assert sent.at is not None and sent.connect_s is not None
+        return found, before + sent.connect_s <= sent.at and there_at[0] <= sent.at
+
+    script = Script([in_parts(GOOD, 40)], tls=True)
+    assert on_a_lane(LANES[lane], script, use) == (MEANT, True)
+    assert asked[0].startswith(b"CONNECT 127.0.0.1:") and len(asked) == 1
+
+
+@pytest.mark.parametrize("lane", ["aiohttp", "openai"])
 def test_a_redirect_is_followed(lane: str) -> None:
     on = head(b"Location: /elsewhere/v1/chat/completions\r\n", b"Content-Length: 2\r\n", status=b"307 There") + b"no"
     script = Script([in_parts(on, 10), [GOOD]])
