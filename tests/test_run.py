@@ -323,19 +323,21 @@ def _check_chain(found: dict[str, Any], calls: list[dict[str, Any]], tools: set[
     assert {call["tool"] for call in calls if call["kind"] == "tool_call"} == tools
 
 
-def test_a_hosted_endpoint_that_refuses_what_it_does_not_know(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lane", ["fast", "openai"])
+def test_a_hosted_endpoint_that_refuses_what_it_does_not_know(tmp_path: Path, lane: str) -> None:
     """No /tokenize, no counters, no cached tokens, 400 for vLLM's parameters: counts still hold, what is lost is said."""
     script = Path(__file__).with_name("plain_server.py")
     with subprocess.Popen([sys.executable, str(script), "k3y"], stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
             flags = ["--target", server.stdout.readline().strip(), "--queries", "3", "--concurrency", "3", *BRIEF]
+            flags += ["--set", f"target.lane={lane}"]
             found = run_json(tmp_path / "run", *flags, env={"OPENAI_API_KEY": "k3y"})
             wrong = fanmark("run", *flags, "--out", str(tmp_path / "none"), env={"OPENAI_API_KEY": "another"})
         finally:
             server.kill()
     assert (wrong.returncode, "the key in OPENAI_API_KEY is refused" in wrong.stderr) == (2, True)
-    assert found["target"]["model"] == "hosted"
+    assert (found["target"]["model"], found["target"]["lane"]) == ("hosted", lane)
     assert found["server"]["reconciled"] is None
     validity = found["validity"]
     assert (validity["counted"], validity["reconciled"], validity["uncontaminated"]) == (True, None, None)

@@ -112,6 +112,8 @@ class OpenaiLane:
         except (openai.APIConnectionError, httpx2.RequestError, httpx2.InvalidURL, ssl.SSLError) as e:
             why = e.__cause__ if isinstance(e, openai.APIConnectionError) else e
             kind = "connect" if isinstance(why, (*NOT_REACHED, httpx2.InvalidURL)) else "stream_cut"
+            while not str(why) and (deeper := getattr(why, "__cause__", None) or getattr(why, "__context__", None)):
+                why = deeper  # the outer ones do not say what happened
             raise CallError(kind, f"{type(why).__name__}: {why}") from None
         except openai.APIError as e:
             raise CallError("bad_reply", f"an error in place of a reply: {e.message}") from None
