@@ -173,8 +173,8 @@ def long_lines(name: str, topologies: Mapping[str, Topology], schema_tokens: int
     told = [f"{name}: {found['summary']}", ""]
     if preset is not None:
         told += [*_wrapped(f"source: {preset.source}"), "", f"a preset of {topology.name}:", ""]
-    told += [*_module_doc(topology), "", f"    {topology.sketch}", "", *_params(topology, demand), ""]
-    told += [*_lengths(demand, topology, made), "", *_by_depth(made, demand), "", *_cost_lines(found)]
+    told += [*_module_doc(topology), "", f"    {topology.sketch}", "", *_params(topology, scenario.arms[1], demand), ""]
+    told += [*_lengths(demand, made), *_by_depth(made, demand), *_cost_lines(found)]
     if found.get("claim") is not None:
         rows = claim_rows(name, found["claim"], number)
         told += ["", f"claim under test: {found['claim']['text']}", *_wrapped(f"source: {found['claim']['source']}")]
@@ -200,13 +200,15 @@ def _hanging(line: str) -> list[str]:
     return textwrap.wrap(line, _WIDTH, subsequent_indent=indent) or [""]
 
 
-def _params(topology: Topology, demand: Demand) -> list[str]:
+def _params(topology: Topology, arm: Arm, demand: Demand) -> list[str]:
     fields = dataclasses.fields(topology.params)
     if not fields:
         return ["no parameters"]
-    rows = [
-        (f"  {field.name}", _written(field.default), _written(getattr(demand.params, field.name))) for field in fields
-    ]
+    rows = []
+    for field in fields:
+        given, here = arm.params.get(field.name), _written(getattr(demand.params, field.name))
+        told = f"{given['dist']}, mean {given['mean']:g}: {here} in query 0" if isinstance(given, Mapping) else here
+        rows.append((f"  {field.name}", _written(field.default), told))
     changed = any(default != here for _, default, here in rows)
     shown: list[Sequence[str]] = [("parameters", "default", "here"), *rows]
     about = _wrapped(" ".join((topology.params.__doc__ or "").split()))
@@ -217,15 +219,15 @@ def _written(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else f"{value:g}"
 
 
-def _lengths(demand: Demand, topology: Topology, made: Iterable[Made]) -> list[str]:
+def _lengths(demand: Demand, made: Iterable[Made]) -> list[str]:
     used = {str(message.key[0]) for call in made for message in (*call.prompt, call.reply)}
     told = ", ".join(f"{kind} {demand.lengths[kind]:,}" for kind in (*KINDS, "tools") if kind in used)
     legend = "S system, Q question, D the tools' schemas, F instruction"
-    return [*_wrapped(f"lengths: {told}"), *_wrapped(legend)] if told else []
+    return [*_wrapped(f"lengths: {told}"), *_wrapped(legend), ""] if told else []
 
 
 def _by_depth(made: Sequence[Made], demand: Demand) -> list[str]:
-    """A row for all calls of one depth, which can run at once."""
+    """A row for all calls of one depth, which can run at once; of query 0, where something is drawn."""
     rows: list[Sequence[str]] = [("depth", "calls", "input each", "fresh", "together", "output each", "by")]
     one_by_one, together = PrefixCache(), PrefixCache()
     for depth, group in groupby(sorted(made, key=lambda call: call.depth), key=lambda call: call.depth):
@@ -238,7 +240,7 @@ def _by_depth(made: Sequence[Made], demand: Demand) -> list[str]:
         rows.append((str(depth), str(len(calls)), reads, number(fresh), number(worst), writes, roles))
     if len(rows) > 25:
         rows = [*rows[:13], ("...", *[""] * 6), *rows[-10:]]
-    return columns(rows) if made else []
+    return [*columns(rows), ""] if made else []
 
 
 def _span(values: Sequence[int]) -> str:
@@ -256,11 +258,8 @@ def _cost_lines(found: Mapping[str, Any]) -> list[str]:
     for key in COUNTS:
         ratio = ratios.get(key)
         rows.append((f"  {key.replace('_', ' ')}", number(costs[key]), "" if ratio is None else f"{ratio:.2f}x"))
-    worst = costs["fresh_tokens_together"]
-    return [
-        *columns(rows),
-        *_wrapped(
-            f"fresh: what a perfect prefix cache, empty at first, leaves to be computed. {number(worst)} where calls that are "
-            "made together share nothing with each other; vLLM lets them share."
-        ),
-    ]
+    fresh, worst = costs["fresh_tokens"], costs["fresh_tokens_together"]
+    told = "fresh: what a perfect prefix cache, empty at first, leaves to be computed."
+    if worst > fresh:
+        told += f" {number(worst)} where calls that are made together share nothing; on vLLM they share."
+    return [*columns(rows), *_wrapped(told)]
