@@ -253,7 +253,7 @@ def test_opening_can_be_cancelled_at_any_time(tools_url: str) -> None:
         pytest.param(
             ToolServerSpec(url="http://127.0.0.1:9/mcp"),
             0.3,
-            "tool server http://127.0.0.1:9/mcp does not start: ConnectError: .*",
+            "tool server http://127.0.0.1:9/mcp does not start: ClientConnectorError: .*",
             id="nobody listens",
         ),
     ],

@@ -1,33 +1,29 @@
-"""MCP lane: tool servers by URL (streamable HTTP) or by command (stdio), on the `mcp` SDK.
+"""MCP lane: the tool servers of a run, by URL (streamable HTTP) or by command (stdio), and who goes by which session.
 
-Rules of the file:
-1. An SDK client lives and dies in one task of its own (`_Connection._live`): the SDK's cancel scopes belong to the task
-   that entered them, and one failed request ends the whole client. Nobody else enters or leaves it.
-2. What a failure costs is the calls in flight on that connection. It is replaced, with back-off; calls made meanwhile
-   wait for the attempt that is under way and fail with it.
-3. A caller sees ToolTransportError, ToolProtocolError or a result, and CancelledError only if it was cancelled itself:
-   each SDK call runs in a task of its own, whose end is translated.
-4. A tool's own error (isError) is a result.
+A thin client of ours carries calls to URLs, the `mcp` SDK those to commands; either can be had for a URL. Whatever fails costs the calls in
+flight on its connection: a caller sees ToolTransportError, ToolProtocolError or a result, and CancelledError only if it was cancelled
+itself. A tool's own error (isError) is a result.
 """
 
 import asyncio
-import logging
-import os
 import re
-import shlex
-import tempfile
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from collections.abc import Coroutine, Hashable, Mapping, Sequence
+from typing import Any, Literal
 
-from fanmark.loadgen.errors import CallError, UnreachableError
+from fanmark.loadgen.errors import CallError
 from fanmark.loadgen.lanes.arguments import arguments_for
-
-if TYPE_CHECKING:
-    import httpx2
-    from mcp import Client
+from fanmark.loadgen.lanes.mcp_model import (
+    FIRST_BACKOFF_S,
+    Connection,
+    RemoteTool,
+    Tool,
+    ToolProtocolError,
+    ToolResult,
+    ToolServerError,
+    ToolServerSpec,
+    ToolTransportError,
+    Trip,
+)
 
 __all__ = [
     "Tool",
@@ -37,347 +33,107 @@ __all__ = [
     "ToolServerSpec",
     "ToolServers",
     "ToolTransportError",
+    "Trip",
     "arguments_for",
 ]
 
-FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.1, 5.0
-KEEP_ALIVE_S = 60  # below the 75 s of our own server: the side that reuses a connection must let go of it first
-CLOSE_S = 5.0
-CANCEL_S = 1.0
-LAST_LINES = 8
-MAX_PAGES = 1_000
-# The SDK's words for an HTTP error without JSON-RPC in it, and for status 404 within a session.
-HTTP_ERROR, SESSION_ENDED = "Server returned an error response", "Session terminated"
+Transport = Literal["auto", "thin", "sdk"]
 
 
-class ToolServerError(UnreachableError):
-    """A tool server did not start: which one, why, and the last lines that it wrote."""
+def _connection(spec: ToolServerSpec, transport: Transport, version: str | None = None) -> Connection:
+    if spec.url is not None and transport != "sdk":
+        from fanmark.loadgen.lanes.mcp_thin import ThinConnection
+
+        return ThinConnection(spec, version)
+    from fanmark.loadgen.lanes.mcp_sdk import SdkConnection
+
+    return SdkConnection(spec)
 
 
-class ToolTransportError(CallError):
-    """A tool call had no answer: connection refused or lost, server gone, or out of time."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__("tool_transport", message)
-
-
-class ToolProtocolError(CallError):
-    """A tool call was answered by a JSON-RPC error, or by what the protocol does not allow."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__("tool_protocol", message)
-
-
-@dataclass(frozen=True)
-class ToolServerSpec:
-    """One server: exactly one of `url` (streamable HTTP) and `command` (program and arguments, stdio)."""
-
-    url: str | None = None
-    command: Sequence[str] | None = None
-
-    def __post_init__(self) -> None:
-        if (self.url is None) == (not self.command):
-            raise ValueError("a tool server needs either a url or a command")
-
-    @property
-    def name(self) -> str:
-        """How messages call it: the URL, or the command line."""
-        return self.url if self.url is not None else shlex.join(self.command or ())
-
-    @property
-    def label(self) -> str:
-        """A short name out of letters, digits, `_` and `-`: host and port, or the program."""
-        text = re.sub(r"^\w+://|/.*$", "", self.url) if self.url is not None else Path((self.command or [""])[0]).name
-        return re.sub(r"[^A-Za-z0-9_-]+", "_", text)
-
-
-@dataclass(frozen=True)
-class Tool:
-    """A tool as a prompt may show it. `name` is unique among all servers and fits OpenAI's rule for function names."""
-
-    name: str
-    description: str
-    input_schema: dict[str, Any]
-    read_only: bool
-    server: str
-    remote_name: str
-
-
-@dataclass(frozen=True)
-class ToolResult:
-    """`text`: the contents, a line break between; what is not text as its JSON. `bytes`: its size in UTF-8."""
-
-    text: str
-    is_error: bool
-    bytes: int
-
-
-def _leaves(error: BaseException) -> list[BaseException]:
-    """The exceptions inside nested groups. Iterative: groups nest deeper than Python recurses."""
-    found, waiting = [], [error]
-    while waiting:
-        each = waiting.pop()
-        if isinstance(each, BaseExceptionGroup):
-            waiting.extend(each.exceptions)
-        else:
-            found.append(each)
-    return found
-
-
-def _reason(error: BaseException) -> str:
-    """One line on an exception or a group of them; CancelledError says nothing and is left out."""
-    texts = [
-        f"{type(e).__name__}: {e}".rstrip(": ") for e in _leaves(error) if not isinstance(e, asyncio.CancelledError)
-    ]
-    return "; ".join(dict.fromkeys(" ".join(text.split()) for text in texts)) or "connection lost"
-
-
-def _text(content: Sequence[Any], structured: Any) -> str:
-    """The text of a result's content blocks; a result of structured content alone is its JSON."""
-    import json
-
-    if not content and structured is not None:
-        return json.dumps(structured, ensure_ascii=False)
-    return "\n".join(
-        block.text if block.type == "text" else block.model_dump_json(by_alias=True, exclude_none=True)
-        for block in content
-    )
-
-
-def _translated(error: BaseException, where: str) -> ToolTransportError | ToolProtocolError:
-    """Whose fault an SDK exception is; the one place where foreign exceptions are mapped."""
-    import anyio
-    import httpx2
-    from mcp.shared.exceptions import MCPError
-    from mcp_types import CONNECTION_CLOSED
-
-    message = f"{where}: {_reason(error)}"
-    if isinstance(error, MCPError):
-        is_lost = error.code == CONNECTION_CLOSED or str(error) in (HTTP_ERROR, SESSION_ENDED)
-    else:
-        lost = (anyio.ClosedResourceError, anyio.BrokenResourceError, httpx2.TransportError, OSError)
-        is_lost = any(isinstance(leaf, lost) for leaf in _leaves(error))
-    return ToolTransportError(message) if is_lost else ToolProtocolError(message)
-
-
-@dataclass
-class _Connection:
-    """The supervised connection to one server."""
-
-    spec: ToolServerSpec
-    tools: list[Any] = field(default_factory=list)  # as the SDK has them, from the first listing
-    _attempt: "asyncio.Future[Client]" = field(init=False)  # done when there is a client; replaced when it is lost
-    _leave: asyncio.Event = field(default_factory=asyncio.Event)  # set to end the client that lives now
-    _closing: asyncio.Event = field(default_factory=asyncio.Event)
-    _calls: set["asyncio.Task[Any]"] = field(default_factory=set)
-    _supervisor: "asyncio.Task[None] | None" = None
-    _session_refused: bool = False
-    _stderr: IO[bytes] | None = None
-    _failure: str = ""  # why the last attempt to connect brought no client
-
-    async def open(self, ready_timeout_s: float) -> None:
-        """Connect and list the tools; ToolServerError if that has not worked after `ready_timeout_s`.
-
-        A URL is tried again until then, as its server may be starting; a command that ends is not.
-        """
-        loop = asyncio.get_running_loop()
-        self._attempt = loop.create_future()
-        if self.spec.command:
-            self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
-        deadline = loop.time() + ready_timeout_s
-        self._supervisor = asyncio.create_task(self._supervise(), name=f"tools {self.spec.name}")
-        while True:
-            try:
-                await self._connected(deadline - loop.time())
-                return
-            except ToolTransportError:
-                if self.spec.url is None or loop.time() >= deadline:
-                    reason = self._failure or f"no answer within {ready_timeout_s:g} s"
-                    text = f"tool server {self.spec.name} does not start: {reason}{self._last_lines()}"
-                    raise ToolServerError(text) from None
-
-    def _last_lines(self) -> str:
-        """What the command wrote last on its standard error, in the same line."""
-        if self._stderr is None:
-            return ""
-        self._stderr.seek(0)
-        lines = self._stderr.read().decode(errors="replace").splitlines()[-LAST_LINES:]
-        return "".join(f" | {line.strip()}" for line in lines if line.strip())
-
-    async def _supervise(self) -> None:
-        """Keep one client alive after the other until `close`."""
-        backoff_s = FIRST_BACKOFF_S
-        while not self._closing.is_set():
-            self._leave.clear()
-            attempt = self._attempt
-            living = asyncio.create_task(self._live(attempt))
-            try:
-                await asyncio.wait({living})
-            except asyncio.CancelledError:
-                living.cancel()
-                await asyncio.wait({living})
-                if not living.cancelled():
-                    living.exception()  # it ends with the connection: how is nobody's business any more
-                raise
-            self._give_up(attempt)
-            error = None if living.cancelled() else living.exception()
-            connected = attempt.done()
-            if not connected:
-                self._failure = "connection lost" if error is None else _reason(error)
-                attempt.set_exception(ToolTransportError(f"tool server {self.spec.name}: {self._failure}"))
-                attempt.exception()  # nobody may be waiting
-            for call in list(self._calls):
-                call.cancel()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(backoff_s):
-                    await self._closing.wait()
-            backoff_s = FIRST_BACKOFF_S if connected else min(2 * backoff_s, LAST_BACKOFF_S)
-
-    def _give_up(self, attempt: "asyncio.Future[Client]") -> None:
-        """End this client if it is still the one in use; calls from now on wait for the next."""
-        if self._attempt is attempt:
-            self._attempt = asyncio.get_running_loop().create_future()
-            self._leave.set()
-
-    async def _live(self, attempt: "asyncio.Future[Client]") -> None:
-        """One client from connecting to its end. Lists the tools each time: the SDK checks results against the list."""
-        self._session_refused = False
-        async with self._connect() as client:
-            tools: list[Any] = []
-            cursor: str | None = None
-            for _ in range(MAX_PAGES):
-                page = await client.list_tools(cursor=cursor)
-                tools += page.tools
-                cursor = page.next_cursor
-                if cursor is None:
-                    break
-            self.tools = self.tools or tools
-            attempt.set_result(client)
-            await self._leave.wait()
-
-    @asynccontextmanager
-    async def _connect(self) -> AsyncIterator["Client"]:
-        """An SDK client, entered and left in the task that uses this."""
-        import httpx2
-        from mcp import Client, StdioServerParameters
-        from mcp.client.stdio import stdio_client
-        from mcp.client.streamable_http import streamable_http_client
-
-        if self.spec.url is None:
-            program, *arguments = self.spec.command or ()
-            parameters = StdioServerParameters(command=program, args=arguments, env=dict(os.environ))
-            # the SDK only hands this on to the process, which needs no more of it than fileno()
-            transport = stdio_client(parameters, errlog=self._stderr)  # type: ignore[arg-type]
-            async with Client(transport, cache=None) as client:
-                yield client
-            return
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_ALIVE_S)
-        timeout = httpx2.Timeout(30.0, read=None)  # how long a call may take is its caller's business
-        hooks = {"response": [self._note_refusal]}
-        async with httpx2.AsyncClient(limits=limits, timeout=timeout, event_hooks=hooks) as http:
-            transport = streamable_http_client(self.spec.url, http_client=http, max_sse_event_size=None)
-            async with Client(transport, cache=None) as client:
-                yield client
-
-    async def _note_refusal(self, response: "httpx2.Response") -> None:
-        """Servers answer a session that they do not know with 404, as the protocol wants, or with 400."""
-        if response.status_code in (400, 404) and "mcp-session-id" in response.request.headers:
-            self._session_refused = True
-
-    async def _connected(self, timeout_s: float) -> "asyncio.Future[Client]":
-        """The attempt that is under way, once it has brought a client; ToolTransportError if it brings none in time."""
-        attempt = self._attempt
-        if not attempt.done():
-            await asyncio.wait({attempt}, timeout=max(timeout_s, 0.0))
-        if not attempt.done():
-            raise ToolTransportError(f"tool server {self.spec.name}: not connected within {timeout_s:g} s")
-        attempt.result()
-        return attempt
-
-    async def call(self, name: str, arguments: dict[str, Any], timeout_s: float, meta: Mapping[str, Any]) -> ToolResult:
-        """`tools/call`, never sent twice: the server may have run a call whose answer was lost."""
-        started_at = asyncio.get_running_loop().time()
-        attempt = await self._connected(timeout_s)
-        client, where = attempt.result(), f"tool {name} of {self.spec.name}"
-        left_s = max(started_at + timeout_s - asyncio.get_running_loop().time(), 0.0)
-        task = asyncio.create_task(client.call_tool(name, arguments, meta=dict(meta) or None))  # type: ignore[arg-type]
-        self._calls.add(task)
-        task.add_done_callback(self._calls.discard)
+async def _opened(spec: ToolServerSpec, connection: Connection, ready_timeout_s: float) -> None:
+    """Connects and lists the tools; ToolServerError if that has not worked after `ready_timeout_s`. A URL is tried again until then, as its
+    server may be starting; a command that ends is not."""
+    loop = asyncio.get_running_loop()
+    deadline_at = loop.time() + ready_timeout_s
+    where, reason = f"tool server {spec.name}", ""
+    while True:
         try:
-            await asyncio.wait({task}, timeout=left_s)
-        finally:
-            timed_out = task.cancel()  # False where it is done
-        if timed_out:
-            await asyncio.wait({task}, timeout=CANCEL_S)
-            raise ToolTransportError(f"{where}: no answer within {timeout_s:g} s")
-        if task.cancelled():
-            raise ToolTransportError(f"{where}: connection lost")
-        if error := task.exception():
-            failure = _translated(error, where)
-            answered = str(error) == HTTP_ERROR  # by a status, a busy server's perhaps: the others may go on
-            if isinstance(failure, ToolTransportError) and (self._session_refused or not answered):
-                self._give_up(attempt)
-            raise failure from None
-        result = task.result()
-        text = _text(result.content, result.structured_content)
-        return ToolResult(text, bool(result.is_error), len(text.encode()))
-
-    async def close(self) -> None:
-        """End the client and, for a command, its process; takes a few seconds at most."""
-        self._closing.set()
-        self._leave.set()
-        if self._supervisor is None:
+            await connection.start(deadline_at - loop.time())
             return
-        if self._attempt.done():  # the client takes its leave; one that is still connecting cannot hear of it
-            await asyncio.wait({self._supervisor}, timeout=CLOSE_S)
-        self._supervisor.cancel()
-        await asyncio.wait({self._supervisor}, timeout=CLOSE_S)
-        if self._stderr is not None:
-            self._stderr.close()
+        except TimeoutError:
+            reason = reason or f"no answer within {ready_timeout_s:g} s"
+        except CallError as e:
+            reason = str(e).removeprefix(f"{where}: ")
+            if spec.url is not None and isinstance(e, ToolTransportError) and loop.time() < deadline_at:
+                await asyncio.sleep(min(FIRST_BACKOFF_S, deadline_at - loop.time()))
+                continue
+        raise ToolServerError(f"{where} does not start: {reason}{connection.last_lines()}")
 
 
 class ToolServers:
-    """The tool servers of a run, connected. Calls may be made at once and from any task."""
+    """The tool servers of a run. Calls may be made at once and from any task. `apart`: each owner has connections and sessions of its own,
+    which start with its first call; else all share those that the tools were listed by."""
 
-    def __init__(self, connections: Sequence[_Connection]) -> None:
-        self._connections = list(connections)
+    def __init__(self, specs: Sequence[ToolServerSpec], transport: Transport, *, apart: bool) -> None:
         self.tools: list[Tool] = []
-        self._by_name: dict[str, tuple[_Connection, str]] = {}
+        self._specs = list(specs)
+        self._transport, self._apart = transport, apart
+        self._shared: list[Connection] = [_connection(spec, transport) for spec in specs]
+        self._own: dict[Hashable, dict[int, Connection]] = {}
+        self._by_name: dict[str, tuple[int, RemoteTool]] = {}
+        self._versions: list[str | None] = [None] * len(self._specs)
+        self._ending: set[asyncio.Task[None]] = set()
 
     @classmethod
-    async def open(cls, specs: Sequence[ToolServerSpec], ready_timeout_s: float = 30.0) -> "ToolServers":
+    async def open(
+        cls,
+        specs: Sequence[ToolServerSpec],
+        ready_timeout_s: float = 30.0,
+        *,
+        transport: Transport = "auto",
+        apart: bool = False,
+    ) -> "ToolServers":
         """Start or reach every server and list its tools; ToolServerError for the first that fails, the rest closed."""
-        for name in ("mcp", "httpx2"):  # the SDK logs every lost connection: callers hear of it by exception
-            if not logging.getLogger(name).handlers:
-                logging.getLogger(name).addHandler(logging.NullHandler())
-        servers = cls([_Connection(spec) for spec in specs])
-        opening = [asyncio.create_task(each.open(ready_timeout_s)) for each in servers._connections]
+        servers = cls(specs, transport, apart=apart)
+        opening = [
+            asyncio.create_task(_opened(spec, connection, ready_timeout_s))
+            for spec, connection in zip(servers._specs, servers._shared, strict=True)
+        ]
         try:
             await asyncio.gather(*opening)
+            servers._name_tools()
+            if apart:  # these were for the listing: a session held by nobody would count against the server's limit
+                servers._versions = [getattr(connection, "version", None) for connection in servers._shared]
+                await asyncio.gather(*(connection.close() for connection in servers._shared))
         except BaseException:
             for task in opening:
                 task.cancel()
             await asyncio.wait(opening)
             await servers.close()
             raise
-        servers._name_tools()
         return servers
 
     def _name_tools(self) -> None:
         """Give every tool a name that no other has: the later of two alike is led by its server's label."""
-        for connection in self._connections:
+        for place, (spec, connection) in enumerate(zip(self._specs, self._shared, strict=True)):
             for remote in connection.tools:
                 plain = re.sub(r"[^A-Za-z0-9_-]", "_", remote.name)
-                candidates = [plain, f"{connection.spec.label}__{plain}"]
-                candidates += [f"{i}__{plain}" for i in range(2, len(self._connections) + 2)]
+                candidates = [plain, f"{spec.label}__{plain}"]
+                candidates += [f"{i}__{plain}" for i in range(2, len(self._specs) + 2)]
                 name = next(short for c in candidates if (short := c[:64]) not in self._by_name)
-                read_only = remote.annotations is not None and remote.annotations.read_only_hint is True
-                schema, server = dict(remote.input_schema), connection.spec.name
-                self.tools.append(Tool(name, remote.description or "", schema, read_only, server, remote.name))
-                self._by_name[name] = (connection, remote.name)
+                self.tools.append(
+                    Tool(name, remote.description, remote.input_schema, remote.read_only, spec.name, remote.name)
+                )
+                self._by_name[name] = (place, remote)
 
     async def call(
-        self, name: str, arguments: dict[str, Any], *, timeout_s: float, meta: Mapping[str, Any] | None = None
+        self,
+        name: str,
+        arguments: Mapping[str, Any],
+        *,
+        timeout_s: float,
+        meta: Mapping[str, Any] | None = None,
+        trip: Trip | None = None,
     ) -> ToolResult:
         """Call a tool by its name in `tools`. `meta` goes into the request's `_meta` (keys as "fanmark/seed").
 
@@ -385,9 +141,30 @@ class ToolServers:
         """
         if name not in self._by_name:
             raise ToolProtocolError(f"no tool {name!r}: there are {', '.join(self._by_name)}")
-        connection, remote_name = self._by_name[name]
-        return await connection.call(remote_name, arguments, timeout_s, meta or {})
+        place, remote = self._by_name[name]
+        trip = trip or Trip()
+        return await self._of(trip.owner, place).call(remote, arguments, timeout_s, meta or {}, trip)
+
+    def _of(self, owner: Hashable, place: int) -> Connection:
+        if not self._apart:
+            return self._shared[place]
+        own = self._own.setdefault(owner, {})
+        if place not in own:
+            own[place] = _connection(self._specs[place], self._transport, self._versions[place])
+        return own[place]
+
+    def end(self, owner: Hashable) -> None:
+        """Ends an owner's sessions, if it has any; nobody waits for that."""
+        for connection in self._own.pop(owner, {}).values():
+            self._go_on(connection.close())
+
+    def _go_on(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
 
     async def close(self) -> None:
-        """End every connection and every process that `open` started."""
-        await asyncio.gather(*(each.close() for each in self._connections))
+        """End every connection and every process that was started."""
+        for owner in list(self._own):
+            self.end(owner)
+        await asyncio.gather(*(each.close() for each in self._shared), *self._ending)
