@@ -89,6 +89,9 @@ def run(
     label: LabelOpt = None,
     out: OutOpt = None,
     metrics_port: Annotated[int, typer.Option(help="Port of /metrics; 0 takes a free one.")] = 0,
+    metrics_linger: Annotated[
+        float, typer.Option(min=0, metavar="S", help="Keep /metrics up for so long after the run.")
+    ] = 0.0,
     json: JsonOpt = False,
     strict: StrictOpt = False,
     quiet: Annotated[bool, typer.Option(help="No progress.")] = False,
@@ -120,6 +123,7 @@ def run(
         progress=None if quiet else sys.stderr,
         workers=_workers(workers),
         labels=labels_of(label or []),
+        metrics_linger_s=metrics_linger,
     )
     return _told(_run_async(session.run(checked, table, options)), folder, json, strict)
 

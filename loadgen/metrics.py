@@ -102,7 +102,12 @@ class Collector:
                 value = self._tally.amplification(arm, resource)
                 if value is not None:
                     ratio.add_metric([arm, tally.topology, resource], value)
-        yield from (in_flight, queries, expected, ratio)
+        valid = GaugeMetricFamily(
+            "fanmark_validity", "Whether a validity tick holds; set at the end, absent where unknown", labels=["tick"]
+        )
+        for tick, ok in self._tally.validity.items():
+            valid.add_metric([tick], float(ok))
+        yield from (in_flight, queries, expected, ratio, valid)
 
     def _histograms(self) -> Iterator["Metric"]:
         from prometheus_client.core import HistogramMetricFamily

@@ -4,7 +4,7 @@ import asyncio
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -45,6 +45,7 @@ class Options:
     progress: TextIO | None
     workers: int = 1
     labels: Mapping[str, str] = field(default_factory=dict)
+    metrics_linger_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,20 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
         for endpoint in endpoints.values():
             found = endpoint.shape.secrets.clean(found)
         write_summary(options.out, found)
+        tally.validity = {tick: ok for tick, ok in found["validity"].items() if isinstance(ok, bool)}
+        await _linger(options.metrics_linger_s)
         return Result(found, interrupted=not ended.whole)
+
+
+async def _linger(seconds: float) -> None:
+    """Leaves the metrics up, so that the run's last state can be scraped, until a signal ends that."""
+    if not seconds:
+        return
+    enough = asyncio.Event()
+    async with _signals(enough.set):
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await enough.wait()
 
 
 async def _surroundings(

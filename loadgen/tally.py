@@ -99,6 +99,7 @@ class Tally:
         self.ttft: Counter[int] = Counter()
         self.chunks = self.coalesced = 0  # a call's first chunk included
         self.clients: dict[int, ClientState] = {}
+        self.validity: dict[str, bool] = {}  # the ticks that are known, set at the run's end
 
     def replace(self, workers: Sequence["Tally"]) -> None:
         """Becomes the sum of the workers' tallies."""

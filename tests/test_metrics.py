@@ -41,6 +41,7 @@ PROMISED = {
     "fanmark_client_verdict": {"verdict"},
     "fanmark_client_chunks": set(),
     "fanmark_client_coalesced_chunks": set(),
+    "fanmark_validity": {"tick"},
 }
 
 
@@ -64,6 +65,7 @@ def tally() -> Tally:
         0: ClientState(lags, cpu_s=1.5, rss_mb=2.0),
         1: ClientState(Counter(), cpu_s=0.25, rss_mb=1.0, verdict="strained"),
     }
+    found.validity = {"counted": True, "alone": False}
     return found
 
 
@@ -193,6 +195,13 @@ def test_the_client_tells_of_itself_by_worker(tally: Tally) -> None:
     two_arms.query("single", 9, [joined], 0.0, 2.0)
     tally.call_finished(joined)
     assert value(scrape(tally), "fanmark_client_coalesced_chunks_total") == 3
+
+
+def test_ticks_that_are_known_are_one_or_nought(tally: Tally) -> None:
+    samples = scrape(tally)
+    assert value(samples, "fanmark_validity", tick="counted") == 1
+    assert value(samples, "fanmark_validity", tick="alone") == 0
+    assert value(samples, "fanmark_validity", tick="steady") is None
 
 
 def test_warm_up_calls_show_only_while_they_are_in_flight() -> None:
