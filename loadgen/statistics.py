@@ -10,6 +10,7 @@ from fanmark.loadgen.records import bucket_gap_s
 SUPPORT = {"p50": 1, "p90": 29, "p99": 299}  # the fewest samples that give the quantile
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 RESAMPLES = 2000
+_DRAWN_AT_ONCE = 200_000  # query numbers: what a bootstrap holds in memory does not grow with the queries
 
 Distribution = dict[str, float | int | None]
 
@@ -76,13 +77,14 @@ def paired_ratio(own: Mapping[int, float], base: Mapping[int, float], seed: int)
     import numpy as np
 
     numbers = sorted(own.keys() | base.keys())
-    picked = np.random.default_rng(seed).integers(0, len(numbers), (RESAMPLES, len(numbers)))
-
-    def sums(values: Sequence[float]) -> Any:
-        return np.array(values)[picked].sum(axis=1)
-
-    own_sum, own_n = sums([own.get(i, 0.0) for i in numbers]), sums([i in own for i in numbers])
-    base_sum, base_n = sums([base.get(i, 0.0) for i in numbers]), sums([i in base for i in numbers])
+    rows = np.array([(own.get(i, 0.0), i in own, base.get(i, 0.0), i in base) for i in numbers])
+    draw = np.random.default_rng(seed)
+    at_once = max(1, _DRAWN_AT_ONCE // len(numbers))
+    sums = [
+        rows[draw.integers(0, len(numbers), (min(at_once, RESAMPLES - done), len(numbers)))].sum(axis=1)
+        for done in range(0, RESAMPLES, at_once)
+    ]
+    own_sum, own_n, base_sum, base_n = np.concatenate(sums).T
     usable = (own_n > 0) & (base_sum > 0)
     if not usable.any():
         return too_few
