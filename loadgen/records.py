@@ -248,20 +248,16 @@ def shape(calls: Iterable[Call]) -> dict[str, int | float]:
     """
     depth: dict[int, int] = {}
     at_depth: Counter[int] = Counter()
-    work_s = tool_s = 0.0
     calls = in_order(calls)
     for call in calls:
         is_call = call.kind == "call"
         depth[call.call] = is_call + max((depth.get(n, 0) for n in call.after), default=0)
-        work_s += call.seconds
         if is_call:
             at_depth[depth[call.call]] += 1
-        else:
-            tool_s += call.seconds
     return {
         "depth": max(depth.values(), default=0),
         "width": max(at_depth.values(), default=0),
-        "work_s": work_s,
+        "work_s": math.fsum(call.seconds for call in calls),
         "critical_path_s": math.fsum(call.seconds for call in critical_path(calls)),
-        "tool_s": tool_s,
+        "tool_s": math.fsum(call.seconds for call in calls if call.kind == "tool_call"),
     }

@@ -183,6 +183,12 @@ def test_the_lines_hold_what_others_script_against(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+@given(st.lists(st.floats(0, 100), max_size=20))
+def test_of_a_chain_all_work_is_on_the_critical_path_to_the_last_digit(seconds: list[float]) -> None:
+    found = shape([call(n, [n - 1] * (n > 1), s) for n, s in enumerate(seconds, start=1)])
+    assert found["critical_path_s"] == found["work_s"]
+
+
 def test_a_killed_runs_last_lines_are_left_out(tmp_path: Path) -> None:
     written = [query(n, [call(1, [], 1.0), call(2, [1], 2.0)]) for n in range(3)]
     for one in written:
