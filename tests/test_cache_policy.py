@@ -31,13 +31,13 @@ def warm() -> Iterator[Stub]:
         yield server
 
 
-def run(out: Path, url: str, cache: str = "arm", **load: Any) -> tuple[dict[str, Any], list[Query]]:
+def run(out: Path, url: str, cache: str = "arm", api: str = "chat", **load: Any) -> tuple[dict[str, Any], list[Query]]:
     """Two arms that ask the same four questions, each one at a time: what is cached does not depend on the moment."""
     raw = {
         "arm": [{"name": "one", "topology": "single", "baseline": True}, {"name": "two", "topology": "single"}],
         "workload": {"system": SYSTEM, "question": QUESTION, "answer": 4, "cache": cache},
         "load": {"mode": "closed", "concurrency": 1, "queries": 4, "warmup": 0, "arms": "apart"} | load,
-        "target": {"url": f"{url}/v1"},
+        "target": {"url": f"{url}/v1", "api": api},
         "seed": 7,
     }
     scenario = check(raw, "f.toml", topologies())
