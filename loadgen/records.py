@@ -19,9 +19,11 @@ import msgspec
 from fanmark.loadgen.errors import LostError
 
 Outcome = Literal["completed", "failed", "abandoned"]
+Phase = Literal["lead-in", "window", "lead-out"]  # only the queries of the window count
 
 R = TypeVar("R")
 
+WINDOWS = "windows.jsonl"
 _COPIED_BYTES = 1 << 20
 _encoder = msgspec.json.Encoder()
 
@@ -89,12 +91,14 @@ class Call(msgspec.Struct, omit_defaults=False, kw_only=True):
 
 class Query(msgspec.Struct, kw_only=True):
     """One query: a line of queries.jsonl. `resources` are the per_query resources of summary.json, None where unknown; `expected` is
-    the closed form of this query; `mismatches` names the resources that differ from it. `calls` are the last attempts, one for each call;
-    those before them are `retried`."""
+    the closed form of this query; `mismatches` names the resources that differ from it. `warmup`: it does not count, for its `phase` is
+    not the window. `calls` are the last attempts, one for each call; those before them are `retried`."""
 
     query: int
     arm: str
     warmup: bool
+    phase: Phase = "window"
+    repeat: int = 1
     due_at: float
     started_at: float
     done_at: float
@@ -120,10 +124,29 @@ class Begun(msgspec.Struct, array_like=True):
 
     query: int
     arm: str
-    warmup: bool
+    phase: Phase
+    repeat: int
     due_at: float
     started_at: float
     seed: str
+
+
+class Window(msgspec.Struct, frozen=True, kw_only=True):
+    """A line of windows.jsonl: the instants between which the queries of `arms` counted. `rates` are the queries/s that each was offered,
+    None in a closed loop; `given_up`: the lead-in was, because latency kept growing."""
+
+    repeat: int
+    arms: list[str]
+    lead_in_at: float
+    start_at: float
+    end_at: float
+    given_up: bool = False
+    rates: dict[str, float | None] = {}
+
+    @property
+    def seconds(self) -> float:
+        """How long it was counted."""
+        return self.end_at - self.start_at
 
 
 class Journal:
@@ -157,8 +180,16 @@ class Journal:
             with suppress(LostError):
                 self.flush()
 
+    def window(self, window: Window) -> None:
+        """A window, as soon as it is known."""
+        with (self._folder / WINDOWS).open("ab") as file:
+            file.write(msgspec.json.encode(window) + b"\n")
+
     def take(self, folder: Path) -> None:
-        """All records of another journal."""
+        """All records of another journal; of the windows, which all workers know, the longest list."""
+        theirs, ours = ([*_bytes(each / WINDOWS)] for each in (folder, self._folder))
+        if len(theirs) > len(ours):
+            (self._folder / WINDOWS).write_bytes(b"".join(theirs))
         for name, file in (("calls.jsonl", self._calls), ("queries.jsonl", self._queries)):
             with (folder / name).open("rb") as source:
                 while data := source.read(_COPIED_BYTES):
@@ -210,6 +241,16 @@ def read_queries(folder: Path, begun: Iterable[Query] = ()) -> list[Query]:
             query = queries[call.arm, call.query]
             (query.calls if call.retry_at is None else query.retried).append(call)
     return list(queries.values())
+
+
+def read_windows(folder: Path) -> list[Window]:
+    """The windows of a run's folder; a run without a duration has none."""
+    return [msgspec.json.decode(line, type=Window) for line in _bytes(folder / WINDOWS)]
+
+
+def _bytes(path: Path) -> list[bytes]:
+    """The whole lines of a small file that need not be there."""
+    return [line for line in path.read_bytes().splitlines(True) if line.endswith(b"\n")] if path.exists() else []
 
 
 def lines_of(path: Path, kind: type[R]) -> Iterator[R]:

@@ -11,7 +11,7 @@ import msgspec
 from fanmark.loadgen import summary, table
 from fanmark.loadgen.endpoint import Endpoint
 from fanmark.loadgen.errors import LostError
-from fanmark.loadgen.records import Call, Query
+from fanmark.loadgen.records import Call, Query, Window
 from fanmark.loadgen.run import Drift
 from fanmark.loadgen.scenario import Scenario
 from fanmark.loadgen.table import number
@@ -31,9 +31,11 @@ def assemble(
     stub: tuple[bool, str] | None = None,
     *,
     partial: bool,
+    windows: Sequence[Window] = (),
+    kv: Sequence[tuple[float, float]] | None = None,
 ) -> dict[str, Any]:
     """The whole of summary.json."""
-    arms = summary.summarise_arms(scenario, queries)
+    arms = summary.summarise_arms(scenario, queries, windows, kv, run_part["seconds"] if partial else None)
     counted = [c for q in queries if not q.warmup for c in q.calls if c.kind == "call" and c.sent_at is not None]
     client = client_report(counted)
     knowable = scenario.workload.cache != "warm" and any(c.cached_tokens is not None for c in counted)

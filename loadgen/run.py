@@ -1,24 +1,22 @@
 """Arms x schedule -> records: the only place where scenario, topologies, targets and tools meet."""
 
 import asyncio
-import random
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from itertools import count
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from fanmark.agents.runtime import Topology
-from fanmark.loadgen.arrivals import open_loop
 from fanmark.loadgen.contamination import Explained
 from fanmark.loadgen.costs import mismatches, resources
 from fanmark.loadgen.crew import Alone, Crew, share
 from fanmark.loadgen.demand import Demand, draw_demand, expected_tokens
 from fanmark.loadgen.endpoint import Endpoint, role_key
 from fanmark.loadgen.errors import CallError, Stopped
-from fanmark.loadgen.records import Begun, Outcome, Query
+from fanmark.loadgen.records import Begun, Outcome, Phase, Query, Window
 from fanmark.loadgen.runtime import QueryRuntime, ToolUse, World
-from fanmark.loadgen.scenario import Arm, Load, Scenario
+from fanmark.loadgen.scenario import Arm, Scenario
+from fanmark.loadgen.schedule import Schedule, Start, together
 from fanmark.loadgen.tally import Tally
 from fanmark.loadgen.walk import walk
 
@@ -26,11 +24,13 @@ GRACE_S = 5.0  # what running queries get after the first interrupt
 
 
 class Writer(Protocol):
-    """Takes each query as it begins and as it closes."""
+    """Takes each query as it begins and as it closes, and each window as it is known."""
 
     def begin(self, query: Begun) -> None: ...
 
     def write(self, query: Query) -> None: ...
+
+    def window(self, window: Window) -> None: ...
 
 
 @dataclass
@@ -96,7 +96,7 @@ class Run:
         guard = load.max_in_flight
         self._slots = asyncio.Semaphore(share(guard, self._crew)) if guard is not None else None
         self._query_timeout_s = load.query_timeout_s * time_scale if load.query_timeout_s is not None else None
-        self._running: set[asyncio.Task[Outcome]] = set()
+        self._running: set[asyncio.Task[Query]] = set()
         self._explained = Explained(elsewhere=self._crew.count > 1)
         self._world = World(
             run_id=run_id,
@@ -113,8 +113,8 @@ class Run:
             arms=self._arms,
         )
 
-    def _salt(self, arm: str, query: int, call: int) -> str | None:
-        cache, run = self.scenario.workload.cache, self._world.run_id
+    def _salt(self, run: str, arm: str, query: int, call: int) -> str | None:
+        cache = self.scenario.workload.cache
         salts = {
             "arm": f"{run}-{arm}",
             "run": run,
@@ -154,76 +154,29 @@ class Run:
         schedule.cancel()
 
     async def _schedule(self) -> None:
-        arms = list(self.scenario.arms)
-        await self._together(self._make_texts(arm) for arm in arms)
-        if self.scenario.load.arms == "interleaved":
-            await self._together(self._warm_up(arm) for arm in arms)
-            start_at = (await self._crew.meet()).at
-            await self._together(self._arm(arm, start_at, i / len(arms)) for i, arm in enumerate(arms))
-            return
-        random.Random(f"{self.scenario.seed}/order").shuffle(arms)
-        for arm in arms:  # each waits for its own queries, so the next one finds the server drained
-            await self._warm_up(arm)
-            await self._arm(arm, (await self._crew.meet()).at, 0.0)
+        await together(self._make_texts(arm) for arm in self.scenario.arms)
+        schedule = Schedule(
+            self.scenario, self._ready, self._crew, self._now, self.stop.asked, self._journal.window, self._time_scale
+        )
+        await schedule.run()
 
-    async def _together(self, parts: Iterator[Coroutine[Any, Any, object]]) -> None:
-        async with asyncio.TaskGroup() as group:
-            for part in parts:
-                group.create_task(part)
-                await asyncio.sleep(0)  # thousands that start at once would keep the loop from all else
+    async def _ready(self, arm: Arm, number: int, phase: Phase, repeat: int) -> Start:
+        """A query with its own texts made before it is due, so that its first call does not wait for them."""
+        runtime = QueryRuntime(self._world_of(repeat), self._demand(arm, number))
+        endpoints = {self._endpoint(arm.name, role) for role in arm.targets} or {self._endpoint(arm.name, "")}
+        await runtime.prepare(endpoints, [runtime.system, runtime.question])
 
-    async def _warm_up(self, arm: Arm) -> None:
-        numbers = range(self._crew.index, self.scenario.load_of(arm).warmup, self._crew.count)
-        demands = [self._demand(arm, -1 - i) for i in numbers]
-        await self._together(self._query(arm, QueryRuntime(self._world, d), self._now()) for d in demands)
+        def start(due_at: float) -> asyncio.Task[Query]:
+            task = asyncio.ensure_future(self._query(arm, runtime, due_at, phase, repeat))
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
+            return task
 
-    async def _arm(self, arm: Arm, start_at: float, place: float) -> None:
-        load = self.scenario.load_of(arm)
-        if load.mode == "closed":
-            numbers = self._own_numbers(load)
-            end_at = start_at + load.duration if load.duration is not None else None
-            users = range(self._crew.index, load.concurrency, self._crew.count)
-            await self._together(self._user(arm, numbers, end_at) for _ in users)
-            return
-        mine: set[asyncio.Task[Outcome]] = set()
-        for i, at in enumerate(open_loop(load, self.scenario.seed, arm.name, place)):
-            if i % self._crew.count != self._crew.index:
-                continue
-            runtime = QueryRuntime(self._world, self._demand(arm, i))
-            await self._prepare(arm, runtime)
-            if await self._stopped_before(start_at + at):
-                break
-            task = asyncio.ensure_future(self._query(arm, runtime, start_at + at))
-            for tasks in (mine, self._running):
-                tasks.add(task)
-                task.add_done_callback(tasks.discard)  # a long run does not keep what has ended
-        await asyncio.gather(*mine)
+        return start
 
-    def _own_numbers(self, load: Load) -> Iterator[int]:
-        """The queries of a closed loop that this worker's users share: each user's turn, round after round, is one worker's."""
-        all_numbers = range(load.queries) if load.queries is not None else count()
-        return (n for n in all_numbers if n % load.concurrency % self._crew.count == self._crew.index)
-
-    async def _user(self, arm: Arm, numbers: Iterator[int], end_at: float | None) -> None:
-        """One of a closed loop's users: the next query as soon as the last one is answered."""
-        for i in numbers:
-            runtime = QueryRuntime(self._world, self._demand(arm, i))
-            await self._prepare(arm, runtime)
-            if self.stop.asked.is_set() or (end_at is not None and self._now() >= end_at):
-                return
-            if await self._query(arm, runtime, self._now()) == "abandoned":  # so this user is to end, too
-                return
-
-    async def _stopped_before(self, at: float) -> bool:
-        """Sleeps until `at`; True as soon as the run is asked to stop."""
-        wait_s = (at - self._now()) * self._time_scale
-        if wait_s > 0:
-            try:
-                async with asyncio.timeout(wait_s):
-                    await self.stop.asked.wait()
-            except TimeoutError:
-                pass
-        return self.stop.asked.is_set()
+    def _world_of(self, repeat: int) -> World:
+        """Each repeat is a run of its own to the servers: its salts are new, so that it starts as cold as the first."""
+        return self._world if repeat == 1 else replace(self._world, run_id=f"{self._world.run_id}.{repeat}")
 
     def _demand(self, arm: Arm, query: int) -> Demand:
         return draw_demand(self.scenario, arm, self._topologies[arm.topology], query)
@@ -235,14 +188,9 @@ class Run:
         for made in await walk(self._topologies[arm.topology], demand):
             await runtime.prepare([self._endpoint(arm.name, made.role)], made.prompt)
 
-    async def _prepare(self, arm: Arm, runtime: QueryRuntime) -> None:
-        """Makes the query's own texts before it is due, so that its first call does not wait for them."""
-        endpoints = {self._endpoint(arm.name, role) for role in arm.targets} or {self._endpoint(arm.name, "")}
-        await runtime.prepare(endpoints, [runtime.system, runtime.question])
-
-    async def _query(self, arm: Arm, runtime: QueryRuntime, due_at: float) -> Outcome:
+    async def _query(self, arm: Arm, runtime: QueryRuntime, due_at: float, phase: Phase, repeat: int) -> Query:
         """One query, from its due time to its record. The only place where any exception becomes an outcome."""
-        counted = runtime.demand.query >= 0
+        counted = phase == "window"
         outcome: Outcome = "failed"
         error: str | None = None
         stopped: str | None = None
@@ -250,7 +198,7 @@ class Run:
             self._tally.query_started(arm.name)
         started_at = self._now()
         demand = runtime.demand
-        self._journal.begin(Begun(demand.query, arm.name, not counted, due_at, started_at, demand.seed))
+        self._journal.begin(Begun(demand.query, arm.name, phase, repeat, due_at, started_at, demand.seed))
         try:
             async with self._slots or nullcontext():
                 started_at = self._now()
@@ -271,6 +219,8 @@ class Run:
             query=runtime.demand.query,
             arm=arm.name,
             warmup=not counted,
+            phase=phase,
+            repeat=repeat,
             due_at=due_at,
             started_at=started_at,
             done_at=done_at,
@@ -296,7 +246,7 @@ class Run:
         self._journal.write(query)
         if counted:
             self._tally.query_finished(query)
-        return outcome
+        return query
 
     async def _answer(self, arm: Arm, runtime: QueryRuntime) -> str | None:
         """Runs the topology; gives the arm's limit that ended it early, if one did."""

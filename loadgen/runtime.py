@@ -50,14 +50,14 @@ class Tally(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """What all queries of a run share. `salts` gives a call's cache salt from (arm, query, call), None for a warm cache; `now` runs
+    """What all queries of a run share. `salts` gives a call's cache salt from (run id, arm, query, call), None for a warm cache; `now` runs
     `time_scale` times slower than seconds."""
 
     run_id: str
     seed: int
     now: Callable[[], float]
     forced: bool
-    salts: Callable[[str, int, int], str | None]
+    salts: Callable[[str, str, int, int], str | None]
     endpoint: Callable[[str, str], Endpoint]
     tools: ToolUse | None
     explained: Explained
@@ -219,7 +219,7 @@ class QueryRuntime:
     ) -> Reply:
         """Makes the prompt and sends it; once more without each parameter that the target refuses."""
         while True:
-            salt = self.world.salts(self.demand.arm, self.demand.query, call.call)
+            salt = self.world.salts(self.world.run_id, self.demand.arm, self.demand.query, call.call)
             opening = f"[{salt}]" if salt is not None and endpoint.salts_text else ""
             prompt = await self._parts(endpoint, messages, tools, opening)
             if not prompt:

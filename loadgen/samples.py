@@ -9,7 +9,7 @@ Rules of the file:
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -70,6 +70,16 @@ def read_samples(folder: Path) -> list[Sample]:
     """All samples of a run's folder, in order; none where it has no samples.jsonl."""
     path = folder / "samples.jsonl"
     return list(lines_of(path, Sample)) if path.exists() else []
+
+
+def kv_use(samples: Sequence[Sample]) -> list[tuple[float, float]] | None:
+    """KV use at instants, the mean over the targets that tell it; None where none does."""
+    found = []
+    for sample in samples:
+        told = [server.kv_use for server in sample.targets.values() if server is not None and server.kv_use is not None]
+        if told:
+            found.append((sample.at, math.fsum(told) / len(told)))
+    return found or None
 
 
 def server_sample(before: Reading, now: Reading) -> ServerSample:

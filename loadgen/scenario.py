@@ -152,7 +152,7 @@ class Stage(Table, frozen=True):
 class Load(Table, frozen=True):
     """When queries start. Each of rate, concurrency, queries and warmup is per arm. `stages` stand in place of `rate`; `gap_cv` is of the
     gamma process; `arrivals` are start times, or the file that they are read from. At most `max_in_flight` queries run at a time: what
-    that delays is told apart. A query that takes longer than `query_timeout_s` is given up."""
+    that delays is told apart. A query that takes longer than `query_timeout_s` is given up. All is done `repeats` times."""
 
     mode: Literal["open", "closed"] = "open"
     rate: Positive = 0.5
@@ -167,7 +167,7 @@ class Load(Table, frozen=True):
     duration: Positive | None = None
     warmup: Count = 2
     arms: Literal["interleaved", "apart"] = "interleaved"
-    repeats: Literal[1] = 1
+    repeats: Annotated[int, msgspec.Meta(ge=1)] = 1
 
 
 class Objective(Table, frozen=True):

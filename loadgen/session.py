@@ -22,11 +22,11 @@ from fanmark.loadgen.link import Ended
 from fanmark.loadgen.live import Progress
 from fanmark.loadgen.metrics import serve
 from fanmark.loadgen.reach import Reached, reach, settle
-from fanmark.loadgen.records import Journal, read_queries
+from fanmark.loadgen.records import Journal, read_queries, read_windows
 from fanmark.loadgen.results import assemble, so_far, write_summary
 from fanmark.loadgen.run import Run
 from fanmark.loadgen.run_clock import RunClock
-from fanmark.loadgen.samples import Sampler
+from fanmark.loadgen.samples import Sampler, kv_use, read_samples
 from fanmark.loadgen.scenario import Scenario, resolved
 from fanmark.loadgen.tally import Tally
 from fanmark.loadgen.target import HttpEndpoint
@@ -100,7 +100,7 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
         client = partial(client_part, ended.states, host_busy_seconds=sampler.host_busy_seconds)
         found = assemble(
             scenario, queries, endpoints, server, client, ended.drift, run_part, stub,
-            partial=not ended.whole,
+            partial=not ended.whole, windows=read_windows(options.out), kv=kv_use(read_samples(options.out)),
         )  # fmt: skip
         notes = [*ended.notes, *found["notes"]]
         found["notes"] = list(dict.fromkeys(notes))  # what is lost first; all workers notice the same
@@ -204,7 +204,7 @@ def _check_guard(scenario: Scenario, workers: int) -> None:
 def _progress(scenario: Scenario, tally: Tally, options: Options, clock: RunClock) -> list[Coroutine[Any, Any, None]]:
     if options.progress is None:
         return []
-    total = sum(scenario.load_of(arm).queries or 0 for arm in scenario.arms)
+    total = scenario.load.repeats * sum(scenario.load_of(arm).queries or 0 for arm in scenario.arms)
     return [Progress(tally, total or None, clock.now, options.progress).show()]
 
 

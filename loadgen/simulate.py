@@ -24,10 +24,10 @@ from fanmark.loadgen.lanes.virtual import VirtualEndpoint
 from fanmark.loadgen.lanes.virtual_tools import VirtualTools
 from fanmark.loadgen.minimums import check_lengths
 from fanmark.loadgen.reach import tool_latency, uses_tools
-from fanmark.loadgen.records import Call, read_queries
+from fanmark.loadgen.records import Call, read_queries, read_windows
 from fanmark.loadgen.results import assemble, write_summary
 from fanmark.loadgen.run import Run
-from fanmark.loadgen.samples import VirtualSampler
+from fanmark.loadgen.samples import VirtualSampler, kv_use, read_samples
 from fanmark.loadgen.scenario import Scenario, Target
 from fanmark.loadgen.server_side import account
 from fanmark.loadgen.session import Result, open_folder
@@ -134,7 +134,10 @@ async def _simulate(
         "time_scale": 1.0,
     }
     parts = server if len(server) > 1 else next(iter(server.values()))
-    found = assemble(scenario, queries, endpoints, parts, _no_client, one.drift, run_part, partial=not whole)
+    found = assemble(
+        scenario, queries, endpoints, parts, _no_client, one.drift, run_part,
+        partial=not whole, windows=read_windows(options.out), kv=kv_use(read_samples(options.out)),
+    )  # fmt: skip
     found["notes"] = list(dict.fromkeys(found["notes"]))  # engines of one profile have the same caveats
     found["environment"] = environment(options.labels, None, endpoints, told, {})
     write_summary(options.out, found)

@@ -5,67 +5,102 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from fanmark.loadgen import critical
+from fanmark.loadgen.amplification import COUNTS, TIMES, Counted, amplification
 from fanmark.loadgen.claims import held
-from fanmark.loadgen.records import Call, Query, critical_path
+from fanmark.loadgen.operating_point import good, operating_point, spans
+from fanmark.loadgen.records import Call, Query, Window, critical_path
 from fanmark.loadgen.retries import waste
-from fanmark.loadgen.scenario import Arm, Load, Objective, Scenario
-from fanmark.loadgen.statistics import (
-    distribution,
-    gap_distribution,
-    merge_gaps,
-    occupancy,
-    paired_ratio,
-    wilson,
-)
+from fanmark.loadgen.scenario import Arm, Load, Scenario
+from fanmark.loadgen.statistics import distribution, gap_distribution, merge_gaps, wilson
+from fanmark.loadgen.steadiness import Verdict, judge
 
 SCHEMA = "fanmark.summary/1"
-COUNTS = (
-    "calls",
-    "tool_calls",
-    "input_tokens",
-    "cached_tokens",
-    "fresh_tokens",
-    "output_tokens",
-    "reasoning_tokens",
-    "depth",
-    "width",
-    "retries",
-    "dollars",
-)
-TIMES = (
-    "latency_s",
-    "first_answer_s",
-    "work_s",
-    "critical_path_s",
-    "tool_s",
-    "client_s",
-    "parallelism",
-    "gpu_s",
-    "joules",
-)
+NO_WINDOW = "all queries are counted, no window is set"
+NO_WINDOW_YET = "the run was ended before its window began"
+CENSORED = 0.01  # of the started queries; if more did not complete, the latencies of those that did are too good
 EXPECTED = ("calls", "tool_calls", "input_tokens", "output_tokens", "depth", "width")
 
 
-def summarise_arms(scenario: Scenario, queries: Sequence[Query]) -> dict[str, Any]:
-    """`arms` of summary.json from all of a run's queries; warm-up is left out."""
-    by_arm: dict[str, list[Query]] = {arm.name: [] for arm in scenario.arms}
-    for query in queries:
-        if not query.warmup:
-            by_arm[query.arm].append(query)
-    base = by_arm[scenario.baseline.name]
-    return {
-        arm.name: _arm(arm, scenario.load_of(arm), scenario.objective, by_arm[arm.name], base, scenario.seed)
-        for arm in scenario.arms
-    }
-
-
-def _arm(
-    arm: Arm, load: Load, objective: Objective | None, queries: Sequence[Query], base: Sequence[Query], seed: int
+def summarise_arms(
+    scenario: Scenario,
+    queries: Sequence[Query],
+    windows: Sequence[Window] = (),
+    kv: Sequence[tuple[float, float]] | None = None,
+    cut_at: float | None = None,
 ) -> dict[str, Any]:
+    """`arms` of summary.json from all of a run's queries and windows; what is not counted is load, and nothing else. `kv` is the servers'
+    KV use at instants, where they tell it; `cut_at`, when a run was cut short."""
+    windows = [msgspec.structs.replace(w, end_at=min(w.end_at, cut_at or math.inf)) for w in windows]
+    windows = [window for window in windows if window.seconds > 0]
+    by_arm: dict[str, Counted] = {}
+    for arm in scenario.arms:
+        mine = [query for query in queries if query.arm == arm.name]
+        own = [window for window in windows if arm.name in window.arms]
+        verdicts = _verdicts(scenario, queries, arm, mine, own, kv)
+        by_arm[arm.name] = Counted([query for query in mine if not query.warmup], own, verdicts)
+    found: dict[str, Any] = {}
+    for arm in scenario.arms:
+        mine = [query for query in queries if query.arm == arm.name]
+        found[arm.name] = _arm(arm, scenario, by_arm[arm.name], by_arm[scenario.baseline.name])
+        found[arm.name]["load"] = operating_point(
+            scenario.load_of(arm), scenario.objective, mine, by_arm[arm.name].windows
+        )
+        found[arm.name]["window"] = _window(scenario.load_of(arm), by_arm[arm.name], cut_at is not None)
+    return found
+
+
+def _verdicts(
+    scenario: Scenario,
+    queries: Sequence[Query],
+    arm: Arm,
+    mine: Sequence[Query],
+    windows: Sequence[Window],
+    kv: Sequence[tuple[float, float]] | None,
+) -> list[Verdict]:
+    """One on each of an arm's windows."""
+    found = []
+    for window in windows:
+        beside = [q for q in queries if q.repeat == window.repeat and q.arm in window.arms]
+        own = [q for q in mine if q.repeat == window.repeat]
+        found.append(judge(own, beside, window, kv, open_loop=scenario.load_of(arm).mode == "open"))
+    return found
+
+
+def _window(load: Load, counted: Counted, cut: bool) -> dict[str, Any]:
+    """`window` of an arm; of several repeats the whole time, each repeat's own, and the worst verdict."""
+    times = spans(counted.queries, counted.windows)
+    found: dict[str, Any] = {
+        "start_at": times[0][0] if times else None,
+        "end_at": times[-1][1] if times else None,
+        "steady": None,
+        "reason": NO_WINDOW if load.duration is None or load.stages else NO_WINDOW_YET,
+        "littles_law_off_pct": None,
+    }
+    if counted.verdicts:
+        worst = min(counted.verdicts, key=lambda v: (not v.over_capacity, v.steady is not False, v.steady is not None))
+        offs = [v.littles_law_off_pct for v in counted.verdicts if v.littles_law_off_pct is not None]
+        found |= {"steady": worst.steady, "reason": worst.reason}
+        found["littles_law_off_pct"] = max(offs, key=abs, default=None)
+        if cut:
+            found |= {"steady": False, "reason": f"the run was cut short; {worst.reason}"}
+    if len(times) > 1:
+        verdicts = counted.verdicts or [Verdict(None, found["reason"], None)] * len(times)
+        found["repeats"] = [
+            {"start_at": a, "end_at": b, "steady": v.steady, "reason": v.reason}
+            for (a, b), v in zip(times, verdicts, strict=True)
+        ]
+    return found
+
+
+def _arm(arm: Arm, scenario: Scenario, counted: Counted, base: Counted) -> dict[str, Any]:
+    queries, objective = counted.queries, scenario.objective
     completed = [query for query in queries if query.outcome == "completed"]
     calls = [call for query in queries for call in query.calls]
     outcomes = Counter(query.outcome for query in queries)
+    interleaved = scenario.load.arms == "interleaved"
     found: dict[str, Any] = {
         "topology": arm.topology,
         "params": arm.params,
@@ -76,18 +111,16 @@ def _arm(
             "failed": outcomes["failed"],
             "abandoned": outcomes["abandoned"],
         },
-        "load": _load(load, objective, queries, [*calls, *(call for query in queries for call in query.retried)]),
-        "window": {
-            "start_at": min((query.due_at for query in queries), default=None),
-            "end_at": max((query.done_at for query in queries), default=None),
-            "steady": None,
-            "reason": "all queries are counted, no window is set",
-            "littles_law_off_pct": None,
-        },
+        "censored": outcomes["completed"] < (1 - CENSORED) * len(queries),
+        "load": {},
+        "window": {},
         "per_query": {name: _of(completed, name) for name in (*COUNTS, *TIMES)},
         "per_call": _per_call([call for query in completed for call in query.calls]),
         "expected": _expected(completed),
-        "amplification": {name: _amplification(queries, base, name, seed) for name in (*COUNTS, *TIMES)},
+        "amplification": {
+            name: amplification(counted, base, name, scenario.seed, interleaved=interleaved)
+            for name in (*COUNTS, *TIMES)
+        },
         "by_role": _by(completed, lambda call: call.role),
         "by_round": _by(completed, lambda call: str(call.round)),
         "by_target": _by(completed, lambda call: call.target or ""),
@@ -103,7 +136,7 @@ def _arm(
     if own_errors:
         found["errors"]["tool_error"] = own_errors
     if objective is not None:
-        met = sum(_good(query, objective) for query in queries)
+        met = sum(good(query, objective) for query in queries)
         low, high = wilson(met, len(queries))
         share = met / len(queries) if queries else None
         reached = None if share is None else share >= objective.attainment
@@ -118,40 +151,10 @@ def _claimed(found: Mapping[str, Any], unit: str, resource: str) -> float | None
     return entry[key] if entry is not None else None
 
 
-def _good(query: Query, objective: Objective) -> bool:
-    return query.outcome == "completed" and query.done_at - query.due_at <= objective.query_seconds
-
-
 def _of(queries: Sequence[Query], name: str) -> Any:
     values = [query.resources[name] for query in queries]
     known = [value for value in values if value is not None]
     return distribution(known) if len(known) == len(values) else None
-
-
-def _load(load: Load, objective: Objective | None, queries: Sequence[Query], calls: Sequence[Call]) -> dict[str, Any]:
-    if not queries:
-        return {}
-    start_at = min(query.due_at for query in queries)
-    end_at = max(query.done_at for query in queries)
-    seconds = max(end_at - start_at, 1e-9)
-    steady_rate = load.mode == "open" and load.process != "replay" and not load.stages
-    done = [query for query in queries if query.outcome == "completed"]
-    spans = [
-        (call.sent_at, call.done_at)
-        for call in calls
-        if call.kind == "call" and call.sent_at is not None and call.done_at is not None
-    ]
-    return {
-        "offered_qps": load.rate if steady_rate else len(queries) / seconds,
-        "start_delay_s": distribution([query.started_at - query.due_at for query in queries]),
-        "completed_qps": len(done) / seconds,
-        "good_qps": sum(_good(query, objective) for query in queries) / seconds if objective else None,
-        "calls_per_s": sum(call.kind == "call" for call in calls) / seconds,
-        "input_tokens_per_s": sum(call.input_tokens or 0 for call in calls) / seconds,
-        "output_tokens_per_s": sum(call.output_tokens or 0 for call in calls) / seconds,
-        "queries_in_flight": occupancy([(query.due_at, query.done_at) for query in queries], start_at, end_at),
-        "calls_in_flight": occupancy(spans, start_at, end_at),
-    }
 
 
 def _per_call(calls: Sequence[Call]) -> dict[str, Any]:
@@ -184,49 +187,6 @@ def _expected(queries: Sequence[Query]) -> dict[str, Any]:
     found["mismatches"] = sum(bool(query.mismatches) for query in queries)
     found["approximate"] = bool(queries) and found["input_tokens"] is None
     return found
-
-
-def _amplification(queries: Sequence[Query], base: Sequence[Query], name: str, seed: int) -> dict[str, Any] | None:
-    """Ratio of the means per completed query, what failed queries and retries spent included."""
-    own, own_waste = _costs(queries, name)
-    against, base_waste = _costs(base, name)
-    if own is None or against is None:
-        return None
-    found = paired_ratio(own, against, seed)
-    if found is None:
-        return None
-    factor = own_waste / base_waste
-    found["ratio"] *= factor
-    if name in TIMES:
-        return found | {"low": None, "high": None, "method": "one short run, no interval"}
-    if found["low"] is not None:
-        found |= {"low": found["low"] * factor, "high": found["high"] * factor}
-    return found
-
-
-def _costs(queries: Sequence[Query], name: str) -> tuple[dict[int, float] | None, float]:
-    """Values of the completed queries by number (None if one is unknown), and all queries' total over the completed ones'."""
-    completed = {query.query: query.resources[name] for query in queries if query.outcome == "completed"}
-    known = {i: value for i, value in completed.items() if value is not None}
-    if len(known) < len(completed):
-        return None, 1.0
-    total = math.fsum(known.values())
-    if name not in COUNTS or name in ("depth", "width") or total == 0:
-        return known, 1.0
-    lost = math.fsum(_spent(query, name) for query in queries if query.outcome != "completed")
-    if name == "calls":  # of tokens, an attempt that was sent again has none
-        lost += sum(len(query.retried) for query in queries)
-    return known, (total + lost) / total
-
-
-def _spent(query: Query, name: str) -> float:
-    """What a query that did not complete is known to have spent; of tokens at least those of its calls that ended."""
-    value = query.resources[name]
-    if value is not None:
-        return value
-    if name == "fresh_tokens":
-        return _spent(query, "input_tokens") - _spent(query, "cached_tokens")
-    return math.fsum(getattr(call, name, None) or 0 for call in query.calls if call.kind == "call")
 
 
 def _by(queries: Sequence[Query], group: Callable[[Call], str]) -> dict[str, Any]:
@@ -271,7 +231,7 @@ def validity(
         "counted": _counted(arms),
         "reconciled": (server.get("reconciled"), server.get("reason", "")),
         "alone": (server.get("alone"), server.get("alone_reason", server.get("reason", ""))),
-        "steady": (None, "all queries are counted, no window is set"),
+        "steady": _steady(arms),
         "uncontaminated": _uncontaminated(unexplained_tokens),
         "client_ok": (
             client["verdict"] != "client-limited",
@@ -283,6 +243,18 @@ def validity(
     return {name: ok for name, (ok, _) in ticks.items()} | {
         "reasons": {name: reason for name, (_, reason) in ticks.items()}
     }
+
+
+def _steady(arms: Mapping[str, Any]) -> tuple[bool | None, str]:
+    """Of the arms' windows: one that is not steady makes the run so."""
+    by_verdict: dict[bool | None, list[str]] = {False: [], None: [], True: []}
+    for name, arm in arms.items():
+        by_verdict[arm["window"]["steady"]].append(f"{name}: {arm['window']['reason']}")
+    for verdict, said in by_verdict.items():
+        if said:
+            reasons = {each.partition(": ")[2] for each in said}
+            return verdict, reasons.pop() if len(reasons) == 1 else "; ".join(said)
+    return None, NO_WINDOW
 
 
 def _counted(arms: Mapping[str, Any]) -> tuple[bool, str]:

@@ -49,8 +49,8 @@ def number(value: float | None) -> str:
 
 
 def ratio(found: Mapping[str, Any] | None) -> str:
-    """`9.00x [8.90, 9.10]`; without an interval just the ratio."""
-    if found is None:
+    """`9.00x [8.90, 9.10]`; without an interval just the ratio; a dash where there is none."""
+    if found is None or found["ratio"] is None:
         return "-"
     text = f"{found['ratio']:.2f}x"
     if found["low"] is None:
@@ -167,8 +167,8 @@ def _checks(summary: Mapping[str, Any]) -> list[str]:
             )
             for message, n in arm["failures"].items():
                 found.append(f"{'':<8} {n} x {message}")
-            if queries["failed"] > 0.01 * queries["started"]:
-                found.append(f"{'':<8} more than 1 % failed: latencies are censored")
+            if arm["censored"]:
+                found.append(f"{'':<8} more than 1 % did not complete: latencies are censored")
         if arm["stopped"]:
             why = ", ".join(f"{limit} {n}" for limit, n in arm["stopped"].items())
             found.append(

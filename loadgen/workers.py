@@ -211,7 +211,8 @@ def salvaged(folder: Path, error: str, lost_at: float) -> list[Query]:
     were on disk."""
     begun = [
         Query(
-            query=each.query, arm=each.arm, warmup=each.warmup, due_at=each.due_at, started_at=each.started_at,
+            query=each.query, arm=each.arm, warmup=each.phase != "window", phase=each.phase, repeat=each.repeat,
+            due_at=each.due_at, started_at=each.started_at,
             done_at=max(lost_at, each.started_at), outcome="abandoned", resources={}, expected={}, mismatches=[],
             seed=each.seed, error=error,
         )

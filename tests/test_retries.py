@@ -18,7 +18,7 @@ from fanmark.loadgen.errors import CallError
 from fanmark.loadgen.lanes.http import HttpError, Sent
 from fanmark.loadgen.lanes.sse import Reply
 from fanmark.loadgen.lanes.virtual import VirtualEndpoint
-from fanmark.loadgen.records import Begun, Call, Query
+from fanmark.loadgen.records import Begun, Call, Query, Window
 from fanmark.loadgen.retries import retry_after_s, wait_s, waste
 from fanmark.loadgen.run import Run
 from fanmark.loadgen.scenario import Target
@@ -108,6 +108,9 @@ class Kept(list[Query]):
 
     def begin(self, query: Begun) -> None:
         """Only what has ended is kept."""
+
+    def window(self, window: Window) -> None:
+        """There is none."""
 
     def write(self, query: Query) -> None:
         self.append(query)

@@ -161,7 +161,7 @@ FILE_MISTAKES = {
         "[[load.stages]]\nseconds = 3\nrate = 0",
         "f.toml: [[load.stages]] rate = 0: give a rate above 0, or one to go `to`",
     ),
-    "more repeats than there can be yet": ("[load]\nrepeats = 5", "f.toml: [load] repeats = 5: must be 1"),
+    "no repeat at all": ("[load]\nrepeats = 0", "f.toml: [load] repeats = 0: must be a whole number of at least 1"),
     "a lane that is not there": (
         f'{TARGET}lane = "httpx"',
         'f.toml: [target] lane = "httpx": must be one of "aiohttp", "auto", "fast", "openai"',

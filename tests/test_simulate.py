@@ -201,7 +201,7 @@ def test_interrupt_writes_what_was_simulated(tmp_path: Path) -> None:
         "-m",
         "fanmark.loadgen.cli",
         "simulate",
-        "--duration",
+        "--queries",
         "100000",
         "--out",
         str(tmp_path / "run"),

@@ -272,6 +272,7 @@ def test_validity(given_: dict[str, Any], tick: str, ok: bool | None, reason: st
     arm = {
         "expected": {"mismatches": given_.get("mismatches", 0), "approximate": given_.get("approximate", False)},
         "queries": {"completed": given_.get("completed", 5)},
+        "window": {"steady": None, "reason": "all queries are counted, no window is set"},
     }
     server, client = given_.get("server", SERVER), given_.get("client", CLIENT)
     found = validity({"debate": arm}, server, client, given_.get("unexplained", 0))

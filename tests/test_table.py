@@ -90,7 +90,7 @@ server   prompt_tokens 1,200 = 1,200
 single   objective met: 66.7% in time
 debate   1 failed, 0 abandoned of 3: http_5xx 1
          1 x http_5xx: HTTP 500: no
-         more than 1 % failed: latencies are censored
+         more than 1 % did not complete: latencies are censored
 debate   objective missed: 0.0% in time
 note     what must be told
 """

@@ -165,7 +165,7 @@ def test_a_closed_loops_users_and_their_queries_are_shared_out(stub: Stub, tmp_p
 def test_a_worker_that_is_killed_costs_what_it_had_begun(stub: Stub, tmp_path: Path) -> None:
     async def kill_one(out: Path) -> None:
         begun = out / "worker-1" / "begun.jsonl"
-        await until(lambda: begun.exists() and begun.read_bytes().count(b'"debate",false') >= 2)
+        await until(lambda: begun.exists() and begun.read_bytes().count(b'"debate","window"') >= 2)
         os.kill(workers_of(os.getpid())[1], signal.SIGKILL)
 
     found = run(stub, tmp_path / "run", 2, kill_one, mode="closed", concurrency=4, queries=60)
@@ -192,7 +192,7 @@ def test_a_worker_that_is_killed_costs_what_it_had_begun(stub: Stub, tmp_path: P
 def test_an_interrupt_reaches_all_workers(stub: Stub, tmp_path: Path) -> None:
     async def interrupt(out: Path) -> None:
         files = [out / f"worker-{i}" / "begun.jsonl" for i in range(2)]
-        await until(lambda: all(file.exists() and b"false" in file.read_bytes() for file in files))
+        await until(lambda: all(file.exists() and b'"window"' in file.read_bytes() for file in files))
         os.kill(os.getpid(), signal.SIGINT)
 
     found = run(stub, tmp_path / "run", 2, interrupt, mode="closed", concurrency=2, queries=100_000)

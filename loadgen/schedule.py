@@ -1,0 +1,326 @@
+"""When every query of a run starts: repeats, blocks of arms that run at once, and in each lead-in, window and lead-out.
+
+Rules of the file:
+1. The arms of a block share the server. Interleaved there is one block with all arms, apart there is one for each, in shuffled order.
+2. With a duration a block is counted by a window (window.py), one for all its arms. Otherwise all queries count but the warm-up.
+3. What all workers must do alike is decided after a meeting, from what all said there; so all meet equally often.
+4. Counted queries have numbers from 0 on, the same in every arm and none twice in a run; uncounted ones have negative numbers.
+"""
+
+import asyncio
+import math
+import random
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from itertools import count
+from typing import Any
+
+import msgspec
+
+from fanmark.loadgen.arrivals import open_loop
+from fanmark.loadgen.crew import Crew, Met
+from fanmark.loadgen.records import Phase, Query, Window
+from fanmark.loadgen.scenario import Arm, Load, Scenario
+from fanmark.loadgen.window import Seen, grace_s, lead_in
+
+TICK_S = 0.25  # between two looks at where a lead-in or a lead-out stands
+AHEAD_S = 0.1  # from the decision that a window begins to its start: its first queries are made ready
+
+Start = Callable[[float], "asyncio.Task[Query]"]  # starts a query that is ready, given its due time
+Ready = Callable[[Arm, int, Phase, int], Awaitable[Start]]  # makes one ready: arm, number, phase, repeat
+
+
+class _Stopped(Exception):
+    """The run was asked to end: no new queries."""
+
+
+class _Block:
+    """Arms that run at once, and their queries under way. Without a window all but the warm-up counts."""
+
+    def __init__(
+        self, arms: Sequence[Arm], repeat: int, counted_from: int, uncounted_from: int, *, windowed: bool
+    ) -> None:
+        self.arms = arms
+        self.repeat = repeat
+        self.windowed = windowed
+        self.start_at: float | None = None
+        self.end_at: float | None = None
+        self.running: dict[asyncio.Task[Query], Phase] = {}
+        self._counted_from = counted_from
+        self._uncounted_from = uncounted_from
+
+    def phase(self, at: float) -> Phase:
+        """That of a query which is due at this instant."""
+        if not self.windowed:
+            return "window"
+        if self.start_at is None or at < self.start_at:
+            return "lead-in"
+        return "window" if self.end_at is None or at < self.end_at else "lead-out"
+
+    def number(self, phase: Phase, i: int) -> int:
+        """Of a phase's query number i. Lead-in and lead-out take the negative numbers in turn, a warm-up all."""
+        if phase == "window":
+            return self._counted_from + i
+        return -1 - self._uncounted_from - (2 * i + (phase == "lead-out") if self.windowed else i)
+
+
+class Schedule:
+    """Starts all queries of a run, or a worker's share of them. `asked` is set when the run is to end; `told` is given each window."""
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        ready: Ready,
+        crew: Crew,
+        now: Callable[[], float],
+        asked: asyncio.Event,
+        told: Callable[[Window], None],
+        time_scale: float,
+    ) -> None:
+        self._scenario = scenario
+        self._ready = ready
+        self._crew = crew
+        self._now = now
+        self._asked = asked
+        self._told = told
+        self._time_scale = time_scale
+        self._places = {arm.name: i for i, arm in enumerate(scenario.arms)}
+        self._news: list[float] = []  # of queries that ended since the last meeting, as Seen takes them
+        self._highest, self._lowest = -1, 0  # of the numbers given
+
+    async def run(self) -> None:
+        """All repeats. Returns when all queries have ended, or, where the run was asked to end, those that had begun."""
+        for repeat in range(1, self._scenario.load.repeats + 1):
+            try:
+                said = (await self._meet((self._highest, self._lowest))).said
+            except _Stopped:
+                return
+            for arms in self._blocks(repeat):
+                loads = [self._scenario.load_of(arm) for arm in arms]
+                windowed = all(load.duration is not None and not load.stages for load in loads)
+                block = _Block(arms, repeat, int(max(said[::2])) + 1, -int(min(said[1::2])), windowed=windowed)
+                try:
+                    await self._run_block(block)
+                except* _Stopped:
+                    pass
+                await _ended(block.running)
+                if self._asked.is_set():
+                    return
+
+    def _blocks(self, repeat: int) -> list[list[Arm]]:
+        """The arms that run at once, block after block."""
+        arms = list(self._scenario.arms)
+        if self._scenario.load.arms == "interleaved":
+            return [arms]
+        random.Random(f"{self._scenario.seed}/order" + _of_repeat(repeat)).shuffle(arms)
+        return [[arm] for arm in arms]
+
+    async def _run_block(self, block: _Block) -> None:
+        if block.windowed:
+            await self._with_window(block, self._scenario.load.duration or 0.0)
+            return
+        await together(self._warm_up(block, arm) for arm in block.arms)
+        block.start_at = (await self._meet()).at
+        await together(self._all(block, arm) for arm in block.arms)
+
+    async def _warm_up(self, block: _Block, arm: Arm) -> None:
+        """Uncounted queries, all at once, before the first counted one."""
+        mine = range(self._crew.index, self._scenario.load_of(arm).warmup, self._crew.count)
+        starts = [await self._ready(arm, block.number("lead-in", i), "lead-in", block.repeat) for i in mine]
+        await _ended(
+            [self._begin(block, arm, "lead-in", i, start, self._now()) for i, start in zip(mine, starts, strict=True)]
+        )
+
+    async def _all(self, block: _Block, arm: Arm) -> None:
+        """An arm whose queries all count."""
+        load = self._scenario.load_of(arm)
+        if load.mode == "open":
+            await self._open(block, arm, "window", self._arrivals(block, arm, "window"), block.start_at or 0.0)
+            return
+        await self._stopped_before(block.start_at or 0.0)
+        await self._closed(block, arm, ("window",), (block.start_at or 0.0) + (load.duration or math.inf))
+
+    async def _with_window(self, block: _Block, duration_s: float) -> None:
+        """Lead-in, window and lead-out."""
+        lead_in_at = (await self._meet()).at
+        async with asyncio.TaskGroup() as group:
+            flows = [group.create_task(self._before(block, arm, lead_in_at)) for arm in block.arms]
+            seen = Seen()
+            start_at, given_up = await self._lead_in(block, lead_in_at, duration_s, seen)
+            block.start_at, block.end_at = start_at, start_at + duration_s
+            rates = {arm.name: self._rate(arm) for arm in block.arms}
+            self._told(
+                Window(
+                    repeat=block.repeat,
+                    arms=[arm.name for arm in block.arms],
+                    lead_in_at=lead_in_at,
+                    start_at=block.start_at,
+                    end_at=block.end_at,
+                    given_up=given_up,
+                    rates=rates,
+                )
+            )
+            flows += [group.create_task(self._after(block, arm)) for arm in block.arms]
+            await self._until(block.end_at)
+            seen.take((await self._meet(self._told_now())).said)
+            give_up_at = block.end_at + grace_s(seen.all_s())
+            await self._lead_out(block, give_up_at)
+            for flow in flows:
+                flow.cancel()
+        for task, phase in block.running.items():
+            if phase == "window":
+                task.cancel()
+        if block.running:  # what did not count is let go, so that the server's counts and ours stay equal
+            _, late = await asyncio.wait(block.running, timeout=max(0.0, give_up_at - self._now()) * self._time_scale)
+            for task in late:
+                task.cancel()
+
+    async def _before(self, block: _Block, arm: Arm, lead_in_at: float) -> None:
+        """An open loop's lead-in until the window starts; a closed loop's users, from the lead-in to the lead-out."""
+        if self._scenario.load_of(arm).mode == "closed":
+            await self._closed(block, arm, ("lead-in", "window", "lead-out"), math.inf)
+        else:
+            await self._open(block, arm, "lead-in", self._arrivals(block, arm, "lead-in"), lead_in_at)
+
+    async def _after(self, block: _Block, arm: Arm) -> None:
+        """An open loop's window and lead-out."""
+        if self._scenario.load_of(arm).mode == "open":
+            await self._open(block, arm, "window", self._arrivals(block, arm, "window"), block.start_at or 0.0)
+            await self._open(block, arm, "lead-out", self._arrivals(block, arm, "lead-out"), block.end_at or 0.0)
+
+    async def _lead_in(self, block: _Block, lead_in_at: float, duration_s: float, seen: Seen) -> tuple[float, bool]:
+        """When the window starts, and whether the lead-in was given up."""
+        warmup = {self._places[arm.name]: self._scenario.load_of(arm).warmup for arm in block.arms}
+        while True:
+            await self._until(self._now() + TICK_S)
+            met = await self._meet(self._told_now())
+            seen.take(met.said)
+            stands = lead_in(seen.latencies_s, met.at - lead_in_at, warmup, duration_s)
+            if stands != "on":
+                return met.at + AHEAD_S, stands == "given up"
+
+    async def _lead_out(self, block: _Block, give_up_at: float) -> None:
+        """Until no counted query of any worker is under way, or time is up."""
+        while True:
+            met = await self._meet((list(block.running.values()).count("window"),))
+            if not sum(met.said) or met.at >= give_up_at:
+                return
+            await self._until(self._now() + TICK_S)
+
+    def _rate(self, arm: Arm) -> float | None:
+        load = self._scenario.load_of(arm)
+        return load.rate if load.mode == "open" else None
+
+    def _arrivals(self, block: _Block, arm: Arm, phase: Phase) -> Iterator[float]:
+        """An arm's start times in a phase, from its begin; those of the window are the same however long the lead-in was."""
+        load = self._scenario.load_of(arm)
+        stream = arm.name + _of_repeat(block.repeat)
+        place = self._places[arm.name] / len(block.arms) if len(block.arms) > 1 else 0.0
+        if phase != "window":
+            load, stream = msgspec.structs.replace(load, duration=None, queries=None), f"{stream}/{phase}"
+        return open_loop(load, self._scenario.seed, stream, place)
+
+    async def _open(self, block: _Block, arm: Arm, phase: Phase, times: Iterator[float], from_at: float) -> None:
+        """Starts this worker's share of an open loop's queries."""
+        for i, at in enumerate(times):
+            due_at = from_at + at
+            if i % self._crew.count != self._crew.index:
+                continue
+            start = await self._ready(arm, block.number(phase, i), phase, block.repeat)
+            if await self._stopped_before(due_at) or (phase == "lead-in" and block.phase(due_at) != phase):
+                return
+            self._begin(block, arm, phase, i, start, due_at)
+
+    async def _closed(self, block: _Block, arm: Arm, phases: Sequence[Phase], end_at: float) -> None:
+        """A closed loop's users, as far as they are this worker's."""
+        load = self._scenario.load_of(arm)
+        numbers = {phase: self._own_numbers(load, end_at) for phase in phases}
+        users = range(self._crew.index, load.concurrency, self._crew.count)
+        await together(self._user(block, arm, numbers) for _ in users)
+
+    def _own_numbers(self, load: Load, end_at: float) -> Iterator[int]:
+        """The queries that this worker's users share, until `end_at`: each user's turn, round after round, is one worker's."""
+        for i in range(load.queries) if load.queries is not None else count():
+            if self._now() >= end_at:
+                return
+            if i % load.concurrency % self._crew.count == self._crew.index:
+                yield i
+
+    async def _user(self, block: _Block, arm: Arm, numbers: dict[Phase, Iterator[int]]) -> None:
+        """One of a closed loop's users: the next query as soon as the last one is answered."""
+        while (phase := block.phase(self._now())) in numbers and (i := next(numbers[phase], None)) is not None:
+            start = await self._ready(arm, block.number(phase, i), phase, block.repeat)
+            if self._asked.is_set():
+                return
+            if block.phase(self._now()) == phase:  # else the window began or ended while its texts were made
+                await asyncio.wait([self._begin(block, arm, phase, i, start, self._now())])
+
+    def _begin(
+        self, block: _Block, arm: Arm, phase: Phase, i: int, start: Start, due_at: float
+    ) -> "asyncio.Task[Query]":
+        number = block.number(phase, i)
+        self._highest, self._lowest = max(self._highest, number), min(self._lowest, number)
+        task = start(due_at)
+        block.running[task] = phase
+
+        def ended(task: "asyncio.Task[Query]") -> None:
+            del block.running[task]
+            if not task.cancelled():
+                query = task.result()
+                calls_s = sum(call.seconds for call in query.calls if call.kind == "call")
+                self._news += (self._places[arm.name], query.done_at - query.due_at, calls_s)
+
+        task.add_done_callback(ended)
+        return task
+
+    def _told_now(self) -> list[float]:
+        """The news of this worker, once."""
+        told, self._news = self._news, []
+        return told
+
+    async def _meet(self, say: Sequence[float] = ()) -> Met:
+        """A meeting of all workers; those of a run that was asked to end do not come."""
+        meeting = asyncio.ensure_future(self._crew.meet(say))
+        asked = asyncio.ensure_future(self._asked.wait())
+        try:
+            await asyncio.wait((meeting, asked), return_when=asyncio.FIRST_COMPLETED)
+            if self._asked.is_set():
+                raise _Stopped
+            return meeting.result()
+        finally:
+            meeting.cancel()
+            asked.cancel()
+
+    async def _until(self, at: float) -> None:
+        if await self._stopped_before(at):
+            raise _Stopped
+
+    async def _stopped_before(self, at: float) -> bool:
+        """Sleeps until `at`; True as soon as the run is asked to end."""
+        wait_s = (at - self._now()) * self._time_scale
+        if wait_s > 0:
+            try:
+                async with asyncio.timeout(wait_s):
+                    await self._asked.wait()
+            except TimeoutError:
+                pass
+        return self._asked.is_set()
+
+
+def _of_repeat(repeat: int) -> str:
+    """What tells a repeat's random streams from the first one's."""
+    return f"/{repeat}" if repeat > 1 else ""
+
+
+async def together(parts: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """All at once, begun one a turn: thousands in one would keep the loop from all else."""
+    async with asyncio.TaskGroup() as group:
+        for part in parts:
+            group.create_task(part)
+            await asyncio.sleep(0)
+
+
+async def _ended(tasks: Iterable["asyncio.Task[Query]"]) -> None:
+    """Waits for all, whatever becomes of them."""
+    left = set(tasks)
+    if left:
+        await asyncio.wait(left)

@@ -1,0 +1,226 @@
+"""Windows: when a lead-in ends, what a verdict rests on, and whole runs with a duration in virtual time."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import two_arms
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fanmark.agents import topologies
+from fanmark.loadgen import scenario_check
+from fanmark.loadgen.arrivals import open_loop
+from fanmark.loadgen.dry_run import plan
+from fanmark.loadgen.records import Query, Window, read_queries, read_windows
+from fanmark.loadgen.scenario import Scenario
+from fanmark.loadgen.simulate import Options, simulate
+from fanmark.loadgen.steadiness import judge, rise_z
+from fanmark.loadgen.window import grace_s, lead_in, p90
+
+LEAD_INS = [
+    # latencies by arm, elapsed, warm-up by arm, duration, where it stands
+    ({}, 5.0, {0: 2}, 30.0, "on"),  # nothing has ended
+    ({0: [3.0]}, 6.0, {0: 2}, 30.0, "on"),  # one of two
+    ({0: [3.0, 3.0]}, 5.9, {0: 2}, 30.0, "on"),  # not yet 2 x p90
+    ({0: [3.0, 3.0]}, 6.0, {0: 2}, 30.0, "over"),
+    ({0: [3.0]}, 6.0, {0: 0}, 30.0, "over"),  # without a warm-up one must have ended all the same
+    ({0: [1.0, 1.0]}, 9.0, {0: 2, 1: 2}, 30.0, "on"),  # the other arm
+    ({0: [1.0] * 9, 1: [4.0] * 9}, 7.9, {0: 2, 1: 2}, 30.0, "on"),  # 2 x p90 of all
+    ({0: [1.0] * 9, 1: [4.0] * 9}, 8.0, {0: 2, 1: 2}, 30.0, "over"),
+    ({0: [1.0, 2, 3, 4, 5, 6, 9, 9]}, 49.9, {0: 99}, 30.0, "on"),  # the longest of the first five is 5
+    ({0: [1.0, 2, 3, 4, 5, 6, 99, 99, 99]}, 50.0, {0: 2}, 30.0, "given up"),
+    ({0: [1.0, 2, 3, 4, 5, 6, 99, 99, 99]}, 50.0, {0: 2}, 60.0, "on"),  # it may be as long as the window
+    ({}, 599.0, {0: 2}, 30.0, "on"),
+    ({}, 600.0, {0: 2}, 30.0, "given up"),
+]
+
+
+@pytest.mark.parametrize(("seen", "elapsed_s", "warmup", "duration_s", "stands"), LEAD_INS)
+def test_a_lead_in_ends_when_the_system_is_filled_or_never_will_be(
+    seen: dict[int, list[float]], elapsed_s: float, warmup: dict[int, int], duration_s: float, stands: str
+) -> None:
+    assert lead_in(seen, elapsed_s, warmup, duration_s) == stands
+
+
+def test_the_grace_is_three_long_latencies_and_half_a_minute_at_least() -> None:
+    assert p90([5.0]) == 5.0 and p90(range(1, 11)) == 9 and p90(range(1, 101)) == 90
+    assert grace_s([]) == grace_s([2.0] * 50) == 30.0
+    assert grace_s([20.0] * 50) == 60.0
+
+
+@given(st.lists(st.integers(0, 5), max_size=40))
+def test_a_rise_is_counted_by_pairs(values: list[int]) -> None:
+    n = len(values)
+    excess = sum((b > a) - (b < a) for i, b in enumerate(values) for a in values[:i])
+    expected = excess / (n * (n - 1) * (2 * n + 5) / 18) ** 0.5 if n > 2 else 0.0
+    assert rise_z(values) == pytest.approx(expected)
+
+
+def stream(due: list[float], latency_s: list[float], **more: Any) -> list[Query]:
+    """Queries of one call each; those due from 20 s to 120 s are counted."""
+    found = []
+    for i, (at, took_s) in enumerate(zip(due, latency_s, strict=True)):
+        phase = "lead-in" if at < 20 else "window" if at < 120 else "lead-out"
+        made = two_arms.call(1, (at, at + 0.1, at + took_s), (100, 0, 10))
+        found.append(two_arms.query("single", i, [made], at, at + took_s, phase=phase, **more))
+        found[-1].warmup = phase != "window"
+    return found
+
+
+WINDOW = Window(repeat=1, arms=["single"], lead_in_at=0.0, start_at=20.0, end_at=120.0)
+DUE = [i / 2 for i in range(280)]  # two a second until 140
+
+
+def test_a_steady_stream_is_steady_and_obeys_littles_law() -> None:
+    verdict = judge(stream(DUE, [4.0] * 280), stream(DUE, [4.0] * 280), WINDOW, open_loop=True)
+    assert (verdict.steady, verdict.over_capacity) == (True, False)
+    assert verdict.littles_law_off_pct == pytest.approx(0.0, abs=1e-9)
+    assert verdict.reason == "calls in flight 8 and 8 in its halves, L = 8, lambda x W = 8"
+
+
+def grown(at: float) -> float:
+    return 4.0 if at < 70 else 5.0
+
+
+UNSTEADY: dict[str, tuple[list[float], Window, list[tuple[float, float]] | None, str]] = {
+    "calls in flight": (
+        [grown(at) for at in DUE], WINDOW, None, "calls in flight 8 in its first half, 9.83 in its second"),
+    "KV use": (
+        [4.0] * 280, WINDOW, [(at, 0.5 if at < 70 else 0.6) for at in range(140)],
+        "KV use 50.0% in its first half, 60.0% in its second"),
+    "a short window": (
+        [21.0] * 280, WINDOW, None, "the window (100 s) is shorter than 5 mean query latencies (21.0 s each)"),
+    "a long lead-in": (
+        [4.0] * 280, Window(repeat=1, arms=[], lead_in_at=-81.0, start_at=20.0, end_at=120.0), None,
+        "the window (100 s) is shorter than its lead-in (101 s)"),
+    "a lead-in without an end": (
+        [4.0] * 280, Window(repeat=1, arms=[], lead_in_at=0.0, start_at=20.0, end_at=120.0, given_up=True), None,
+        "the lead-in was given up after 20 s, latency kept growing"),
+    "Little's law": (  # those before the window were long, those in it are short
+        [40.0 if at < 20 else 2.0 for at in DUE], WINDOW, None, "queries in flight, lambda x W = 4"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("latency_s", "window", "kv", "reason"), UNSTEADY.values(), ids=UNSTEADY)
+def test_what_is_not_steady_says_why(
+    latency_s: list[float], window: Window, kv: list[tuple[float, float]] | None, reason: str
+) -> None:
+    queries = stream(DUE, latency_s)
+    verdict = judge(queries, queries, window, kv, open_loop=True)
+    assert verdict.steady is False and not verdict.over_capacity
+    assert reason in verdict.reason
+
+
+def test_halves_of_the_kv_use_may_differ_by_a_tenth_or_a_hundredth_of_the_cache() -> None:
+    queries = stream(DUE, [4.0] * 280)
+    for first, second in ((0.5, 0.55), (0.005, 0.014)):
+        kv = [(at, first if at < 70 else second) for at in range(140)]
+        assert judge(queries, queries, WINDOW, kv, open_loop=True).steady is True
+
+
+@pytest.mark.parametrize("excess", [1.1, 1.5, 3.0])
+def test_latency_that_grows_with_the_queue_is_over_capacity(excess: float) -> None:
+    """Of two a second 2 / excess are served: a query that is due at t waits for t x (excess - 1)."""
+    queries = stream(DUE, [4.0 + at * (excess - 1) for at in DUE])
+    verdict = judge(queries, queries, WINDOW, open_loop=True)
+    assert (verdict.steady, verdict.over_capacity) == (False, True)
+    assert verdict.reason.startswith("over capacity: more arrives than is served")
+    assert not judge(queries, queries, WINDOW, open_loop=False).over_capacity  # users wait for answers
+
+
+def test_a_window_without_a_query_is_not_steady() -> None:
+    assert judge([], [], WINDOW, open_loop=True).reason == "no query was due in the window"
+
+
+ARMS = """
+[[arm]]
+name = "single"
+topology = "single"
+baseline = true
+[[arm]]
+name = "debate"
+topology = "debate"
+agents = 2
+[workload]
+system = 20
+question = 40
+answer = {dist = "lognormal", mean = 20, cv = 0.4, min = 5, max = 60}
+judge_answer = 20
+"""
+
+
+def checked(folder: Path, load: str) -> Scenario:
+    (folder / "load.toml").write_text(f"{ARMS}[load]\n{load}")
+    raw, source = scenario_check.read(str(folder / "load.toml"))
+    return scenario_check.check(raw, source, topologies())
+
+
+def run(folder: Path, load: str) -> tuple[dict[str, Any], list[Query], list[Window]]:
+    """The summary, the queries in the order of their due times, and the windows."""
+    summary = simulate(checked(folder, load), topologies(), Options(folder / "run", "test", [])).summary
+    queries = sorted(read_queries(folder / "run"), key=lambda q: q.due_at)
+    return summary, queries, read_windows(folder / "run")
+
+
+def test_what_is_due_in_the_window_counts_and_nothing_else(tmp_path: Path) -> None:
+    summary, queries, (window,) = run(tmp_path, "duration = 20\nrate = 2\nwarmup = 3")
+    assert window.end_at - window.start_at == pytest.approx(20.0) and not window.given_up
+    assert window.rates == {"single": 2.0, "debate": 2.0} and window.arms == ["single", "debate"]
+    for query in queries:
+        inside = window.start_at <= query.due_at < window.end_at
+        assert (query.phase == "window") == inside == (not query.warmup) == (query.query >= 0)
+    lead_in = [q for q in queries if q.phase == "lead-in"]
+    for arm in ("single", "debate"):
+        assert sum(q.arm == arm and q.done_at <= window.start_at for q in lead_in) >= 3
+    ended = [q.done_at - q.due_at for q in lead_in if q.done_at <= window.start_at - 0.1]
+    assert window.start_at - window.lead_in_at >= 2 * p90(ended)
+    # arrivals go on until the last counted query has ended, and what had begun is let go
+    last = max(q.done_at for q in queries if not q.warmup)
+    assert any(window.end_at <= q.due_at < last for q in queries) and max(q.due_at for q in queries) < last + 0.5
+    assert all(q.outcome == "completed" for q in queries) and summary["validity"]["reconciled"] is True
+    arm = summary["arms"]["debate"]
+    assert arm["window"]["start_at"] == window.start_at and arm["window"]["end_at"] == window.end_at
+    done = sum(q.arm == "debate" and window.start_at <= q.done_at <= window.end_at for q in queries)
+    assert arm["load"]["completed_qps"] == pytest.approx(done / 20) and arm["load"]["offered_qps"] == 2.0
+
+
+def test_a_windows_demand_is_planned_whatever_the_lead_in_was(tmp_path: Path) -> None:
+    load = "duration = 20\nrate = 2\nwarmup = "
+    scenario = checked(tmp_path, f"{load}3")
+    planned = plan(scenario, topologies())
+    for warmup in (3, 9):
+        (tmp_path / str(warmup)).mkdir()
+        summary, queries, (window,) = run(tmp_path / str(warmup), f"{load}{warmup}")
+        for i, (name, arm) in enumerate(summary["arms"].items()):
+            counted = [q for q in queries if q.arm == name and not q.warmup]
+            times = list(open_loop(scenario.load, scenario.seed, name, i / 2))
+            assert [q.due_at - window.start_at for q in counted] == pytest.approx(times)
+            assert [q.query for q in counted] == list(range(len(times)))
+            sums = {r: sum(q.resources[r] or 0 for q in counted) for r in ("calls", "input_tokens", "output_tokens")}
+            assert sums == {resource: planned[name][resource] for resource in sums}
+            assert arm["queries"]["started"] == planned[name]["queries"]
+
+
+def test_a_closed_loops_users_go_on_until_what_counts_has_ended(tmp_path: Path) -> None:
+    summary, queries, (window,) = run(tmp_path, "duration = 20\nmode = 'closed'\nconcurrency = 3")
+    for name, arm in summary["arms"].items():
+        mine = [q for q in queries if q.arm == name]
+        assert all((window.start_at <= q.due_at < window.end_at) == (not q.warmup) for q in mine)
+        assert {q.phase for q in mine} == {"lead-in", "window", "lead-out"}
+        assert arm["load"]["queries_in_flight"]["mean"] == pytest.approx(3.0)
+        assert arm["window"]["littles_law_off_pct"] == pytest.approx(0.0, abs=10)
+
+
+def test_past_its_capacity_an_arm_has_no_ratio_of_times(tmp_path: Path) -> None:
+    """One query at a time takes 0.4 s of a debate and less of a single pass: four a second of each are too many."""
+    summary, _, _ = run(tmp_path, "duration = 20\nrate = 4\nmax_in_flight = 1")
+    debate = summary["arms"]["debate"]
+    assert debate["window"]["steady"] is False and debate["window"]["reason"].startswith("over capacity")
+    assert summary["validity"]["steady"] is False
+    for name in ("latency_s", "work_s", "critical_path_s"):
+        nothing = {"ratio": None, "low": None, "high": None, "method": "over capacity"}
+        assert debate["amplification"][name] == nothing
+    assert debate["amplification"]["calls"]["ratio"] == 5.0  # counts are free of load
+    json.dumps(summary, allow_nan=False)
