@@ -29,6 +29,16 @@ class ToolSpec:
     description: str
     input_schema: Mapping[str, Any]
 
+    def listed(self) -> dict[str, Any]:
+        """As `tools/list` has it."""
+        hints = {"readOnlyHint": True, "openWorldHint": False}
+        return {
+            "name": self.name,
+            "description": self.description,
+            "inputSchema": self.input_schema,
+            "annotations": hints,
+        }
+
 
 def _tool(name: str, description: str, properties: Mapping[str, Any], required: Sequence[str]) -> ToolSpec:
     schema = {
@@ -150,6 +160,15 @@ TOOLS: tuple[ToolSpec, ...] = (
         ["city"],
     ),
 )
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """How the tools answer: latency in seconds (a number or a distribution), length in tokens, seed of the draws."""
+
+    latency_s: Latency = 0.2
+    result_tokens: int = 300
+    seed: int = 0
 
 
 def _number(spec: Mapping[str, Any], key: str, default: float) -> float:

@@ -1,118 +1,29 @@
-"""The embedded MCP server: eight read-only tools over streamable HTTP, on the `mcp` SDK, in a process of its own.
+"""The embedded MCP server: eight read-only tools over streamable HTTP, in a process of its own.
 
     python -m fanmark.servers.tools [--host H] [--port P] [--latency-s X|JSON] [--result-tokens N] [--seed N] [--parent-pipe]
 
 When it listens, one line of JSON is printed: {"url": "http://127.0.0.1:PORT/mcp", "pid": N}. A tool call waits its
 latency and returns text of exactly N tokens by fanmark.servers.tokenizer. Two keys of a request's `_meta` rule both:
 "fanmark/seed" (what latency and text are drawn from: equal seeds give equal results; left out, a seed per call) and
-"fanmark/result_tokens" (in place of N). Speaks both eras of the protocol, as the SDK does.
+"fanmark/result_tokens" (in place of N). Speaks both eras of the protocol.
 """
 
 import argparse
 import asyncio
 import json
-import logging
 import os
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
-from fanmark.servers.tokenizer import vocabulary
-from fanmark.servers.tool_specs import (
-    MAX_RESULT_TOKENS,
-    RESULT_TOKENS_META,
-    SEED_META,
-    TOOLS,
-    Latency,
-    check_latency,
-    draw_latency_s,
-    result_text,
-)
-
-if TYPE_CHECKING:
-    from mcp.server.lowlevel import Server
+from fanmark.servers.tool_specs import MAX_RESULT_TOKENS, Behaviour, Latency, check_latency
 
 KEEP_ALIVE_S = 75  # longer than a client keeps an idle connection, or the server closes one that is being reused
 BACKLOG = 2048
-
-
-@dataclass(frozen=True)
-class Behaviour:
-    """How the tools answer: latency in seconds (a number or a distribution), length in tokens, seed of the draws."""
-
-    latency_s: Latency = 0.2
-    result_tokens: int = 300
-    seed: int = 0
-
-
-def _meta_value(meta: Mapping[str, Any], key: str) -> Any:
-    """The value of one of our keys; MCPError (invalid parameters) where it has the wrong type."""
-    from mcp.shared.exceptions import MCPError
-    from mcp_types import INVALID_PARAMS
-
-    value = meta.get(key)
-    if value is None:
-        return None
-    if key == SEED_META:
-        valid, allowed = isinstance(value, int | str), "a number or a string"
-    else:
-        valid = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_RESULT_TOKENS
-        allowed = f"a whole number from 0 to {MAX_RESULT_TOKENS}"
-    if not valid:
-        raise MCPError(INVALID_PARAMS, f"_meta {key} = {value!r}: it must be {allowed}")
-    return value
-
-
-def build_server(behaviour: Behaviour) -> "Server[Any]":
-    """The MCP server object, without a transport (tests may hand it to an SDK client as it is)."""
-    import mcp_types as types
-    from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
-    from jsonschema.exceptions import best_match  # type: ignore[import-untyped]
-    from mcp.server.lowlevel import Server
-    from mcp.shared.exceptions import MCPError
-
-    words = vocabulary()
-    validators = {spec.name: Draft202012Validator(dict(spec.input_schema)) for spec in TOOLS}
-    listing = types.ListToolsResult(
-        tools=[
-            types.Tool(
-                name=spec.name,
-                description=spec.description,
-                input_schema=dict(spec.input_schema),
-                annotations=types.ToolAnnotations(read_only_hint=True, open_world_hint=False),
-            )
-            for spec in TOOLS
-        ]
-    )
-    calls = 0
-
-    async def list_tools(ctx: Any, params: types.PaginatedRequestParams | None) -> types.ListToolsResult:
-        return listing
-
-    async def call_tool(ctx: Any, params: types.CallToolRequestParams) -> types.CallToolResult:
-        nonlocal calls
-        calls += 1
-        validator = validators.get(params.name)
-        if validator is None:
-            raise MCPError(types.INVALID_PARAMS, f"unknown tool {params.name!r}: there are {', '.join(validators)}")
-        if error := best_match(validator.iter_errors(params.arguments or {})):
-            text = f"bad arguments: {error.json_path}: {error.message}"
-            return types.CallToolResult(content=[types.TextContent(text=text)], is_error=True)
-        meta: Mapping[str, Any] = ctx.meta or {}
-        seed = _meta_value(meta, SEED_META)
-        if seed is None:
-            seed = f"{behaviour.seed} {calls}"
-        tokens = _meta_value(meta, RESULT_TOKENS_META)
-        await asyncio.sleep(draw_latency_s(behaviour.latency_s, seed))
-        text = result_text(words, behaviour.result_tokens if tokens is None else tokens, seed)
-        return types.CallToolResult(content=[types.TextContent(text=text)])
-
-    return Server("fanmark-tools", on_list_tools=list_tools, on_call_tool=call_tool)
+MAX_SESSIONS = 10_000
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -130,37 +41,37 @@ def listen(host: str, port: int) -> socket.socket:
     return sock
 
 
-async def _serve(sock: socket.socket, host: str, behaviour: Behaviour) -> None:
-    import uvicorn
-    from starlette.requests import ClientDisconnect
+@asynccontextmanager
+async def serving(sock: socket.socket, behaviour: Behaviour) -> AsyncIterator[None]:
+    """Answers on `sock` while the context lasts."""
+    from aiohttp import web
 
-    def is_news(record: logging.LogRecord) -> bool:
-        """A client that goes away while it asks is no error of the server, though uvicorn and the SDK log it as one."""
-        return not (record.exc_info and isinstance(record.exc_info[1], ClientDisconnect))
+    from fanmark.servers.mcp_app import McpApp
+    from fanmark.servers.tool_calls import ToolCalls
 
-    errors = logging.StreamHandler()
-    errors.addFilter(is_news)
-    logging.basicConfig(level=logging.WARNING, handlers=[errors])
-
-    class Announcing(uvicorn.Server):
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            port = sock.getsockname()[1]
-            name = f"[{host}]" if ":" in host else host
-            print(json.dumps({"url": f"http://{name}:{port}/mcp", "pid": os.getpid()}), flush=True)
-
-        @contextmanager
-        def capture_signals(self) -> Generator[None, None, None]:
-            yield  # uvicorn would wait for the calls in flight; `_end` does not
-
-    app = build_server(behaviour).streamable_http_app(host=host, max_sessions=None, session_idle_timeout=None)
-    config = uvicorn.Config(app, timeout_keep_alive=KEEP_ALIVE_S, access_log=False, log_config=None, ws="none")
-    await Announcing(config).serve([sock])
+    app = McpApp(ToolCalls(behaviour), MAX_SESSIONS)
+    server = web.Server(app.handle, access_log=None, handler_cancellation=True, keepalive_timeout=KEEP_ALIVE_S)
+    runner = web.ServerRunner(server, shutdown_timeout=0.1)
+    await runner.setup()
+    try:
+        await web.SockSite(runner, sock).start()
+        yield
+    finally:
+        await runner.cleanup()
 
 
-def _end(signum: int, frame: object) -> None:
-    """End at once: there is nothing to save, and a tool call in flight may have minutes to wait."""
-    os._exit(0)
+async def _serve_for_good(sock: socket.socket, host: str, behaviour: Behaviour) -> None:
+    async with serving(sock, behaviour):
+        port = sock.getsockname()[1]
+        name = f"[{host}]" if ":" in host else host
+        print(json.dumps({"url": f"http://{name}:{port}/mcp", "pid": os.getpid()}), flush=True)
+        loop = asyncio.get_running_loop()
+        for each in (
+            signal.SIGTERM,
+            signal.SIGINT,
+        ):  # at once: there is nothing to save, and a call may have minutes to wait
+            loop.add_signal_handler(each, os._exit, 0)
+        await asyncio.Event().wait()
 
 
 def _end_with_parent() -> None:
@@ -200,11 +111,16 @@ def serve_tools(
             file=sys.stderr,
         )
         return 2
-    for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, _end)
     if parent_pipe:
         threading.Thread(target=_end_with_parent, daemon=True).start()
-    asyncio.run(_serve(sock, host, Behaviour(latency_s, result_tokens, seed)))
+    try:
+        import uvloop
+    except ImportError:
+        factory = None
+    else:
+        factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(_serve_for_good(sock, host, Behaviour(latency_s, result_tokens, seed)))
     return 0
 
 

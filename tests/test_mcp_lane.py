@@ -29,19 +29,26 @@ from fanmark.servers.vllm import free_port
 
 # Our server, but calls of one tool are turned away by status 503, as an overloaded gateway does.
 BUSY_SERVER = """
-import sys, uvicorn
-from fanmark.servers.tools import Behaviour, build_server
+import asyncio, sys
+from aiohttp import web
+from fanmark.servers.mcp_app import McpApp
+from fanmark.servers.tool_calls import ToolCalls
+from fanmark.servers.tool_specs import Behaviour
 
-app = build_server(Behaviour(latency_s=0.5, result_tokens=3)).streamable_http_app()
+async def main():
+    app = McpApp(ToolCalls(Behaviour(latency_s=0.5, result_tokens=3)), 10)
 
-async def gateway(scope, receive, send):
-    if (b"mcp-name", b"calculator") in scope.get("headers", []):
-        await send({"type": "http.response.start", "status": 503, "headers": []})
-        await send({"type": "http.response.body", "body": b"busy"})
-    else:
-        await app(scope, receive, send)
+    async def gateway(request):
+        if request.headers.get("Mcp-Name") == "calculator":
+            return web.Response(status=503, text="busy")
+        return await app.handle(request)
 
-uvicorn.run(gateway, port=int(sys.argv[1]), log_level="critical")
+    runner = web.ServerRunner(web.Server(gateway))
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", int(sys.argv[1])).start()
+    await asyncio.Event().wait()
+
+asyncio.run(main())
 """
 
 T = TypeVar("T")

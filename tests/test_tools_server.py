@@ -14,13 +14,15 @@ from typing import Any, TypeVar, cast
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 from mcp import Client
 from mcp.shared.exceptions import MCPError
 from mcp_peers import StartTools
 
 from fanmark.servers.tokenizer import Tokenizer, vocabulary
-from fanmark.servers.tool_specs import TOOLS, check_latency, draw_latency_s, result_text
-from fanmark.servers.tools import Behaviour, build_server, listen
+from fanmark.servers.tool_arguments import mistake_in
+from fanmark.servers.tool_specs import TOOLS, Behaviour, ToolSpec, check_latency, draw_latency_s, result_text
+from fanmark.servers.tools import listen, serving
 
 T = TypeVar("T")
 ERAS = [("auto", "2026-07-28"), ("legacy", "2025-11-25")]
@@ -35,7 +37,13 @@ def with_client(server: Any, mode: str, use: Callable[[Client], Awaitable[T]]) -
 
 
 def in_process(use: Callable[[Client], Awaitable[T]]) -> T:
-    return with_client(build_server(Behaviour(latency_s=0, result_tokens=7, seed=1)), "auto", use)
+    async def run() -> T:
+        with listen("127.0.0.1", 0) as sock:
+            url = f"http://127.0.0.1:{sock.getsockname()[1]}/mcp"
+            async with serving(sock, Behaviour(latency_s=0, result_tokens=7, seed=1)), Client(url) as client:
+                return await use(client)
+
+    return asyncio.run(run())
 
 
 async def search(client: Client, **meta: Any) -> str:
@@ -91,6 +99,25 @@ def test_bad_arguments_are_the_tools_own_error(tool: str, arguments: dict[str, A
     result = in_process(lambda client: client.call_tool(tool, arguments))
     assert result.is_error
     assert expected in result.content[0].text  # type: ignore[union-attr]
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-5, 2_000_000)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=300),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
+)
+
+
+@given(st.sampled_from(TOOLS), st.data())
+def test_arguments_are_judged_as_json_schema_does(spec: ToolSpec, data: st.DataObject) -> None:
+    names = [*spec.input_schema["properties"], "other"]
+    offered = st.sampled_from(["any", "week", "sales", "python", "metric", 1, 1.0, 5, 20, "x"]) | json_values
+    arguments = data.draw(st.dictionaries(st.sampled_from(names), offered, max_size=4))
+    valid = Draft202012Validator(dict(spec.input_schema)).is_valid(arguments)
+    assert (mistake_in(spec.input_schema, arguments) is None) is valid
 
 
 @pytest.mark.parametrize(
