@@ -27,7 +27,7 @@ def distribution(values: Sequence[float]) -> Distribution | None:
 
 
 def gap_distribution(gaps: Mapping[int, int]) -> Distribution | None:
-    """The same of pooled token gaps in log buckets (within 0.1 %)."""
+    """The same of pooled token gaps in log buckets (records.Gaps)."""
     n = sum(gaps.values())
     if n == 0:
         return None

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fanmark.loadgen.records import (
     Call,
+    Gaps,
     Journal,
     Query,
     bucket_gap_s,
@@ -118,6 +119,27 @@ def test_a_dependency_that_was_not_recorded_counts_for_nothing() -> None:
 @given(st.floats(1e-6, 1e4))
 def test_a_gap_is_known_to_a_tenth_of_a_percent(gap_s: float) -> None:
     assert bucket_gap_s(gap_bucket(gap_s)) == pytest.approx(gap_s, rel=0.00101)
+
+
+@given(st.lists(st.tuples(st.floats(1e-5, 10), st.integers(1, 9)), max_size=400))
+def test_gaps_of_many_kinds_are_few_and_known_to_two_percent(given: list[tuple[float, int]]) -> None:
+    gaps = Gaps()
+    for gap_s, times in given:
+        gaps.add(gap_s, times)
+    exact = sorted(gap_s for gap_s, times in given for _ in range(times))
+    found = sorted(bucket_gap_s(bucket) for bucket, times in gaps.counts().items() for _ in range(times))
+    assert found == pytest.approx(exact, rel=0.0202)
+
+
+@given(st.lists(st.floats(0.02, 0.03), max_size=2000))
+def test_gaps_of_one_size_take_few_buckets(given: list[float]) -> None:
+    gaps = Gaps()
+    for gap_s in given:
+        gaps.add(gap_s)
+    assert (
+        sum(gaps.counts().values()) == len(given)
+        and len(gaps.counts()) <= math.ceil(math.log(1.5) / math.log(1.02)) + 2
+    )
 
 
 def test_the_smallest_gaps_share_a_bucket() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from fanmark.loadgen.errors import CallError
-from fanmark.loadgen.records import gap_bucket
+from fanmark.loadgen.records import Gaps
 
 Chunks = Sequence[tuple[float, bytes]]
 
@@ -148,7 +148,7 @@ class StreamParser:
         self._at = 0.0  # that of the latest ones, and how many they are
         self._together = 0
         self._chunks = self._coalesced = 0
-        self._gaps: dict[int, int] = {}
+        self._gaps = Gaps()
 
     def feed(self, reads: Chunks) -> None:
         """More of the body, in reads of one instant each. What is wrong with it is told by `reply`."""
@@ -216,7 +216,7 @@ class StreamParser:
             done_at=self._at,
             usage=self._usage,
             finish=self._finish,
-            gaps=self._gaps,
+            gaps=self._gaps.counts(),
             coalesced=self._coalesced,
         )
 
@@ -277,8 +277,7 @@ class StreamParser:
         self._chunks += self._together
         self._coalesced += self._together - 1
         if self._before_at is not None:
-            bucket = gap_bucket((self._at - self._before_at) / self._together)
-            self._gaps[bucket] = self._gaps.get(bucket, 0) + self._together
+            self._gaps.add((self._at - self._before_at) / self._together, self._together)
 
 
 def parse_stream(chunks: Chunks) -> Reply:

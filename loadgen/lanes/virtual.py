@@ -22,7 +22,7 @@ from fanmark.loadgen.errors import CallError
 from fanmark.loadgen.lanes.http import HttpError, Sent
 from fanmark.loadgen.lanes.sse import Reply, Usage
 from fanmark.loadgen.prompts import ChatPrompts, Template, TokenPrompts
-from fanmark.loadgen.records import gap_bucket
+from fanmark.loadgen.records import Gaps
 from fanmark.loadgen.scenario import Target
 from fanmark.loadgen.tokenizers import LocalTokenizer
 from fanmark.servers.answers import Answer, Lengths, Speaker, prompt_data
@@ -241,11 +241,10 @@ class VirtualEndpoint(Endpoint):
 
 def _reply(ask: Ask, prompt_tokens: int, answers: Sequence[Answer], events: Sequence[Event]) -> Reply:
     """What a client makes of the answers' streams."""
-    gaps: dict[int, int] = {}
+    gaps = Gaps()
     for event in events:
         for gap_s, times in event.gaps:
-            bucket = gap_bucket(gap_s)
-            gaps[bucket] = gaps.get(bucket, 0) + times
+            gaps.add(gap_s, times)
     usage: dict[str, Any] = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": sum(len(answer.ids) for answer in answers),
@@ -264,7 +263,7 @@ def _reply(ask: Ask, prompt_tokens: int, answers: Sequence[Answer], events: Sequ
         done_at=events[last].at,
         usage=msgspec.convert(usage, Usage),
         finish=answers[last].finish,
-        gaps=gaps,
+        gaps=gaps.counts(),
         coalesced=0,
     )
 
