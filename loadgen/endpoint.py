@@ -67,6 +67,11 @@ class Endpoint(ABC):
     async def schema_tokens(self, system: bool) -> int | None:
         """What the schemas of `tools` add to a chat prompt, one with a system message or without; None where it is not known."""
 
+    @property
+    def metrics_urls(self) -> tuple[str, ...]:
+        """Where the target's servers tell of themselves; without an address, a name of its own."""
+        return (self.name,)
+
     @abstractmethod
     async def reading(self, timeout_s: float = 10.0) -> Reading | None:
         """What the target's servers say of themselves; None if they do not."""

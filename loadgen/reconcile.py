@@ -25,6 +25,13 @@ _SAID = {
     "generation_tokens": "output tokens",
     "prompt_tokens_cached": "cached tokens",
 }
+_TOLD = (  # by the server alone
+    "preemptions",
+    "prefix_cache_queries",
+    "prefix_cache_hits",
+    "draft_tokens",
+    "accepted_draft_tokens",
+)
 _LATE_SHARE = 0.03
 # how a call ends that the server may have worked on; one that it refused (4xx, 429) or never got is in nobody's sums
 _UNHEARD = ("timeout", "http_5xx", "stream_cut", "bad_reply", "cancelled")
@@ -68,7 +75,7 @@ def client_sums(calls: Sequence[Call]) -> dict[str, int | None]:
     for reason in ("stop", "length"):
         sums[f"request_success_{reason}"] = None if None in told else told.count(reason)
     sums["request_success_abort"] = None if _unheard(calls) else 0
-    return sums | {"preemptions": None}
+    return sums | dict.fromkeys(_TOLD, None)
 
 
 def _unheard(calls: Sequence[Call]) -> list[Call]:

@@ -43,7 +43,7 @@ def assemble(
     ticked = {
         key: None if any(p[key] is None for p in parts) else all(p[key] for p in parts)
         for key in ("reconciled", "alone")
-    } | {said: "; ".join(p[said] for p in parts) for said in ("reason", "alone_reason")}
+    } | {said: "; ".join(dict.fromkeys(p[said] for p in parts)) for said in ("reason", "alone_reason")}
     targets = {
         name: {"url": e.config.replicas[0], "model": e.model, "server": e.server, "lane": e.lane.name}
         | ({"urls": e.config.replicas, "spread": e.config.spread} if e.config.urls else {})

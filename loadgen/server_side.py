@@ -14,6 +14,8 @@ from fanmark.loadgen.records import Query
 
 _COUNTERS_SETTLE_S = 2.0
 
+_NAMES = {"sglang": "sglang", "trtllm": "tensorrt-llm", "triton": "triton"}
+
 Readings = Mapping[str, Reading | None]
 
 
@@ -23,9 +25,27 @@ async def read_all(endpoints: Mapping[str, Endpoint], timeout_s: float = 10.0) -
     return dict(zip(endpoints, readings, strict=True))
 
 
-def account(name: str, before: Reading | None, after: Reading | None, queries: Sequence[Query]) -> dict[str, Any]:
-    """`server` of summary.json for one target."""
-    calls = [call for query in queries for call in (*query.retried, *query.calls) if call.target == name]
+def name_servers(endpoints: Mapping[str, Endpoint], readings: Readings) -> None:
+    """Calls the servers what their metrics say that they are: a /version tells no name."""
+    for name, reading in readings.items():
+        if reading is not None and reading.server in _NAMES:
+            number = endpoints[name].server.removeprefix("vllm ").removeprefix("unknown")
+            endpoints[name].server = f"{_NAMES[reading.server]} {number}".strip()
+
+
+def sharing(endpoints: Mapping[str, Endpoint]) -> dict[str, list[str]]:
+    """For each target those, itself among them, whose servers tell of themselves at the same addresses: they are counted together."""
+    return {
+        name: [other for other in endpoints if endpoints[other].metrics_urls == endpoint.metrics_urls]
+        for name, endpoint in endpoints.items()
+    }
+
+
+def account(
+    names: Sequence[str], before: Reading | None, after: Reading | None, queries: Sequence[Query]
+) -> dict[str, Any]:
+    """`server` of summary.json for targets that share their servers, usually one."""
+    calls = [call for query in queries for call in (*query.retried, *query.calls) if call.target in names]
     asked = len({(call.arm, call.query) for call in calls})
     first, last = (None if reading is None else reading.values for reading in (before, after))
     return reconcile.reconcile(first, last, calls) | cache_account(first, last, calls, asked)
@@ -34,10 +54,11 @@ def account(name: str, before: Reading | None, after: Reading | None, queries: S
 async def reconciled(endpoints: Mapping[str, Endpoint], before: Readings, queries: Sequence[Query]) -> dict[str, Any]:
     """`server` of summary.json; by target where there are several. Counters get a moment to catch up with the last reply."""
     parts: dict[str, Any] = {}
+    names = sharing(endpoints)
     for name, endpoint in endpoints.items():
         give_up_at = time.monotonic() + _COUNTERS_SETTLE_S
         while True:
-            parts[name] = account(name, before[name], await endpoint.reading(), queries)
+            parts[name] = account(names[name], before[name], await endpoint.reading(), queries)
             if parts[name]["reconciled"] is not False or time.monotonic() > give_up_at:
                 break
             await asyncio.sleep(0.1)

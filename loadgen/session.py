@@ -68,6 +68,7 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
         port, stop_metrics = serve(tally, options.metrics_port)
         stack.callback(stop_metrics)
         before = await server_side.read_all(endpoints)
+        server_side.name_servers(endpoints, before)
         surroundings = await _surroundings(scenario, options, endpoints, before)
         journal = open_folder(options.out, scenario)
         stack.callback(journal.close)

@@ -119,7 +119,7 @@ async def _simulate(
     queries = read_queries(options.out)
     told = {name: endpoint.told() for name, endpoint in endpoints.items()}
     server = {
-        name: account(name, Reading("", {}), told[name], queries) | endpoint.work()
+        name: account([name], Reading("", {}), told[name], queries) | endpoint.work()
         for name, endpoint in endpoints.items()
     }
     run_part = {

@@ -121,6 +121,10 @@ class HttpEndpoint(Endpoint):
             sent=sent,
         )
 
+    @property
+    def metrics_urls(self) -> tuple[str, ...]:
+        return tuple(self._metrics.urls)
+
     async def reading(self, timeout_s: float = 10.0) -> Reading | None:
         return await self._metrics.read(timeout_s)
 

@@ -23,6 +23,11 @@ BEFORE = {"prompt_tokens": 1000.0, "generation_tokens": 500.0, "prompt_tokens_ca
 AFTER = {"prompt_tokens": 1150.0, "generation_tokens": 530.0, "prompt_tokens_cached": 64.0, "request_success": 9.0}
 
 
+TOLD = dict.fromkeys(
+    ("preemptions", "prefix_cache_queries", "prefix_cache_hits", "draft_tokens", "accepted_draft_tokens")
+)
+
+
 def without(counters: dict[str, float], *names: str) -> dict[str, float]:
     return {name: value for name, value in counters.items() if name not in names}
 
@@ -121,30 +126,36 @@ def test_both_sides_of_a_counter_stand_in_the_summary() -> None:
 
 def test_the_clients_sums_are_of_calls_that_ended_well() -> None:
     calls = [call(finish="length"), call((50, 0, 10), finish="stop"), call((7, 7, 7), "stream_cut")]
-    assert client_sums(calls) == {
-        "prompt_tokens": 150,
-        "generation_tokens": 30,
-        "prompt_tokens_cached": 64,
-        "request_success": 2,
-        "request_success_stop": 1,
-        "request_success_length": 1,
-        "request_success_abort": None,  # the server may have noticed that its client was gone
-        "preemptions": None,
-    }
+    assert (
+        client_sums(calls)
+        == {
+            "prompt_tokens": 150,
+            "generation_tokens": 30,
+            "prompt_tokens_cached": 64,
+            "request_success": 2,
+            "request_success_stop": 1,
+            "request_success_length": 1,
+            "request_success_abort": None,  # the server may have noticed that its client was gone
+        }
+        | TOLD
+    )
 
 
 def test_a_call_with_several_samples_is_so_many_of_the_servers() -> None:
     # usage tells the prompt once, and all that was written
-    assert client_sums([call((100, 0, 60), samples=3, finish="stop"), call(finish="stop")]) == {
-        "prompt_tokens": 400,
-        "generation_tokens": 80,
-        "prompt_tokens_cached": None,  # the second sample may have read the first one's prompt from the cache
-        "request_success": 4,
-        "request_success_stop": None,  # the reply tells how one of its samples ended
-        "request_success_length": None,
-        "request_success_abort": 0,
-        "preemptions": None,
-    }
+    assert (
+        client_sums([call((100, 0, 60), samples=3, finish="stop"), call(finish="stop")])
+        == {
+            "prompt_tokens": 400,
+            "generation_tokens": 80,
+            "prompt_tokens_cached": None,  # the second sample may have read the first one's prompt from the cache
+            "request_success": 4,
+            "request_success_stop": None,  # the reply tells how one of its samples ended
+            "request_success_length": None,
+            "request_success_abort": 0,
+        }
+        | TOLD
+    )
 
 
 ACCOUNT = {"prompt_tokens": 1000.0, "generation_tokens": 200.0, "prompt_tokens_cached": 600.0}
