@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
 from fanmark.loadgen.health import worst
@@ -12,6 +13,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _LINE_EVERY_S = 5.0
+
+
+def tell(line: str, out: TextIO | None) -> None:
+    """Prints a line of progress where it is wanted, and while somebody reads it."""
+    if out is not None:
+        with suppress(BrokenPipeError):
+            print(line, file=out, flush=True)
 
 
 class Progress:
@@ -29,7 +37,7 @@ class Progress:
         if not self._out.isatty():
             while True:
                 await asyncio.sleep(_LINE_EVERY_S)
-                print(self.line(), file=self._out, flush=True)
+                tell(self.line(), self._out)
         from rich.console import Console
         from rich.live import Live
 

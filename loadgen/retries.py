@@ -16,7 +16,7 @@ from fanmark.loadgen.lanes.http import HttpError
 from fanmark.loadgen.records import Call, Query
 from fanmark.loadgen.scenario import Target
 
-LONGEST_BACKOFF_S = 60.0
+LONGEST_BACKOFF_S = 8.0
 # how an attempt ends whose server did not say what it cost, though it may have worked on it
 _UNTOLD = ("timeout", "http_5xx", "stream_cut", "bad_reply", "cancelled")
 

@@ -19,12 +19,12 @@ from fanmark.loadgen.errors import LostError, ScenarioError
 from fanmark.loadgen.execute import carry_out, going_on, open_connections
 from fanmark.loadgen.health import Health, client_part
 from fanmark.loadgen.link import Ended
-from fanmark.loadgen.live import Progress
+from fanmark.loadgen.live import Progress, tell
 from fanmark.loadgen.metrics import serve
 from fanmark.loadgen.reach import Reached, reach, settle
 from fanmark.loadgen.records import Journal, read_queries, read_windows
 from fanmark.loadgen.results import assemble, so_far, write_summary
-from fanmark.loadgen.run import Run
+from fanmark.loadgen.run import GRACE_S, Run
 from fanmark.loadgen.run_clock import RunClock
 from fanmark.loadgen.samples import Sampler, kv_use, read_samples
 from fanmark.loadgen.scenario import Scenario, resolved
@@ -72,10 +72,9 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
         surroundings = await _surroundings(scenario, options, endpoints, before)
         journal = open_folder(options.out, scenario)
         stack.callback(journal.close)
-        if options.progress is not None:
-            where = next(iter(place.targets.values())).replicas[0]
-            print(f"target   {where} ({next(iter(endpoints.values())).server})", file=options.progress)
-            print(f"metrics  http://127.0.0.1:{port}/metrics", file=options.progress, flush=True)
+        where = next(iter(place.targets.values())).replicas[0]
+        tell(f"target   {where} ({next(iter(endpoints.values())).server})", options.progress)
+        tell(f"metrics  http://127.0.0.1:{port}/metrics", options.progress)
         started = datetime.now(UTC)
         sampler = Sampler(options.out, clock.now, endpoints, before, tally)
         try:
@@ -169,7 +168,7 @@ async def _alone(
     await open_connections(scenario, endpoints.values(), Alone(clock.now))
     health = Health(clock.now)
     clock.start(time.monotonic())
-    await last.enter_async_context(_signals(one.stop.ask))
+    await last.enter_async_context(_signals(one.stop.ask, options.progress))
     beside = [*_progress(scenario, tally, options, clock), sampler.watch(lambda: {0: health.look()})]
     whole = await carry_out(one, tally, health, journal, beside)
     return Ended(whole, one.drift, {0: health.look()})
@@ -187,7 +186,7 @@ async def _crew(
 ) -> Ended:
     """The whole run by worker processes. From its start until `last`, signals are requests to stop."""
     await crew.start(options.workers)
-    await last.enter_async_context(_signals(crew.ask))
+    await last.enter_async_context(_signals(crew.ask, options.progress))
     async with going_on([*_progress(scenario, tally, options, clock), sampler.watch(crew.states)]):
         ended = await crew.carry_out()
     crew.join(journal)
@@ -230,10 +229,17 @@ def _without_none(value: Any) -> Any:
 
 
 @asynccontextmanager
-async def _signals(ask: Callable[[], None]) -> AsyncIterator[None]:
+async def _signals(ask: Callable[[], None], progress: TextIO | None = None) -> AsyncIterator[None]:
     loop = asyncio.get_running_loop()
+    lines = iter([f"interrupted: no new queries; those that run have {GRACE_S:g} s, and end at once when asked again"])
+
+    def asked() -> None:
+        ask()
+        for line in lines:
+            tell(line, progress)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, ask)
+        loop.add_signal_handler(number, asked)
     try:
         yield
     finally:

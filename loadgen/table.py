@@ -163,7 +163,8 @@ def _checks(summary: Mapping[str, Any]) -> list[str]:
         if queries["failed"] or queries["abandoned"] or arm["errors"]:
             errors = ", ".join(f"{kind} {n}" for kind, n in arm["errors"].items())
             found.append(
-                f"{name:<8} {queries['failed']} failed, {queries['abandoned']} abandoned of {queries['started']}: {errors}"
+                f"{name:<8} {queries['failed']} failed, {queries['abandoned']} abandoned of {queries['started']}"
+                + (f": {errors}" if errors else "")
             )
             for message, n in arm["failures"].items():
                 found.append(f"{'':<8} {n} x {message}")

@@ -25,7 +25,7 @@ from stub_process import Stub, running_stub
 from fanmark.agents import topologies
 from fanmark.loadgen import scenario_check, session
 from fanmark.loadgen.errors import FanmarkError, LostError
-from fanmark.loadgen.records import read_queries
+from fanmark.loadgen.records import Call, lines_of, read_queries
 from fanmark.loadgen.run import Run
 from fanmark.loadgen.scenario import Scenario
 from fanmark.loadgen.summary import summarise_arms
@@ -55,6 +55,7 @@ judge_answer = 12
 """
 CLASSES = {"connect", "timeout", "http_429", "http_4xx", "http_5xx", "stream_cut", "bad_reply", "cancelled"}
 SUCCEEDED = 'vllm:request_success_total{engine="0",finished_reason="length",model_name="tiny"}'
+ABORTED = 'vllm:request_success_total{engine="0",finished_reason="abort",model_name="tiny"}'
 RUNNING = 'vllm:num_requests_running{engine="0",model_name="tiny"}'
 
 
@@ -80,9 +81,9 @@ def passes(*faults: str, counted: bool | None = True, **more: Any) -> Case:
     return Case(faults, counted=(counted,), **more)
 
 
-def again(*faults: str, by: str) -> Case:
+def again(*faults: str, by: str, **target: Any) -> Case:
     """All queries complete, since calls are sent again."""
-    return passes(*faults, retried=frozenset(by.split()), target={"retries": 20, "retry_backoff_s": 0.02})
+    return passes(*faults, retried=frozenset(by.split()), target={"retries": 20, "retry_backoff_s": 0.02, **target})
 
 
 CASES = {
@@ -100,7 +101,10 @@ CASES = {
     ),
     "stall": fails("stall:rate=0.2,seconds=30", by="timeout", load={"concurrency": 8}),
     "stall beyond the query's time": fails("stall:rate=0.2,seconds=30", by="cancelled", load={"query_timeout_s": 0.7}),
+    "slow engine beyond the call's time": fails("slow-down:factor=300", by="timeout", load={"concurrency": 8}),
     "reset": fails("reset:rate=0.2", by="stream_cut"),
+    "reset, aiohttp lane": fails("reset:rate=0.2", by="stream_cut", target={"lane": "aiohttp"}),
+    "429, again, aiohttp lane": again("429:rate=0.3,retry_after_s=0.05", by="http_429", lane="aiohttp"),
     "truncated": fails("truncated:rate=0.2", by="stream_cut"),
     "malformed": fails("malformed:rate=0.2", by="bad_reply"),
     "no [DONE]": passes("no-done:rate=0.3"),
@@ -194,6 +198,7 @@ def test_a_fault_costs_its_calls_and_nothing_else(name: str, faulty: Stub, tmp_p
         for kind, _, rest in (f.partition(":") for f in case.faults)
     ]
     assert faulty.send("POST", "/admin/faults", {"faults": given, "seed": 3}).status == 200
+    before = faulty.metrics()
     try:
         found = run(one, tmp_path / "run")
     finally:
@@ -212,7 +217,10 @@ def test_a_fault_costs_its_calls_and_nothing_else(name: str, faulty: Stub, tmp_p
     assert sum(arm["expected"]["mismatches"] for arm in arms) == 0
     if not case.kinds:
         assert found["validity"]["counted"] is True
-    faulty.until(RUNNING, 0)  # what was given up was aborted there, too
+    after = faulty.until(RUNNING, 0)  # what was given up was aborted there, too
+    if name == "slow engine beyond the call's time":  # 12 tokens take 4 s, so none could end
+        given_up = sum(call["error"] is not None and call["sent_at"] is not None for call in calls)
+        assert after[ABORTED] - before[ABORTED] == given_up == len(calls) > 0
 
 
 def refusing_port() -> int:
@@ -231,6 +239,20 @@ def test_a_disk_that_is_full_ends_the_run_with_one_line(faulty: Stub, tmp_path: 
         run(one, tmp_path / "run")
     assert not (tmp_path / "run" / "summary.json").exists()
     faulty.until(RUNNING, 0)
+
+
+def test_a_disk_that_fills_up_leaves_whole_records(faulty: Stub, tmp_path: Path) -> None:
+    (tmp_path / "faults.toml").write_text(SCENARIO)
+    out, url = tmp_path / "run", f"{faulty.url}/v1"
+    load = f"--queries 100000 --concurrency 8 --quiet --target {url}"
+    run = f"ulimit -f 32; exec {sys.executable} -m fanmark.loadgen.cli run {tmp_path}/faults.toml --out {out} {load}"
+    done = subprocess.run(["bash", "-c", run], capture_output=True, text=True, timeout=BOUND_S)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1), done.stderr
+    assert done.stderr.startswith(
+        f"fanmark: {out}: cannot be written any more (File too large): the run ended with it; "
+    )
+    assert (out / "calls.jsonl").stat().st_size == 32 * 1024
+    assert len(list(lines_of(out / "calls.jsonl", Call))) > 10
 
 
 SILENT = {
@@ -262,7 +284,7 @@ def test_a_server_that_dies_and_returns_costs_what_was_sent_to_it(
 ) -> None:
     """Killed amid the run, and started again on its port. Without retries a call in between fails; with them it waits."""
     with ExitStack() as stack:
-        stub = stack.enter_context(running_stub("--model", "tiny", "--time-scale", "3"))
+        stub = stack.enter_context(running_stub("--model", "tiny"))
         port = str(urlsplit(stub.url).port)
         load = {"queries": 40}
         one = scenario(tmp_path, {"url": f"{stub.url}/v1", "retries": retries, "retry_backoff_s": 0.05}, load)
@@ -326,6 +348,7 @@ def test_an_interrupt_ends_a_run_with_what_was_measured(
     found = json.loads((tmp_path / "run" / "summary.json").read_text())
     calls = check_accounts(found, tmp_path / "run")
     assert found["partial"] is True
+    assert err.count("interrupted: no new queries; those that run have 5 s, and end at once when asked again") == 1
     arms = found["arms"].values()
     assert 0 < sum(arm["queries"]["completed"] for arm in arms) < 6000
     assert (sum(arm["queries"]["abandoned"] for arm in arms) > 0) is stalls
