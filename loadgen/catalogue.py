@@ -121,7 +121,7 @@ def _mean(scenario: Scenario, arm: Arm, topology: Topology, schema_tokens: int) 
 
 
 def _demand(scenario: Scenario, arm: Arm, topology: Topology, query: int, schema_tokens: int) -> Demand:
-    demand = draw_demand(scenario, arm, topology, query)
+    demand = draw_demand(scenario, arm, {arm.topology: topology}, query)
     return dataclasses.replace(demand, lengths={**demand.lengths, "tools": schema_tokens})
 
 

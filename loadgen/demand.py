@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fanmark.agents.runtime import Author, Expected, Key, Message, Topology
+from fanmark.loadgen.arms import resolve_params
 from fanmark.loadgen.lengths import draw_int
 from fanmark.loadgen.scenario import KINDS, RUN_KINDS, Arm, Scenario
-from fanmark.loadgen.scenario_check import resolve_params
 
 SYSTEM = (
     "You are one of several assistants that answer questions for engineers and planners. Think step by step, state your assumptions, "
@@ -28,13 +28,16 @@ QUESTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """One query of one arm: its number (negative: warm-up), drawn lengths by kind, the topology's params as drawn."""
+    """One query of one arm: its number (negative: warm-up), drawn lengths by kind, its topology and the params as drawn; in a mix, which
+    part of the arm it is."""
 
     arm: str
     query: int
     lengths: Mapping[str, int]
     params: Any
     seed: str
+    topology: Topology
+    part: str | None = None
 
     @property
     def question(self) -> str:
@@ -61,8 +64,14 @@ def unquoted(key: Key) -> Key:
     return key[1:] if key[0] == "quoted" else key
 
 
-def draw_demand(scenario: Scenario, arm: Arm, topology: Topology, query: int) -> Demand:
+def draw_demand(scenario: Scenario, arm: Arm, topologies: Mapping[str, Topology], query: int) -> Demand:
     """The demand of query number `query`; equal for equal (scenario seed, number), whatever the arm draws elsewhere."""
+    name, part = arm.name, None
+    if arm.mix:
+        weights = [each.weight for each in arm.mix]
+        (arm,) = random.Random(f"{scenario.seed}/{query}/mix").choices(arm.mix, weights)
+        part = arm.name
+    topology = topologies[arm.topology]
     workload = scenario.workload_of(arm)
     lengths = {
         kind: draw_int(getattr(workload, kind), scenario.seed, "run" if kind in RUN_KINDS else query, kind)
@@ -71,7 +80,7 @@ def draw_demand(scenario: Scenario, arm: Arm, topology: Topology, query: int) ->
     params = resolve_params(
         topology, arm.params, arm.name, lambda key, dist: draw_int(dist, scenario.seed, query, "params", key)
     )
-    return Demand(arm.name, query, lengths, params, f"{scenario.seed}/{query}")
+    return Demand(name, query, lengths, params, f"{scenario.seed}/{query}", topology, part)
 
 
 def expected_tokens(

@@ -26,7 +26,7 @@ def plan(scenario: Scenario, topologies: Mapping[str, Topology]) -> dict[str, An
     seconds, dollars, and the claim of its preset. At best: by a perfect prefix cache. The peak is an upper bound: all queries at once. What
     cannot be known ahead is None. Warm-up, tools' schemas and the rounding of a real tokenizer are not in it; the longest context is that
     of the first 20 queries, from which fresh tokens are extrapolated."""
-    found = {arm.name: _arm(scenario, arm, topologies[arm.topology], i) for i, arm in enumerate(scenario.arms)}
+    found = {arm.name: _arm(scenario, arm, topologies, i) for i, arm in enumerate(scenario.arms)}
     base = found[scenario.baseline.name]
     for arm in scenario.arms:
         found[arm.name]["claim"] = held(arm, partial(_per_query, found[arm.name], base))
@@ -42,7 +42,7 @@ def _per_query(found: Mapping[str, Any], base: Mapping[str, Any], unit: str, res
     return own / against if against else None
 
 
-def _arm(scenario: Scenario, arm: Arm, topology: Topology, place: int) -> dict[str, Any]:
+def _arm(scenario: Scenario, arm: Arm, topologies: Mapping[str, Topology], place: int) -> dict[str, Any]:
     load = scenario.load_of(arm)
     times = list(open_loop(load, scenario.seed, arm.name, place / len(scenario.arms))) if load.mode == "open" else []
     queries = len(times) if load.mode == "open" else load.queries
@@ -54,18 +54,20 @@ def _arm(scenario: Scenario, arm: Arm, topology: Topology, place: int) -> dict[s
         "peak_calls_in_flight": None,
     }
     found |= {"seconds": times[-1] if times else load.duration, "dollars": None}
-    if topology.expected is None:
+    if any(topologies[part.topology].expected is None for part in arm.mix or [arm]):
         return found
     n = queries if queries is not None else _SAMPLE
     calls = tool_calls = read = written = width = 0
     for i in range(n):
-        demand = draw_demand(scenario, arm, topology, i)
-        form = topology.expected(demand.params, demand)
+        demand = draw_demand(scenario, arm, topologies, i)
+        assert demand.topology.expected is not None
+        form = demand.topology.expected(demand.params, demand)
         output, total = expected_tokens(form, demand.lengths, {("tools",): 0})
         calls, tool_calls = calls + form.calls, tool_calls + form.tool_calls
         read, written = read + (total or 0), written + output
         width = max(width, form.width)
-    walked = [asyncio.run(walk(topology, draw_demand(scenario, arm, topology, i))) for i in range(min(n, _WALKED))]
+    drawn = [draw_demand(scenario, arm, topologies, i) for i in range(min(n, _WALKED))]
+    walked = [asyncio.run(walk(demand.topology, demand)) for demand in drawn]
     longest = max((made.context_tokens for query in walked for made in query), default=0)
     at_once = load.concurrency if queries is None or load.mode == "closed" else queries
     found |= {"longest_context_tokens": longest, "peak_calls_in_flight": at_once * width}

@@ -12,13 +12,12 @@ from fanmark.loadgen.scenario import Scenario
 def check_lengths(scenario: Scenario, topologies: Mapping[str, Topology], endpoints: Mapping[str, Endpoint]) -> None:
     """Refuses messages too short for a chat template's share, naming the minimum, before anything is sent."""
     for arm in scenario.arms:
-        topology = topologies[arm.topology]
-        if topology.expected is None:
-            continue
         load = scenario.load_of(arm)
         for i in range(min(load.queries or 200, 200)):
-            demand = draw_demand(scenario, arm, topology, i)
-            kinds = {str(key[0]) for key in topology.expected(demand.params, demand).reads} & scenario_kinds(
+            demand = draw_demand(scenario, arm, topologies, i)
+            if demand.topology.expected is None:
+                continue
+            kinds = {str(key[0]) for key in demand.topology.expected(demand.params, demand).reads} & scenario_kinds(
                 demand.lengths
             )
             for kind in kinds:

@@ -78,11 +78,12 @@ async def reach(
 def uses_tools(scenario: Scenario, topologies: Mapping[str, Topology]) -> bool:
     """Whether by its closed form an arm calls tools or reads their schemas; an arm without one may."""
     for arm in scenario.arms:
-        topology = topologies[arm.topology]
-        demand = draw_demand(scenario, arm, topology, 0)
-        form = topology.expected(demand.params, demand) if topology.expected is not None else None
-        if form is None or form.tool_calls or ("tools",) in form.reads:
-            return True
+        for part in arm.mix or [arm]:
+            demand = draw_demand(scenario, part, topologies, 0)
+            expected = demand.topology.expected
+            form = expected(demand.params, demand) if expected is not None else None
+            if form is None or form.tool_calls or ("tools",) in form.reads:
+                return True
     return False
 
 

@@ -147,6 +147,7 @@ class Query(msgspec.Struct, kw_only=True):
     calls: list[Call] = []
     retried: list[Call] = []
     stopped: str | None = None
+    part: str | None = None
 
     @property
     def needed(self) -> list[Call]:

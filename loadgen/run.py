@@ -179,13 +179,13 @@ class Run:
         return self._world if repeat == 1 else replace(self._world, run_id=f"{self._world.run_id}.{repeat}")
 
     def _demand(self, arm: Arm, query: int) -> Demand:
-        return draw_demand(self.scenario, arm, self._topologies[arm.topology], query)
+        return draw_demand(self.scenario, arm, self._topologies, query)
 
     async def _make_texts(self, arm: Arm) -> None:
         """Makes the texts that all queries of an arm share before the first is due, so that none waits for them."""
         demand = self._demand(arm, 0)
         runtime = QueryRuntime(self._world, demand)
-        for made in await walk(self._topologies[arm.topology], demand):
+        for made in await walk(demand.topology, demand):
             await runtime.prepare([self._endpoint(arm.name, made.role)], made.prompt)
 
     async def _query(self, arm: Arm, runtime: QueryRuntime, due_at: float, phase: Phase, repeat: int) -> Query:
@@ -214,7 +214,6 @@ class Run:
         except Exception as e:  # a topology's own defect must not end the others
             error = f"{type(e).__name__}: {e}"
         done_at = self._now()
-        topology = self._topologies[arm.topology]
         query = Query(
             query=runtime.demand.query,
             arm=arm.name,
@@ -226,13 +225,14 @@ class Run:
             done_at=done_at,
             outcome=outcome,
             resources={},
-            expected=await self._expected(topology, runtime) if outcome != "abandoned" else {},
+            expected=await self._expected(runtime) if outcome != "abandoned" else {},
             mismatches=[],
             seed=runtime.demand.seed,
             error=error,
             calls=runtime.calls,
             retried=runtime.retried,
             stopped=stopped,
+            part=demand.part,
         )
         prices = {name: endpoint.config.prices for name, endpoint in self._endpoints.items()}
         query.resources = resources(query.needed, due_at, done_at, prices, runtime.retried)
@@ -254,7 +254,7 @@ class Run:
         timeout = asyncio.timeout(limit_s)
         try:
             async with timeout:
-                await self._topologies[arm.topology].run(runtime, runtime.demand.params)
+                await runtime.demand.topology.run(runtime, runtime.demand.params)
             return None
         except Stopped as e:
             limit = e.limit
@@ -269,8 +269,9 @@ class Run:
     def _exact_output(self, arm: Arm) -> bool:
         return self._world.forced and not any("ignore_eos" in e.dropped for e in self._endpoints.values())
 
-    async def _expected(self, topology: Topology, runtime: QueryRuntime) -> dict[str, int | None]:
+    async def _expected(self, runtime: QueryRuntime) -> dict[str, int | None]:
         """The closed form with the real sizes of what could not be drawn: replies and tool results as they are read again."""
+        topology = runtime.demand.topology
         if topology.expected is None:
             return {}
         form = topology.expected(runtime.demand.params, runtime)

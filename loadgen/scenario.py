@@ -180,7 +180,8 @@ class Objective(Table, frozen=True):
 class Arm(Table, frozen=True):
     """One topology with its parameters, as one competitor. `params` holds the topology's own keys as written, and those of the `preset`.
     A query that has made `max_calls` calls, or has read and written `max_tokens` tokens, starts no further call and ends with what it has,
-    as does one that has run for `query_seconds`. No two calls of a query leave less than `stagger_s` apart."""
+    as does one that has run for `query_seconds`. No two calls of a query leave less than `stagger_s` apart. With `mix` (topology "mix")
+    each query is one of the arm's parts, drawn by `weight` from the query's seed."""
 
     name: str
     topology: str
@@ -197,9 +198,12 @@ class Arm(Table, frozen=True):
     max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
     query_seconds: Positive | None = None
     stagger_s: NotNegative = 0.0
+    weight: NotNegative = 1.0
+    mix: list["Arm"] = []
     params: dict[str, Any] = {}
 
 
+PART_KEYS = frozenset({"name", "weight", "topology", "preset", "workload"})  # of a part of a mix, beside its topology's
 ARM_KEYS = frozenset(field.name for field in msgspec.structs.fields(Arm)) - {"params"}
 
 
@@ -249,8 +253,17 @@ class Scenario(Table, frozen=True):
 def resolved(scenario: Scenario) -> dict[str, Any]:
     """The scenario as a table that, written as TOML, repeats the run. Keys come from the environment and are not in it."""
     table: dict[str, Any] = msgspec.to_builtins(scenario)
-    arms = [{k: v for k, v in arm.items() if k != "params"} | arm["params"] for arm in table.pop("arms")]
+    arms = [_flat(arm) for arm in table.pop("arms")]
     del table["source"]
     if table["targets"]:
         del table["stub"]
     return table | {"arm": arms}
+
+
+def _flat(arm: dict[str, Any]) -> dict[str, Any]:
+    """An arm as it is written: the topology's keys beside the others."""
+    kept: dict[str, Any] = {k: v for k, v in arm.items() if k not in ("params", "mix", "weight")} | arm["params"]
+    if not arm["mix"]:
+        return kept
+    parts = [{k: v for k, v in part.items() if k in PART_KEYS} | part["params"] for part in arm["mix"]]
+    return {k: v for k, v in kept.items() if k != "topology"} | {"mix": parts}

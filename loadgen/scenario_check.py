@@ -1,26 +1,22 @@
 """TOML -> a checked Scenario. Every mistake is one ScenarioError that names the file, the key, the value and the mend."""
 
-import dataclasses
 import math
-import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from fanmark.agents.presets import presets
 from fanmark.agents.runtime import Topology
+from fanmark.loadgen.arms import arm_of, check_arms
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.lengths import Dist
-from fanmark.loadgen.mistakes import convert, nearest, show
+from fanmark.loadgen.mistakes import convert, show
 from fanmark.loadgen.redaction import is_secret_name
 from fanmark.loadgen.scenario import (
     ANSWER_KINDS,
-    ARM_KEYS,
-    Arm,
     Load,
     Objective,
     Scenario,
@@ -93,8 +89,8 @@ def check(raw: Mapping[str, Any], source: str, topologies: Mapping[str, Topology
         raise ScenarioError(f"{source}: both a target and [stub]: the stub stands in only where there is no target")
     check_targets(targets, source)
     _check_tools(file.tools, source)
-    arms = [_arm(raw_arm, i, source, topologies) for i, raw_arm in enumerate(file.arm)]
-    _check_arms(arms, targets, source)
+    arms = [arm_of(raw_arm, i, source, topologies) for i, raw_arm in enumerate(file.arm)]
+    check_arms(arms, targets, source)
     load = _load(file.load, source)
     scenario = Scenario(
         name=file.name,
@@ -166,33 +162,9 @@ def _check_tools(tools: Tools, source: str) -> None:
             raise ScenarioError(f"{source}: [[tools.server]] number {i + 1}: give either url or command")
 
 
-def _check_arms(arms: Sequence[Arm], targets: Mapping[str, Target], source: str) -> None:
-    names = [arm.name for arm in arms]
-    for name in names:
-        if names.count(name) > 1:
-            raise ScenarioError(f"{source}: [[arm]] name = {name!r} is given twice: arms need different names")
-        if not re.fullmatch(r"[\w.+-]+", name):
-            raise ScenarioError(f"{source}: [[arm]] name = {name!r}: use letters, digits and . _ + - only")
-    marked = [arm.name for arm in arms if arm.baseline]
-    if len(marked) != 1:
-        given = "no arm has" if not marked else f"{', '.join(marked)} all have"
-        raise ScenarioError(
-            f"{source}: [[arm]] baseline: {given} baseline = true: exactly one arm must, usually a single pass"
-        )
-    for arm in arms:
-        for wanted in [arm.target, *arm.targets.values()]:
-            if wanted is not None and wanted not in targets:
-                known = ", ".join(targets) or "none: the stub stands in"
-                raise ScenarioError(f"{source}: arm {arm.name!r} names the target {wanted!r}: there is {known}")
-        if len(targets) > 1 and arm.target is None and "default" not in {*targets, *arm.targets}:
-            raise ScenarioError(
-                f"{source}: arm {arm.name!r}: say which target it uses: target = one of {', '.join(targets)}"
-            )
-
-
 def _check_lengths(scenario: Scenario, source: str) -> None:
     """A call writes at least one token: no length of a reply may be, or come out as, 0."""
-    for arm in scenario.arms:
+    for arm in [each for whole in scenario.arms for each in (whole, *whole.mix)]:
         workload = scenario.workload_of(arm)
         for kind in ANSWER_KINDS:
             length = getattr(workload, kind)
@@ -202,58 +174,6 @@ def _check_lengths(scenario: Scenario, source: str) -> None:
             given = show(msgspec.to_builtins(length))
             mend = "give the distribution min = 1" if isinstance(length, Dist) else "give 1 or more"
             raise ScenarioError(f"{source}: {place} {kind} = {given}: a call writes at least 1 token: {mend}")
-
-
-def _arm(raw: dict[str, Any], i: int, source: str, topologies: Mapping[str, Topology]) -> Arm:
-    where = f"{source}: arm {raw.get('name', i + 1)!r}"
-    known = ", ".join(topologies)
-    if "preset" in raw:
-        raw = _preset(raw, where)
-    if "topology" not in raw:
-        raise ScenarioError(f"{where}: topology is missing: it must be one of {known}")
-    topology = topologies.get(str(raw["topology"]))
-    if topology is None:
-        raise ScenarioError(f"{where}: topology = {show(raw['topology'])}: must be one of {known}")
-    own = {f.name for f in dataclasses.fields(topology.params)}
-    keys = ARM_KEYS
-    for key in raw:
-        if key not in own | keys:
-            raise ScenarioError(f"{where}: unknown key {key!r}{nearest(key, [*own, *keys])}")
-    given = {k: v for k, v in raw.items() if k in own}
-    arm = convert({k: v for k, v in raw.items() if k in keys} | {"params": given}, Arm, where)
-    convert(arm.workload, Workload, where, ("workload",))
-    resolve_params(topology, given, where, lambda _, dist: round(max(dist.mean, dist.min)))
-    try:  # no query may draw what the topology refuses
-        resolve_params(topology, given, where, lambda _, dist: round(dist.min))
-    except ScenarioError as e:
-        raise ScenarioError(f"{e}: give the distribution a larger min") from None
-    return arm
-
-
-def _preset(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The arm with what its preset gives; its own keys and lengths override."""
-    preset = presets().get(str(raw["preset"]))
-    if preset is None:
-        raise ScenarioError(f"{where}: preset = {show(raw['preset'])}: must be one of {', '.join(presets())}")
-    if raw.get("topology", preset.topology) != preset.topology:
-        raise ScenarioError(
-            f"{where}: topology = {show(raw['topology'])} with preset = {show(preset.name)}: that is a {preset.topology}: "
-            "leave one of the two out"
-        )
-    own = raw.get("workload", {})
-    lengths = (
-        dict(preset.workload) | own if isinstance(own, dict) else own
-    )  # what is no table is for `convert` to refuse
-    return {"topology": preset.topology, **preset.params, **raw, **({"workload": lengths} if lengths else {})}
-
-
-def resolve_params(topology: Topology, given: Mapping[str, Any], where: str, drawn: Callable[[str, Dist], int]) -> Any:
-    """The topology's params; a distribution goes through `drawn(key, dist)`. Raises ScenarioError."""
-    values = {
-        key: drawn(key, convert(value, Dist, where, (key,))) if isinstance(value, dict) else value
-        for key, value in given.items()
-    }
-    return convert(values, topology.params, where, shown=given)
 
 
 def override(raw: dict[str, Any], settings: Sequence[str]) -> None:

@@ -128,6 +128,7 @@ def _arm(arm: Arm, scenario: Scenario, counted: Counted, base: Counted) -> dict[
         "errors": dict(Counter(call.error for call in calls if call.error not in (None, "cancelled"))),
     }
     found["stopped"] = dict(Counter(query.stopped for query in completed if query.stopped is not None))
+    found["by_part"] = _by_part(completed) if arm.mix else None
     found["critical_path"] = critical.shares(completed)
     found["waste"] = waste(queries)
     found["claim"] = held(arm, lambda unit, resource: _claimed(found, unit, resource))
@@ -210,6 +211,17 @@ def _by(queries: Sequence[Query], group: Callable[[Call], str]) -> dict[str, Any
             "critical_share": critical_s[name] / total_s if total_s else None,
         }
         for name, mine in sorted(calls.items())
+    }
+
+
+def _by_part(queries: Sequence[Query]) -> dict[str, Any]:
+    """The parts of a mix: how many queries each was, and their per_query resources."""
+    parts: dict[str, list[Query]] = defaultdict(list)
+    for query in queries:
+        parts[query.part or ""].append(query)
+    return {
+        part: {"queries": len(mine), **{name: _of(mine, name) for name in (*COUNTS, *TIMES)}}
+        for part, mine in sorted(parts.items())
     }
 
 

@@ -175,6 +175,11 @@ def _checks(summary: Mapping[str, Any]) -> list[str]:
             found.append(
                 f"{name:<8} {sum(arm['stopped'].values())} queries were stopped by a limit ({why}): counts are bounds"
             )
+        for part, mine in (arm["by_part"] or {}).items():
+            calls, latency = mine["calls"], mine["latency_s"]
+            found.append(
+                f"{name:<8} {part}: {mine['queries']} queries, {number(calls['mean'])} calls and {number(latency['mean'])} s each"
+            )
         waste = arm["waste"]
         if waste["given_up"]:
             found.append(

@@ -21,7 +21,12 @@ def with_users(raw: Mapping[str, Any], source: str, table: Mapping[str, Topology
     """The table and the topologies that the scenario's arms bring from files; their paths are relative to the scenario's. The arms
     then name them by absolute path. Raises ScenarioError."""
     found = dict(table)
-    for arm in raw.get("arm", []):
+    arms = raw.get("arm", [])
+    listed = arms if isinstance(arms, list) else []  # what is none is for `check` to refuse
+    parts = [
+        part for arm in listed if isinstance(arm, dict) and isinstance(arm.get("mix"), list) for part in arm["mix"]
+    ]
+    for arm in [*listed, *parts]:
         named = arm.get("topology") if isinstance(arm, dict) else None
         if isinstance(named, str) and ".py:" in named:
             file, _, function = named.rpartition(":")

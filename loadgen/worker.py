@@ -53,7 +53,7 @@ async def work(task: Task, link: Link) -> Ended:
     """This worker's share of the run, from connecting to its end. Raises FanmarkError before anything is sent."""
     clock = RunClock(task.place.time_scale)
     scenario = task.scenario
-    arms = [{"topology": arm.topology, **arm.params} for arm in scenario.arms]
+    arms = [{"topology": arm.topology, **arm.params} for each in scenario.arms for arm in (each.mix or [each])]
     table = with_users({"arm": arms}, scenario.source, topologies())
     member = Member(link, task.index, task.count)
     async with AsyncExitStack() as stack:

@@ -24,7 +24,7 @@ def scenario(lengths: dict[str, Any], seed: int = 7, **debate: Any) -> Scenario:
 
 
 def demands(found: Scenario, query: int) -> list[Demand]:
-    return [draw_demand(found, arm, TABLE[arm.topology], query) for arm in found.arms]
+    return [draw_demand(found, arm, TABLE, query) for arm in found.arms]
 
 
 VARIED: dict[str, dict[str, Any]] = {
@@ -70,7 +70,7 @@ def test_system_and_role_are_drawn_once_a_run() -> None:
 @pytest.mark.parametrize("kind", ["question", "answer", "tool_result"])
 def test_drawn_lengths_have_the_mean_that_was_asked_for(kind: str) -> None:
     found = scenario(VARIED)
-    drawn = [draw_demand(found, found.arms[0], TABLE["single"], i).lengths[kind] for i in range(1500)]
+    drawn = [draw_demand(found, found.arms[0], TABLE, i).lengths[kind] for i in range(1500)]
     assert fmean(drawn) == pytest.approx(VARIED[kind]["mean"], rel=0.05)
     assert min(drawn) >= VARIED[kind].get("min", 0) and max(drawn) <= VARIED[kind].get("max", 10**6)
 
@@ -95,7 +95,7 @@ def test_a_chance_is_a_number_by_name() -> None:
 
 
 def test_a_message_of_one_query_starts_with_its_number() -> None:
-    demand = Demand("a", 12, {"question": 9, "role": 3}, None, "7/12")
+    demand = Demand("a", 12, {"question": 9, "role": 3}, None, "7/12", TABLE["single"])
     own = demand.message(("question",), "Why?", per_query=True)
     assert (own.text, own.tokens, own.per_query, own.author) == ("Question 12. Why?", 9, True, "user")
     common = demand.message(("role", 2), "You doubt.", "system")
@@ -103,7 +103,7 @@ def test_a_message_of_one_query_starts_with_its_number() -> None:
 
 
 def test_a_quote_is_as_long_as_what_it_quotes() -> None:
-    demand = Demand("a", 0, {"answer": 9}, None, "7/0")
+    demand = Demand("a", 0, {"answer": 9}, None, "7/0", TABLE["single"])
     assert demand.tokens(("quoted", "answer", 1, 2)) == demand.tokens(("answer", 1, 2)) == 9
     assert demand.tokens(("tools",)) == 0
     assert unquoted(("quoted", "answer", 1)) == unquoted(("answer", 1)) == ("answer", 1)

@@ -31,7 +31,7 @@ LENGTHS = st.fixed_dictionaries({kind: st.integers(0, 60) for kind in (*KINDS, "
 
 
 def walked(name: str, params: Any, lengths: Mapping[str, int], query: int = 0) -> list[Made]:
-    return asyncio.run(walk(TABLE[name], Demand("a", query, lengths, params, f"7/{query}")))
+    return asyncio.run(walk(TABLE[name], Demand("a", query, lengths, params, f"7/{query}", TABLE[name])))
 
 
 def params_of(name: str) -> st.SearchStrategy[Any]:
@@ -75,7 +75,7 @@ def test_the_walk_is_the_closed_form(name: str, data: st.DataObject) -> None:
     calls = walked(name, params, lengths)
     expected = TABLE[name].expected
     assert expected is not None
-    form = expected(params, Demand("a", 0, lengths, params, "7/0"))
+    form = expected(params, Demand("a", 0, lengths, params, "7/0", TABLE["single"]))
     assert (len(calls), max((made.depth for made in calls), default=0)) == (form.calls, form.depth)
     widths: dict[int, int] = defaultdict(int)
     for made in calls:
@@ -242,7 +242,7 @@ def test_the_engine_computes_what_the_formula_says_within_a_block_a_call(
 ) -> None:
     """Siblings leave together and find each other's prompts all the same, as on vLLM: the first of them fills the blocks in its step."""
     for query in range(2):
-        demand = draw_demand(scenario(), arm, TABLE[arm.topology], query)
+        demand = draw_demand(scenario(), arm, TABLE, query)
         demand = replace(demand, lengths={**demand.lengths, "tools": schema_tokens()})
         made = asyncio.run(walk(TABLE[arm.topology], demand))
         computed = fresh_tokens[arm.name, query]

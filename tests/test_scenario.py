@@ -25,7 +25,7 @@ TARGET = '[target]\nurl = "http://h:8000/v1"\n'
 LENGTH = 'a whole number of at least 0 or a distribution, as { dist = "lognormal", mean = 400, cv = 0.5 }'
 DISTS = '"constant", "exponential", "gamma", "lognormal", "uniform"'
 ARM_KEYS = (
-    "agents, baseline, concurrency, groups, judge, max_calls, max_tokens, name, neighbours, preset, queries, query_seconds, rate, "
+    "agents, baseline, concurrency, groups, judge, max_calls, max_tokens, mix, name, neighbours, preset, queries, query_seconds, rate, "
     "role_position, rounds, stage_rounds, stagger_s, stop_from, stop_probability, system, target, targets, topology, transcript, "
     "warmup, workload"
 )

@@ -64,7 +64,7 @@ def test_a_run_counts_what_the_closed_form_and_the_lists_say(
     by_name = {arm.name: arm for arm in scenario.arms}
     for line in lines:
         arm = by_name[line["arm"]]
-        demand = draw_demand(scenario, arm, TABLE[arm.topology], line["query"])
+        demand = draw_demand(scenario, arm, TABLE, line["query"])
         lists = Lists({**demand.lengths, "tools": schema_tokens()}, partial(demand.chance, "stop"))
         assert line["outcome"] == "completed"
         assert measured(line["resources"]) == measured(line["expected"]) == count(arm.topology, demand.params, lists)
