@@ -132,7 +132,7 @@ class Sampler:
         self._tally = tally
         self._in_a_row = 0
         self._lags: Counter[int] = Counter()
-        self._cpu: tuple[float, float] | None = None  # CPU time of all workers, and when
+        self._cpu = (0.0, 0.0)  # CPU time of all workers, and when
 
     async def watch(self, states: Callable[[], Mapping[int, ClientState]]) -> None:
         """Samples until cancelled, or until the disk takes no more. `states` are the client's workers as they are now."""
@@ -140,19 +140,17 @@ class Sampler:
         told = {name: self._endpoints[name] for name, before in self._before.items() if before is not None}
         loop = asyncio.get_running_loop()
         due_at = loop.time()
+        self._cpu = (0.0, due_at)
         try:
             with self._path.open("wb", buffering=0) as file:
                 while True:
-                    at, arms, client = (
-                        max(0.0, self._now()),
-                        arm_samples(self._tally),
-                        self._client(states(), host, loop.time()),
-                    )
+                    due_at = max(due_at + _EVERY_S, loop.time())
+                    await asyncio.sleep(due_at - loop.time())
+                    at, arms = max(0.0, self._now()), arm_samples(self._tally)
+                    client = self._client(states(), host, loop.time())
                     readings = await read_all(told, timeout_s=_EVERY_S)
                     targets = {name: self._server(name, readings.get(name)) for name in self._endpoints}
                     file.write(msgspec.json.encode(Sample(at, targets, arms, client)) + b"\n")
-                    due_at = max(due_at + _EVERY_S, loop.time())
-                    await asyncio.sleep(due_at - loop.time())
         except OSError:
             return
 
@@ -170,7 +168,7 @@ class Sampler:
         self.host_busy_seconds = max(self.host_busy_seconds, self._in_a_row)
         return ClientSample(
             loop_lag_s=bucket_gap_s(max(new)) if new else None,
-            cpu_share=(cpu[0] - last[0]) / (cpu[1] - last[1]) if last is not None and cpu[1] > last[1] else None,
+            cpu_share=(cpu[0] - last[0]) / (cpu[1] - last[1]) if states and cpu[1] > last[1] else None,
             rss_mb=sum(state.rss_mb for state in states.values()) if states else None,
             host_cpu_share=share,
         )
