@@ -18,6 +18,7 @@ from fanmark.loadgen.errors import CallError
 from fanmark.loadgen.lanes.http import HttpError, Sent
 from fanmark.loadgen.lanes.sse import Reply
 from fanmark.loadgen.lanes.virtual import VirtualEndpoint
+from fanmark.loadgen.metrics import Collector
 from fanmark.loadgen.records import Begun, Call, Query, Window
 from fanmark.loadgen.retries import retry_after_s, wait_s, waste
 from fanmark.loadgen.run import Run
@@ -169,6 +170,9 @@ def test_amplification_counts_the_attempts_that_came_to_nothing() -> None:
     assert arms["debate"]["amplification"]["calls"]["ratio"] == pytest.approx(((6 + 2) / 2) / ((2 + 1) / 2))
     assert arms["debate"]["waste"]["seconds"] == pytest.approx(2 * (1 + 0.01))
     assert tally.arms["debate"].calls_in_flight == 0
+    samples = [s for family in Collector(tally).collect() for s in family.samples]
+    retries = {s.labels["arm"]: s.value for s in samples if s.name == "fanmark_call_retries_total"}
+    assert retries == {"single": 1, "debate": 2}
 
 
 def test_what_never_passes_fails_with_its_last_attempt() -> None:
