@@ -29,6 +29,7 @@ TIMES = (
     "critical_path_s",
     "tool_s",
     "client_s",
+    "limited_s",
     "parallelism",
     "gpu_s",
     "joules",

@@ -96,6 +96,7 @@ def run(
     strict: StrictOpt = False,
     quiet: Annotated[bool, typer.Option(help="No progress.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Send nothing: print what would be sent.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Send a key to a public host without a [budget].")] = False,
 ) -> int:
     """Runs a scenario against real servers; without a target, against the embedded stub and MCP server."""
     from fanmark.agents import topologies
@@ -110,6 +111,10 @@ def run(
     checked = scenario_check.check(raw, source, table)
     if dry_run:
         return _dry_run(checked, table, json)
+    if not yes:
+        from fanmark.loadgen.dry_run import check_guarded
+
+        check_guarded(checked, table)
     from fanmark.loadgen import session
     from fanmark.loadgen.environment import labels_of
 
@@ -141,11 +146,14 @@ def _told(result: Any, folder: Path, json: bool, strict: bool) -> int:
     """Prints what a run or a simulation gave; the exit code."""
     from fanmark.loadgen import results
 
+    ended = result.summary["ended"]
     if json:
         print(_json(result.summary))
+        if ended is not None:
+            print(f"fanmark: {ended['why']}: {ended['reason']}", file=sys.stderr)
     else:
         results.print_result(result.summary, folder)
-    return exit_code(result.summary, result.interrupted, strict)
+    return exit_code(result.summary, strict)
 
 
 @app.command()
@@ -203,7 +211,7 @@ def _spread(checked: Any, table: Any, options: Any, seeds: int, json: bool) -> i
         summaries.append(simulate(scenario, table, replace(options, out=folder)).summary)
     found = spread.spread(summaries)
     print(_json(found) if json else "\n".join([*spread.lines(found, seeds), f"files    {options.out}"]))
-    return max(exit_code(summary, False, False) for summary in summaries)
+    return max(exit_code(summary, False) for summary in summaries)
 
 
 def _workers(wanted: str) -> int:
@@ -218,10 +226,10 @@ def _folder(out: Path | None, name: str) -> Path:
     return out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def exit_code(summary: dict[str, Any], interrupted: bool, strict: bool) -> int:
-    """130 interrupted; 1 not to be trusted, or (strict) a tick or an objective failed; else 0."""
-    if interrupted:
-        return 130
+def exit_code(summary: dict[str, Any], strict: bool) -> int:
+    """130 interrupted; 4 at a budget's cap; 1 not to be trusted, or (strict) a tick or an objective failed; else 0."""
+    if summary["ended"] is not None:
+        return {"interrupted": 130, "budget": 4, "errors": 1}[summary["ended"]["why"]]
     validity = summary["validity"]
     if validity["counted"] is False:
         return 1

@@ -12,7 +12,8 @@ def resources(
     calls: list[Call], due_at: float, done_at: float, prices: Mapping[str, Prices | None], retried: Sequence[Call] = ()
 ) -> dict[str, float | None]:
     """The per_query resources of summary.json, from a query's records. What is not known is None. Attempts that were sent again are in
-    `retries` and in the latency, not in the times of calls, and they are not the client's time either."""
+    `retries` and in the latency, not in the times of calls, and they are not the client's time either; no more is what limits and a budget
+    kept calls waiting."""
     inferred = [call for call in calls if call.kind == "call"]
     sums: dict[str, float | None] = {}
     for name in ("input_tokens", "cached_tokens", "output_tokens", "reasoning_tokens"):
@@ -22,6 +23,10 @@ def resources(
     final = max(inferred, key=lambda call: call.done_at or 0.0, default=None)
     latency_s, critical_s = done_at - due_at, shaped["critical_path_s"]
     lost = lost_s(retried)
+    limited_s = math.fsum(call.limited_s for call in [*calls, *retried])
+    for call in inferred:
+        if call.limited_s:
+            lost[call.call] = lost.get(call.call, 0.0) + call.limited_s
     waited_s = math.fsum(call.seconds + lost.get(call.call, 0.0) for call in critical_path(calls, lost))
     known = sums["input_tokens"] is not None and sums["cached_tokens"] is not None
     return {
@@ -42,6 +47,7 @@ def resources(
         "depth": shaped["depth"],
         "width": shaped["width"],
         "retries": len(retried),
+        "limited_s": limited_s,
         "gpu_s": None,
         "joules": None,
         "dollars": dollars(inferred, prices),

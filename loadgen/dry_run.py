@@ -1,20 +1,34 @@
 """`--dry-run`: what a run would send, from the closed forms alone. Nothing is sent. Pure."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from functools import partial
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
+
+import msgspec
+from msgspec.structs import replace
 
 from fanmark.agents.runtime import Topology
 from fanmark.loadgen.arrivals import open_loop
 from fanmark.loadgen.claims import held
 from fanmark.loadgen.costs import dollars
-from fanmark.loadgen.demand import draw_demand, expected_tokens
+from fanmark.loadgen.demand import Demand, draw_demand, expected_tokens
+from fanmark.loadgen.endpoint import role_key
+from fanmark.loadgen.errors import ScenarioError
+from fanmark.loadgen.mistakes import show
 from fanmark.loadgen.prefix import PrefixCache
 from fanmark.loadgen.records import Call
 from fanmark.loadgen.scenario import Arm, Scenario
+from fanmark.loadgen.shaping import target_key
 from fanmark.loadgen.table import claim_lines, columns, number
+from fanmark.loadgen.target_check import carries_key, is_private
 from fanmark.loadgen.walk import Made, walk
+from fanmark.servers.tokenizer import Tokenizer, vocabulary
+
+_SUMS = ("calls", "input_tokens", "output_tokens", "dollars")
 
 _SAMPLE = 200  # queries looked at where a closed loop's duration leaves their number open
 
@@ -23,14 +37,100 @@ _WALKED = 20  # queries that are walked through, for their longest context and w
 
 def plan(scenario: Scenario, topologies: Mapping[str, Topology]) -> dict[str, Any]:
     """Per arm: queries, calls, tool_calls, input_tokens, fresh_tokens_at_best, output_tokens, longest_context_tokens, peak_calls_in_flight,
-    seconds, dollars, and the claim of its preset. At best: by a perfect prefix cache. The peak is an upper bound: all queries at once. What
-    cannot be known ahead is None. Warm-up, tools' schemas and the rounding of a real tokenizer are not in it; the longest context is that
-    of the first 20 queries, from which fresh tokens are extrapolated."""
-    found = {arm.name: _arm(scenario, arm, topologies, i) for i, arm in enumerate(scenario.arms)}
+    seconds, dollars; the same sums for its `warmup`, which are not in the others; and the claim of its preset. At best: by a perfect prefix
+    cache. Dollars take nothing for cached. The peak is an upper bound: all queries at once. What cannot be known ahead is None. The schemas
+    of tool servers of one's own and the rounding of a real tokenizer are not in it; the longest context is that of the first 20 queries,
+    from which fresh tokens are extrapolated."""
+    schemas = cache(partial(_schema_tokens, scenario))
+    found = {arm.name: _arm(_Arm(scenario, arm, topologies, schemas), i) for i, arm in enumerate(scenario.arms)}
     base = found[scenario.baseline.name]
     for arm in scenario.arms:
         found[arm.name]["claim"] = held(arm, partial(_per_query, found[arm.name], base))
     return found
+
+
+def totals(planned: Mapping[str, Any]) -> dict[str, float | None]:
+    """Calls, tokens and dollars of the whole run, warm-up included; None where an arm's are not known."""
+    found: dict[str, float | None] = {}
+    for key in _SUMS:
+        values = [part[key] for arm in planned.values() for part in (arm, arm["warmup"])]
+        found[key] = None if None in values else sum(values)
+    return found
+
+
+def _schema_tokens(scenario: Scenario, api: str) -> int:
+    """The embedded tools' schemas in a prompt, as our stub counts them."""
+    from fanmark.loadgen.lanes.virtual_tools import VirtualTools
+    from fanmark.loadgen.toolset import ToolSet
+
+    if scenario.tools.server:
+        return 0
+    tools = VirtualTools(0.0, 0.0)
+    listed = ToolSet(tools, tools.tools, replace(scenario.tools, call=[]), embedded=True).schemas
+    text = msgspec.json.encode(listed).decode() if api == "completions" else json.dumps(listed)
+    return len(Tokenizer(vocabulary()).encode(text)) if listed else 0
+
+
+@dataclass(frozen=True)
+class _Arm:
+    """An arm, and how its queries are drawn: with the schemas' length."""
+
+    scenario: Scenario
+    arm: Arm
+    topologies: Mapping[str, Topology]
+    schemas: Callable[[str], int]
+
+    def demand(self, query: int) -> Demand:
+        drawn = draw_demand(self.scenario, self.arm, self.topologies, query)
+        expected = drawn.topology.expected
+        if expected is None or ("tools",) not in expected(drawn.params, drawn).reads:
+            return drawn
+        target = self.scenario.targets.get(self.arm.target or "default")
+        tokens = self.schemas(target.api if target is not None else self.scenario.stub.api)
+        return dataclasses.replace(drawn, lengths={**drawn.lengths, "tools": tokens})
+
+    def sums(self, queries: Iterable[int]) -> dict[str, Any]:
+        """Calls, tool calls, tokens and dollars of these queries, by the closed form; `width` is the widest one's."""
+        found: dict[str, Any] = {**dict.fromkeys(_SUMS, 0), "tool_calls": 0, "width": 0}
+        numbers = list(queries)
+        for i in numbers:
+            demand = self.demand(i)
+            assert demand.topology.expected is not None
+            form = demand.topology.expected(demand.params, demand)
+            output, total = expected_tokens(form, demand.lengths, {})
+            for key, n in (
+                ("calls", form.calls),
+                ("tool_calls", form.tool_calls),
+                ("input_tokens", total or 0),
+                ("output_tokens", output),
+            ):
+                found[key] += n
+            found["width"] = max(found["width"], form.width)
+        bills = self._bills(numbers) if self.arm.targets else {self.arm.target or "default": found}
+        prices = {name: target.prices for name, target in self.scenario.targets.items()}
+        return found | {"dollars": dollars([_bill(name, sums) for name, sums in bills.items()], prices)}
+
+    def _bills(self, queries: Iterable[int]) -> dict[str, dict[str, int]]:
+        """Tokens by target, where roles have different ones: by a walk through every query."""
+        found: dict[str, dict[str, int]] = {}
+        for i in queries:
+            demand = self.demand(i)
+            for made in asyncio.run(walk(demand.topology, demand)):
+                name = (
+                    self.arm.targets.get(role_key(made.role, self.arm.targets) or "default")
+                    or self.arm.target
+                    or "default"
+                )
+                bill = found.setdefault(name, {"input_tokens": 0, "output_tokens": 0})
+                bill["input_tokens"] += made.input_tokens
+                bill["output_tokens"] += made.reply.tokens
+        return found
+
+
+def _bill(target: str, sums: Mapping[str, int]) -> Call:
+    bill = Call(query=0, arm="", call=1, after=[], kind="call", role="", round=1, due_at=0.0, target=target)
+    bill.input_tokens, bill.output_tokens = sums["input_tokens"], sums["output_tokens"]
+    return bill
 
 
 def _per_query(found: Mapping[str, Any], base: Mapping[str, Any], unit: str, resource: str) -> float | None:
@@ -42,10 +142,13 @@ def _per_query(found: Mapping[str, Any], base: Mapping[str, Any], unit: str, res
     return own / against if against else None
 
 
-def _arm(scenario: Scenario, arm: Arm, topologies: Mapping[str, Topology], place: int) -> dict[str, Any]:
-    load = scenario.load_of(arm)
-    times = list(open_loop(load, scenario.seed, arm.name, place / len(scenario.arms))) if load.mode == "open" else []
+def _arm(arm: _Arm, place: int) -> dict[str, Any]:
+    scenario, load = arm.scenario, arm.scenario.load_of(arm.arm)
+    times = (
+        list(open_loop(load, scenario.seed, arm.arm.name, place / len(scenario.arms))) if load.mode == "open" else []
+    )
     queries = len(times) if load.mode == "open" else load.queries
+    unknown = dict.fromkeys((*_SUMS, "tool_calls"))
     found: dict[str, Any] = {"queries": queries, "calls": None, "tool_calls": None, "input_tokens": None}
     found |= {
         "fresh_tokens_at_best": None,
@@ -54,36 +157,22 @@ def _arm(scenario: Scenario, arm: Arm, topologies: Mapping[str, Topology], place
         "peak_calls_in_flight": None,
     }
     found |= {"seconds": times[-1] if times else load.duration, "dollars": None}
-    if any(topologies[part.topology].expected is None for part in arm.mix or [arm]):
+    found["warmup"] = {"queries": load.warmup, **unknown}
+    if any(arm.topologies[part.topology].expected is None for part in arm.arm.mix or [arm.arm]):
         return found
     n = queries if queries is not None else _SAMPLE
-    calls = tool_calls = read = written = width = 0
-    for i in range(n):
-        demand = draw_demand(scenario, arm, topologies, i)
-        assert demand.topology.expected is not None
-        form = demand.topology.expected(demand.params, demand)
-        output, total = expected_tokens(form, demand.lengths, {("tools",): 0})
-        calls, tool_calls = calls + form.calls, tool_calls + form.tool_calls
-        read, written = read + (total or 0), written + output
-        width = max(width, form.width)
-    drawn = [draw_demand(scenario, arm, topologies, i) for i in range(min(n, _WALKED))]
+    sums = arm.sums(range(n))
+    drawn = [arm.demand(i) for i in range(min(n, _WALKED))]
     walked = [asyncio.run(walk(demand.topology, demand)) for demand in drawn]
     longest = max((made.context_tokens for query in walked for made in query), default=0)
     at_once = load.concurrency if queries is None or load.mode == "closed" else queries
-    found |= {"longest_context_tokens": longest, "peak_calls_in_flight": at_once * width}
+    found |= {"longest_context_tokens": longest, "peak_calls_in_flight": at_once * sums["width"]}
+    before = arm.sums(range(-load.warmup, 0))
+    found["warmup"] |= {key: before[key] for key in unknown}
     if queries is None:
         return found
-    target = None if arm.targets else scenario.targets.get(arm.target or "default")  # roles differ in their prices
-    bill = Call(query=0, arm=arm.name, call=1, after=[], kind="call", role="", round=1, due_at=0.0, target="t")
-    bill.input_tokens, bill.output_tokens = read, written
-    return found | {
-        "calls": calls,
-        "tool_calls": tool_calls,
-        "input_tokens": read,
-        "fresh_tokens_at_best": _fresh_tokens(scenario, walked, n, load.warmup > 0),
-        "output_tokens": written,
-        "dollars": dollars([bill], {"t": target.prices if target else None}),
-    }
+    found["fresh_tokens_at_best"] = _fresh_tokens(scenario, walked, n, load.warmup > 0)
+    return found | {key: sums[key] for key in unknown}
 
 
 def _fresh_tokens(scenario: Scenario, walked: Sequence[Sequence[Made]], queries: int, warm: bool) -> int | None:
@@ -104,9 +193,37 @@ def _fresh_tokens(scenario: Scenario, walked: Sequence[Sequence[Made]], queries:
     return sum(fresh) + round((queries - len(fresh)) * sum(typical) / max(len(typical), 1))
 
 
+def check_guarded(scenario: Scenario, topologies: Mapping[str, Topology]) -> None:
+    """Raises ScenarioError where calls would go, with a key, to a host that is not the user's own, and nothing bounds what they cost."""
+    if scenario.budget is not None:
+        return
+    for name, target in scenario.targets.items():
+        for url in target.replicas:
+            if carries_key(target) and not is_private(url):
+                raise ScenarioError(
+                    f"{scenario.source}: {target_key(name)} url = {show(url)}: a key goes to a host that is not private, and this run "
+                    f"may send {told(totals(plan(scenario, topologies)))}: give a [budget] or --yes"
+                )
+
+
 def lines(planned: Mapping[str, Any]) -> list[str]:
     """The plan as a table."""
-    keys = [key for key in next(iter(planned.values())) if key != "claim"]
+    keys = [key for key in next(iter(planned.values())) if key not in ("claim", "warmup")]
     rows = [[key.replace("_", " "), *(number(arm[key]) for arm in planned.values())] for key in keys]
     claims = claim_lines(planned, "by the closed form")
-    return [*columns([["", *planned], *rows]), *([""] if claims else []), *claims[:-1]]
+    whole = totals(planned)
+    return [
+        *columns([["", *planned], *rows]),
+        "",
+        f"whole run, with {sum(arm['warmup']['queries'] for arm in planned.values())} queries of warm-up: {told(whole)}",
+        *([""] if claims else []),
+        *claims[:-1],
+    ]
+
+
+def told(sums: Mapping[str, float | None]) -> str:
+    """What a run sends and costs, in words."""
+    if sums["calls"] is None:
+        return "as many calls as it takes"
+    cost = f"${sums['dollars']:,.2f}" if sums["dollars"] is not None else "dollars unknown (no prices)"
+    return f"{sums['calls']:,.0f} calls, {sums['input_tokens']:,.0f} tokens in, {sums['output_tokens']:,.0f} tokens out, {cost}"

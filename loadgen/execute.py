@@ -10,7 +10,7 @@ from fanmark.loadgen.crew import Crew, share
 from fanmark.loadgen.errors import LostError
 from fanmark.loadgen.health import Health
 from fanmark.loadgen.records import Journal
-from fanmark.loadgen.run import Run, Stop
+from fanmark.loadgen.run import Ending, Run, Stop
 from fanmark.loadgen.scenario import Scenario
 from fanmark.loadgen.tally import Tally
 from fanmark.loadgen.target import HttpEndpoint
@@ -25,13 +25,13 @@ async def carry_out(
     journal: Journal,
     beside: Sequence[Coroutine[Any, Any, None]] = (),
     worker: int = 0,
-) -> bool:
-    """The whole schedule, and what goes on beside it until it ends; True when it was not cut short."""
+) -> Ending | None:
+    """The whole schedule, and what goes on beside it until it ends; says what cut it short."""
     with _rare_collections():
         async with going_on([_flush(journal, one.stop), health.watch(tally, worker), *beside]):
-            whole = await one.execute()
+            ending = await one.execute()
     journal.flush()
-    return whole
+    return ending
 
 
 @asynccontextmanager

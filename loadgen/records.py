@@ -78,7 +78,8 @@ class Gaps:
 
 
 class Call(msgspec.Struct, omit_defaults=False, kw_only=True):
-    """One call (kind "call") or tool call (kind "tool_call"): a line of calls.jsonl. `due_at` is when it should have been sent,
+    """One call (kind "call") or tool call (kind "tool_call"): a line of calls.jsonl. `due_at` is when it should have been sent, `limited_s`
+    how long the target's limits or the budget kept it from that,
     `first_at` the first token of the reply (reasoning or not), `answer_at` the first that is not reasoning. `retry_at` marks an attempt
     that did not count, as the call was sent again: that is when the next attempt was due. `connect_s` is how long opening a connection
     took before `sent_at`, None where one was open."""
@@ -93,6 +94,7 @@ class Call(msgspec.Struct, omit_defaults=False, kw_only=True):
     target: str | None = None
     tool: str | None = None
     due_at: float
+    limited_s: float = 0.0
     sent_at: float | None = None
     connect_s: float | None = None
     first_at: float | None = None
@@ -121,8 +123,10 @@ class Call(msgspec.Struct, omit_defaults=False, kw_only=True):
 
     @property
     def send_delay_s(self) -> float | None:
-        """From due to sent, less what connecting took, which is the network's and the server's time."""
-        return None if self.sent_at is None else max(0.0, self.sent_at - self.due_at - (self.connect_s or 0.0))
+        """From due to sent, less what connecting took, which is the network's and the server's time, and what limits and budget did."""
+        if self.sent_at is None:
+            return None
+        return max(0.0, self.sent_at - self.due_at - (self.connect_s or 0.0) - self.limited_s)
 
 
 class Query(msgspec.Struct, kw_only=True):

@@ -12,7 +12,7 @@ from fanmark.loadgen import summary, table
 from fanmark.loadgen.endpoint import Endpoint
 from fanmark.loadgen.errors import LostError
 from fanmark.loadgen.records import Call, Query, Window
-from fanmark.loadgen.run import Drift
+from fanmark.loadgen.run import Drift, Ending
 from fanmark.loadgen.scenario import Scenario
 from fanmark.loadgen.table import number
 from fanmark.loadgen.tally import Tally
@@ -30,12 +30,12 @@ def assemble(
     run_part: dict[str, Any],
     stub: tuple[bool, str] | None = None,
     *,
-    partial: bool,
+    ending: Ending | None,
     windows: Sequence[Window] = (),
     kv: Sequence[tuple[float, float]] | None = None,
 ) -> dict[str, Any]:
     """The whole of summary.json."""
-    arms = summary.summarise_arms(scenario, queries, windows, kv, run_part["seconds"] if partial else None)
+    arms = summary.summarise_arms(scenario, queries, windows, kv, run_part["seconds"] if ending is not None else None)
     counted = [c for q in queries if not q.warmup for c in q.calls if c.kind == "call" and c.sent_at is not None]
     client = client_report(counted)
     knowable = scenario.workload.cache != "warm" and any(c.cached_tokens is not None for c in counted)
@@ -60,7 +60,8 @@ def assemble(
     notes += scenario.unlike_baseline()
     return {
         "schema": summary.SCHEMA,
-        "partial": partial,
+        "partial": ending is not None,
+        "ended": None if ending is None else {"why": ending.why, "reason": ending.reason},
         "run": run_part,
         "target": next(iter(targets.values())) if len(targets) == 1 else targets,
         "validity": summary.validity(arms, ticked, client, drift.unexplained if knowable else None, stub),
@@ -116,5 +117,5 @@ def print_result(found: Mapping[str, Any], out: Path, to: TextIO = sys.stdout) -
             file=to,
         )
         if found["partial"]:
-            print("INTERRUPTED: this is what was measured until then", file=to)
+            print(f"{found['ended']['why'].upper()}: {found['ended']['reason']}", file=to)
         print("\n".join(["", *table.lines(found), f"files    {out}"]), file=to)

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 from fanmark.agents.runtime import Topology
 from fanmark.loadgen.contamination import Explained
@@ -13,6 +13,7 @@ from fanmark.loadgen.crew import Alone, Crew, share
 from fanmark.loadgen.demand import Demand, draw_demand, expected_tokens
 from fanmark.loadgen.endpoint import Endpoint, role_key
 from fanmark.loadgen.errors import CallError, Stopped
+from fanmark.loadgen.gate import Gate
 from fanmark.loadgen.records import Begun, Outcome, Phase, Query, Window
 from fanmark.loadgen.runtime import QueryRuntime, ToolUse, World
 from fanmark.loadgen.scenario import Arm, Scenario
@@ -33,16 +34,37 @@ class Writer(Protocol):
     def window(self, window: Window) -> None: ...
 
 
+@dataclass(frozen=True)
+class Ending:
+    """Why a run ended before its schedule did; `reason` is for the user, in a line."""
+
+    why: Literal["interrupted", "budget", "errors"]
+    reason: str
+
+
+INTERRUPTED = Ending("interrupted", "this is what was measured until then")
+
+
 @dataclass
 class Stop:
-    """How a run is asked to end: no new queries, then (after a grace, or at the second asking) no running ones either."""
+    """How a run is asked to end: no new queries, then (after a grace, or at the second asking) no running ones either. At a budget's cap
+    running queries have all the time they need: what is left of the budget is theirs."""
 
     asked: asyncio.Event = field(default_factory=asyncio.Event)
     forced: asyncio.Event = field(default_factory=asyncio.Event)
+    ending: Ending | None = None
 
     def ask(self) -> None:
         """First call: no new queries. Second: end at once."""
-        (self.forced if self.asked.is_set() else self.asked).set()
+        if self.asked.is_set():
+            self.ending = INTERRUPTED
+            self.forced.set()
+        self.end(INTERRUPTED)
+
+    def end(self, ending: Ending) -> None:
+        """No new queries, for this reason, if no other was first."""
+        self.ending = self.ending or ending
+        self.asked.set()
 
     def at_once(self) -> None:
         """Ends the run now, without a grace."""
@@ -97,6 +119,9 @@ class Run:
         self._slots = asyncio.Semaphore(share(guard, self._crew)) if guard is not None else None
         self._query_timeout_s = load.query_timeout_s * time_scale if load.query_timeout_s is not None else None
         self._running: set[asyncio.Task[Query]] = set()
+        gate = Gate(
+            scenario, endpoints, now, time_scale, self._crew, lambda why, line: self.stop.end(Ending(why, line))
+        )
         self._explained = Explained(elsewhere=self._crew.count > 1)
         self._world = World(
             run_id=run_id,
@@ -108,6 +133,7 @@ class Run:
             tools=tools,
             explained=self._explained,
             tally=tally,
+            gate=gate,
             time_scale=time_scale,
             worker=self._crew.index,
             arms=self._arms,
@@ -128,8 +154,8 @@ class Run:
         by_role = chosen.targets.get(role_key(role, chosen.targets) or "default")
         return self._endpoints[by_role or chosen.target or "default"]
 
-    async def execute(self) -> bool:
-        """Runs the whole schedule; True when it was not cut short. Every query that was started is in the journal afterwards."""
+    async def execute(self) -> Ending | None:
+        """Runs the whole schedule, and says what cut it short. Every query that was started is in the journal afterwards."""
         schedule = asyncio.ensure_future(self._schedule())
         watch = asyncio.ensure_future(self._watch(schedule))
         try:
@@ -142,12 +168,13 @@ class Run:
             for task in self._running:
                 task.cancel()
             await asyncio.gather(watch, *self._running, return_exceptions=True)
-        return not self.stop.asked.is_set()
+        return self.stop.ending
 
     async def _watch(self, schedule: asyncio.Future[None]) -> None:
         await self.stop.asked.wait()
+        at_cap = self.stop.ending is not None and self.stop.ending.why == "budget"
         try:
-            async with asyncio.timeout(GRACE_S):
+            async with asyncio.timeout(None if at_cap else GRACE_S):
                 await self.stop.forced.wait()
         except TimeoutError:
             pass

@@ -3,8 +3,9 @@
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import msgspec
@@ -15,11 +16,14 @@ from fanmark.loadgen.contamination import Explained, Prompt
 from fanmark.loadgen.demand import SYSTEM, Demand, unquoted
 from fanmark.loadgen.endpoint import Endpoint
 from fanmark.loadgen.errors import CallError, Stopped
+from fanmark.loadgen.gate import Gate
 from fanmark.loadgen.lanes.http import HttpError, Sent
 from fanmark.loadgen.lanes.sse import Reply
 from fanmark.loadgen.prompts import Part, Text
 from fanmark.loadgen.records import Call
 from fanmark.loadgen.scenario import Arm
+
+_TEMPLATE_TOKENS = 256  # what a chat template may add of its own, at most
 
 
 class ToolUse(Protocol):
@@ -62,6 +66,7 @@ class World:
     tools: ToolUse | None
     explained: Explained
     tally: Tally
+    gate: Gate
     time_scale: float = 1.0
     worker: int = 0
     arms: Mapping[str, Arm] = field(default_factory=dict)
@@ -213,6 +218,7 @@ class QueryRuntime:
             call.error = error.kind if isinstance(error, CallError) else "cancelled"
             call.message = str(error)[:500] or None
         self.world.tally.call_finished(call)
+        self.world.gate.ended(call)
 
     async def _infer(
         self, endpoint: Endpoint, call: Call, messages: Sequence[Message], max_tokens: int, tools: bool, thought: int
@@ -236,7 +242,7 @@ class QueryRuntime:
             )
             traffic = self._traffic(salt, prompt, messages, endpoint.tool_part if tools else None)
             try:
-                reply = await self._send(endpoint, call, body)
+                reply = await self._send(endpoint, call, body, partial(self._prompt_tokens, endpoint, prompt, body))
             except HttpError as e:
                 if endpoint.drop_refused(e, body):
                     continue
@@ -249,12 +255,21 @@ class QueryRuntime:
                 self.world.explained.replied(traffic, str(again.content))
             return reply
 
-    async def _send(self, endpoint: Endpoint, call: Call, body: Mapping[str, Any]) -> Reply:
-        """Sends a call, and sends it again as the target's retries allow."""
+    async def _send(
+        self, endpoint: Endpoint, call: Call, body: Mapping[str, Any], prompt_tokens: Callable[[], Awaitable[int]]
+    ) -> Reply:
+        """Sends a call when budget and limits let it through, and sends it again as the target's retries allow."""
+        gate, headers = self.world.gate, self._headers(call)
         while True:
             sent = Sent()
+            ticket = await gate.admit(endpoint, call, body, prompt_tokens, sent) if gate.guards(endpoint) else None
             try:
-                return await endpoint.send(body, self._headers(call), sent)
+                if ticket is None:
+                    return await endpoint.send(body, headers, sent)
+                with ticket:
+                    reply = await endpoint.send(body, headers, sent)
+                    ticket.usage = reply.usage
+                    return reply
             except CallError as e:
                 error = e
             finally:
@@ -277,6 +292,23 @@ class QueryRuntime:
         call.attempt, call.due_at, call.sent_at, call.connect_s = call.attempt + 1, done_at, None, None
         await asyncio.sleep(wait_s)
         call.due_at = retry_at
+
+    async def _prompt_tokens(
+        self, endpoint: Endpoint, prompt: Sequence[tuple[Key, Author, Part]], body: Mapping[str, Any]
+    ) -> int:
+        """How long a prompt is; where that is not known, a bound: a token is at least a byte of the request, or of a template."""
+        total = 0
+        if "tools" in body:
+            prompt = [*prompt, (("tools",), "system", endpoint.tool_part or Part("", None))]
+        for _, author, part in prompt:
+            size = part.size
+            if size is None and isinstance(part.content, str) and part.content:
+                counted = await endpoint.prompts.reply_size(author, part.content)
+                size = counted[0] if counted is not None else None
+            if size is None:
+                return len(msgspec.json.encode(body)) + _TEMPLATE_TOKENS
+            total += size
+        return total
 
     async def _parts(
         self, endpoint: Endpoint, messages: Sequence[Message], tools: bool, opening: str

@@ -45,6 +45,22 @@ class RoleShape(Table, frozen=True):
     model: str | None = None
 
 
+class Limits(Table, frozen=True):
+    """What a target may be sent: calls wait until there is room. A minute is any minute, wherever it begins."""
+
+    requests_per_minute: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    tokens_per_minute: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    calls_in_flight: Annotated[int, msgspec.Meta(ge=1)] | None = None
+
+
+class Budget(Table, frozen=True):
+    """The most that a whole run may cost, warm-up included. At the cap no call is sent, and the run ends."""
+
+    dollars: Positive | None = None
+    tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    calls: Annotated[int, msgspec.Meta(ge=1)] | None = None
+
+
 class Target(Table, frozen=True):
     """An inference endpoint. `urls` in place of `url`: replicas of one service, which take calls in turn, or whole queries (`spread`).
     `model` None: the first that /v1/models lists. `params` pass through unchanged, {env = NAME} in them filled in. The key goes as
@@ -76,6 +92,7 @@ class Target(Table, frozen=True):
     retries: Annotated[int, msgspec.Meta(ge=0, le=100)] = 0
     retry_backoff_s: Positive = 0.5
     prices: Prices | None = None
+    limits: Limits | None = None
 
     @property
     def replicas(self) -> list[str]:
@@ -152,7 +169,8 @@ class Stage(Table, frozen=True):
 class Load(Table, frozen=True):
     """When queries start. Each of rate, concurrency, queries and warmup is per arm. `stages` stand in place of `rate`; `gap_cv` is of the
     gamma process; `arrivals` are start times, or the file that they are read from. At most `max_in_flight` queries run at a time: what
-    that delays is told apart. A query that takes longer than `query_timeout_s` is given up. All is done `repeats` times."""
+    that delays is told apart. A query that takes longer than `query_timeout_s` is given up. The run ends when so large a share of the last
+    20 calls failed as `abort_on_errors` says (false: never). All is done `repeats` times."""
 
     mode: Literal["open", "closed"] = "open"
     rate: Positive = 0.5
@@ -162,6 +180,7 @@ class Load(Table, frozen=True):
     arrivals: str | list[NotNegative] | None = None
     max_in_flight: Annotated[int, msgspec.Meta(ge=1)] | None = None
     query_timeout_s: Positive | None = None
+    abort_on_errors: bool | Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5
     concurrency: Annotated[int, msgspec.Meta(ge=1)] = 1
     queries: Annotated[int, msgspec.Meta(ge=1)] | None = None
     duration: Positive | None = None
@@ -219,6 +238,7 @@ class Scenario(Table, frozen=True):
     tools: Tools
     load: Load
     objective: Objective | None
+    budget: Budget | None
     source: str
 
     def workload_of(self, arm: Arm) -> Workload:

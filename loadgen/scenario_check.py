@@ -17,6 +17,7 @@ from fanmark.loadgen.mistakes import convert, show
 from fanmark.loadgen.redaction import is_secret_name
 from fanmark.loadgen.scenario import (
     ANSWER_KINDS,
+    Budget,
     Load,
     Objective,
     Scenario,
@@ -26,7 +27,7 @@ from fanmark.loadgen.scenario import (
     Tools,
     Workload,
 )
-from fanmark.loadgen.target_check import check_targets
+from fanmark.loadgen.target_check import check_budget, check_targets
 
 _CLEARS = {  # what --set KEY=VALUE puts out of force
     "load.queries": "load.duration",
@@ -49,6 +50,7 @@ class _File(Table, frozen=True, kw_only=True):
     tools: Tools = Tools()
     load: Load = Load()
     objective: Objective | None = None
+    budget: Budget | None = None
 
 
 def bundled() -> dict[str, str]:
@@ -88,6 +90,7 @@ def check(raw: Mapping[str, Any], source: str, topologies: Mapping[str, Topology
     if targets and file.stub is not None:
         raise ScenarioError(f"{source}: both a target and [stub]: the stub stands in only where there is no target")
     check_targets(targets, source)
+    check_budget(file.budget, targets, source)
     _check_tools(file.tools, source)
     arms = [arm_of(raw_arm, i, source, topologies) for i, raw_arm in enumerate(file.arm)]
     check_arms(arms, targets, source)
@@ -102,6 +105,7 @@ def check(raw: Mapping[str, Any], source: str, topologies: Mapping[str, Topology
         tools=file.tools,
         load=load,
         objective=file.objective,
+        budget=file.budget,
         source=source,
     )
     _check_lengths(scenario, source)

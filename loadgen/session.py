@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+import msgspec
+
 from fanmark.agents.runtime import Topology
 from fanmark.loadgen import server_side
 from fanmark.loadgen.crew import Alone
@@ -28,6 +30,7 @@ from fanmark.loadgen.run import GRACE_S, Run
 from fanmark.loadgen.run_clock import RunClock
 from fanmark.loadgen.samples import Sampler, kv_use, read_samples
 from fanmark.loadgen.scenario import Scenario, resolved
+from fanmark.loadgen.shaping import target_key
 from fanmark.loadgen.tally import Tally
 from fanmark.loadgen.target import HttpEndpoint
 from fanmark.loadgen.workers import Workers
@@ -50,10 +53,9 @@ class Options:
 
 @dataclass(frozen=True)
 class Result:
-    """summary.json, and whether the run was cut short."""
+    """summary.json."""
 
     summary: dict[str, Any]
-    interrupted: bool
 
 
 async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: Options) -> Result:
@@ -100,7 +102,7 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
         client = partial(client_part, ended.states, host_busy_seconds=sampler.host_busy_seconds)
         found = assemble(
             scenario, queries, endpoints, server, client, ended.drift, run_part, stub,
-            partial=not ended.whole, windows=read_windows(options.out), kv=kv_use(read_samples(options.out)),
+            ending=ended.ending, windows=read_windows(options.out), kv=kv_use(read_samples(options.out)),
         )  # fmt: skip
         notes = [*ended.notes, *found["notes"]]
         found["notes"] = list(dict.fromkeys(notes))  # what is lost first; all workers notice the same
@@ -110,7 +112,7 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
         write_summary(options.out, found)
         tally.validity = {tick: ok for tick, ok in found["validity"].items() if isinstance(ok, bool)}
         await _linger(options.metrics_linger_s)
-        return Result(found, interrupted=not ended.whole)
+        return Result(found)
 
 
 async def _linger(seconds: float) -> None:
@@ -170,8 +172,8 @@ async def _alone(
     clock.start(time.monotonic())
     await last.enter_async_context(_signals(one.stop.ask, options.progress))
     beside = [*_progress(scenario, tally, options, clock), sampler.watch(lambda: {0: health.look()})]
-    whole = await carry_out(one, tally, health, journal, beside)
-    return Ended(whole, one.drift, {0: health.look()})
+    ending = await carry_out(one, tally, health, journal, beside)
+    return Ended(ending, one.drift, {0: health.look()})
 
 
 async def _crew(
@@ -194,11 +196,14 @@ async def _crew(
 
 
 def _check_guard(scenario: Scenario, workers: int) -> None:
-    guard = scenario.load.max_in_flight
-    if guard is not None and guard < workers:
-        raise ScenarioError(
-            f"--workers {workers} with [load] max_in_flight = {guard}: each worker needs a share of at least 1"
-        )
+    guards: dict[str, int | None] = {"[load] max_in_flight": scenario.load.max_in_flight}
+    for name, target in scenario.targets.items():
+        if target.limits is not None:
+            own = msgspec.structs.asdict(target.limits)
+            guards |= {f"{target_key(name)} limits.{key}": value for key, value in own.items()}
+    for key, value in guards.items():
+        if value is not None and value < workers:
+            raise ScenarioError(f"--workers {workers} with {key} = {value}: each worker needs a share of at least 1")
 
 
 def _progress(scenario: Scenario, tally: Tally, options: Options, clock: RunClock) -> list[Coroutine[Any, Any, None]]:

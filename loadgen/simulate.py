@@ -110,7 +110,7 @@ async def _simulate(
     try:
         one = Run(scenario, topologies, endpoints, tools, tally, journal, run_id, now)
         with _interrupts(one.stop.ask):
-            whole = await one.execute()
+            ending = await one.execute()
         journal.flush()
     finally:
         loop.watch_time(None)
@@ -136,12 +136,12 @@ async def _simulate(
     parts = server if len(server) > 1 else next(iter(server.values()))
     found = assemble(
         scenario, queries, endpoints, parts, _no_client, one.drift, run_part,
-        partial=not whole, windows=read_windows(options.out), kv=kv_use(read_samples(options.out)),
+        ending=ending, windows=read_windows(options.out), kv=kv_use(read_samples(options.out)),
     )  # fmt: skip
     found["notes"] = list(dict.fromkeys(found["notes"]))  # engines of one profile have the same caveats
     found["environment"] = environment(options.labels, None, endpoints, told, {})
     write_summary(options.out, found)
-    return Result(found, interrupted=not whole)
+    return Result(found)
 
 
 def _tools(scenario: Scenario) -> ToolSet:

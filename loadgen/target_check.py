@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.mistakes import show
 from fanmark.loadgen.redaction import is_secret_name
-from fanmark.loadgen.scenario import FromEnv, Target
+from fanmark.loadgen.scenario import Budget, FromEnv, Target
 from fanmark.loadgen.shaping import target_key
 
 _PRIVATE_ENDINGS = ("localhost", "local", "internal", "lan", "home.arpa", "test")
@@ -24,6 +24,24 @@ def check_targets(targets: Mapping[str, Target], source: str) -> None:
         _check_secrets(target, where)
         for url in target.metrics_urls:
             _check_metrics_url(target, url, where)
+
+
+def check_budget(budget: Budget | None, targets: Mapping[str, Target], source: str) -> None:
+    """Raises ScenarioError where a cap is missing, or could not be held for want of prices."""
+    if budget is None:
+        return
+    if budget == Budget():
+        raise ScenarioError(f"{source}: [budget]: no cap is given: give dollars, tokens or calls")
+    if budget.dollars is not None and not targets:
+        raise ScenarioError(
+            f"{source}: [budget] dollars = {budget.dollars:g}: the embedded stub costs nothing: give tokens or calls"
+        )
+    for name, target in targets.items():
+        if budget.dollars is not None and target.prices is None:
+            raise ScenarioError(
+                f"{source}: [budget] dollars = {budget.dollars:g}: {target_key(name)} has no prices: give "
+                "prices = { input = ..., output = ... }, in dollars per million tokens"
+            )
 
 
 def _check_addresses(target: Target, where: str) -> None:
@@ -130,6 +148,12 @@ def _variables(target: Target) -> Iterator[tuple[str, str]]:
 def _looks_like_a_key(name: str) -> bool:
     """Whether it is long, and letters of both kinds or small ones stand among digits, as in no variable's name."""
     return len(name) >= 20 and any(c.isdigit() for c in name) and any(c.islower() for c in name)
+
+
+def carries_key(target: Target) -> bool:
+    """Whether requests to the target carry a secret: an API key, or a header or query value out of the environment."""
+    given = [*target.headers.values(), *target.query.values()]
+    return bool(target.api_key_env or target.api_key_file) or any(isinstance(value, FromEnv) for value in given)
 
 
 def is_private(url: str) -> bool:

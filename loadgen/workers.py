@@ -22,7 +22,7 @@ from fanmark.loadgen.health import WORDS, ClientState
 from fanmark.loadgen.link import Ask, Ended, Go, Link, Meeting, Ready, Refused, Say, Snapshot, Task
 from fanmark.loadgen.reach import Place
 from fanmark.loadgen.records import Journal, Query, read_begun, read_queries
-from fanmark.loadgen.run import GRACE_S, Drift
+from fanmark.loadgen.run import GRACE_S, INTERRUPTED, Drift, Ending
 from fanmark.loadgen.run_clock import RunClock
 from fanmark.loadgen.scenario import Scenario
 from fanmark.loadgen.tally import Tally
@@ -30,6 +30,7 @@ from fanmark.loadgen.tally import Tally
 _READY_TIMEOUT_S = 60.0
 _START_AHEAD_S = 0.05  # a meeting's instant is so far ahead that all know of it before it comes
 _END_TIMEOUT_S = 5.0
+_RANK = [None, "interrupted", "budget", "errors"]  # of several workers' ends, the last of these is the run's
 
 
 @dataclass
@@ -108,6 +109,9 @@ class Workers:
     def ask(self) -> None:
         """Asks all to end: first without new queries, the second time at once."""
         self._asked += 1
+        self._ask_all()
+
+    def _ask_all(self) -> None:
         for worker in self._workers:
             worker.link.send(Ask())
 
@@ -145,6 +149,8 @@ class Workers:
                 worker.said.append(message.values)
             elif isinstance(message, Ended):
                 worker.ended = message
+                if _why(message.ending) == "errors":  # one server serves all workers
+                    self._ask_all()
                 worker.state = message.states.get(worker.index, worker.state)
             elif isinstance(message, Refused):
                 worker.error = message.error
@@ -169,7 +175,7 @@ class Workers:
 
     def _sum(self) -> Ended:
         """The workers' ends as one. Those that died are named."""
-        total = Ended(True, Drift(), {})
+        total = Ended(None, Drift(), {})
         for worker in self._workers:
             total.states[worker.index] = worker.state
             if worker.ended is None:
@@ -178,9 +184,12 @@ class Workers:
                     "what it had begun is abandoned, the rest of its share was never started"
                 )
                 continue
-            total.whole = total.whole and worker.ended.whole
+            if _RANK.index(_why(worker.ended.ending)) > _RANK.index(_why(total.ending)):
+                total.ending = worker.ended.ending
             total.drift.add(worker.ended.drift)
             total.notes += worker.ended.notes
+        if self._asked:
+            total.ending = INTERRUPTED
         return total
 
     def join(self, journal: Journal) -> None:
@@ -204,6 +213,10 @@ class Workers:
                 worker.process.kill()
                 await worker.process.wait()
             worker.keep_last_words()
+
+
+def _why(ending: Ending | None) -> str | None:
+    return None if ending is None else ending.why
 
 
 def salvaged(folder: Path, error: str, lost_at: float) -> list[Query]:

@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 
 from fanmark.agents import topologies
-from fanmark.loadgen.dry_run import lines, plan
+from fanmark.loadgen.dry_run import lines, plan, told, totals
 from fanmark.loadgen.scenario import Scenario
 from fanmark.loadgen.scenario_check import check
 
 TABLE = topologies()
 # S 300, Q 200, role 20, instruction 40, answer 200, judge 40 and 300, action 60, tool result 300
 SINGLE: dict[str, Any] = {"name": "single", "topology": "single", "baseline": True}
+SCHEMAS = 1381  # tokens of the embedded tools' schemas, which stand in each prompt of the chain
 DEBATE: dict[str, Any] = {"name": "debate", "topology": "debate"}
 CHAIN: dict[str, Any] = {"name": "chain", "topology": "tool-chain"}
 TEN = {"process": "constant", "rate": 2, "queries": 10}
@@ -32,11 +33,11 @@ PER_QUERY = {
         "input_tokens": 4 * 520 + 4 * 1360 + 1340,
         "output_tokens": 8 * 200 + 300,
     },
-    # 13 x (S + Q), and 0 to 12 actions with their results
+    # 13 x (S + the schemas + Q), and 0 to 12 actions with their results
     "chain": {
         "calls": 13,
         "tool_calls": 12,
-        "input_tokens": 13 * 500 + 78 * 360,
+        "input_tokens": 13 * (500 + SCHEMAS) + 78 * 360,
         "output_tokens": 12 * 60 + 200,
     },
 }
@@ -48,7 +49,11 @@ def test_totals_are_the_closed_forms_times_the_queries() -> None:
         assert {key: found[name][key] for key in per_query} == {key: 10 * n for key, n in per_query.items()}
         assert found[name]["queries"] == 10
     # the longest prompt with its reply: S + Q + answer; the judge's; the last step's
-    assert [arm["longest_context_tokens"] for arm in found.values()] == [700, 1340 + 300, 500 + 12 * 360 + 200]
+    assert [arm["longest_context_tokens"] for arm in found.values()] == [
+        700,
+        1340 + 300,
+        500 + SCHEMAS + 12 * 360 + 200,
+    ]
     # at worst all ten at once, four of a debate's agents beside each other
     assert [arm["peak_calls_in_flight"] for arm in found.values()] == [10, 40, 10]
     # the last of ten at 2 a second; arms start a third of a step apart
@@ -70,15 +75,25 @@ def test_dollars_by_the_targets_prices() -> None:
     found = plan(scenario(TEN, *arms, targets=two), TABLE)
     assert found["single"]["dollars"] == pytest.approx(0.009)
     assert found["debate"]["dollars"] is None  # no prices
-    assert found["chain"]["dollars"] is None  # which target writes how much is not known ahead
+    # its agent's calls all go to the big one
+    assert found["chain"]["dollars"] == pytest.approx(10 * (13 * (500 + SCHEMAS) + 78 * 360 + 2 * 920) / 1e6)
+    found = plan(
+        scenario(
+            TEN, SINGLE | {"target": "small"}, DEBATE | {"targets": {"judge": "big", "default": "big"}}, targets=two
+        ),
+        TABLE,
+    )
+    assert found["debate"]["dollars"] == pytest.approx(
+        10 * (8860 + 2 * 1900) / 1e6
+    )  # by a walk: what by the closed form
 
 
 CACHES: dict[str, list[float | None]] = {
     # Q; Q + 4 roles, F + 4 answers + 4 roles, 4 answers + the judge's instruction; each step's action and result. S is warm
     "arm": [200, 280 + 920 + 840, 200 + 12 * 300],
     "warm": [200, 280 + 920 + 840, 200 + 12 * 300],
-    "query": [500, 580 + 920 + 840, 500 + 12 * 300],
-    "call": [500, 8860, 13 * 500 + 78 * 360],
+    "query": [500, 580 + 920 + 840, 500 + SCHEMAS + 12 * 300],
+    "call": [500, 8860, 13 * (500 + SCHEMAS) + 78 * 360],
     "run": [None, None, None],  # what one arm computes serves another
 }
 
@@ -154,7 +169,27 @@ def test_the_plan_as_a_table() -> None:
         "peak calls in flight        10      40",
         "seconds                   4.50    4.75",
         "dollars                      -       -",
+        "",
+        "whole run, with 4 queries of warm-up: 120 calls, 112,320 tokens in, 25,200 tokens out, dollars unknown (no prices)",
     ]
+
+
+def test_the_whole_run_is_told_with_its_warm_up() -> None:
+    target = {"url": "http://h/v1", "prices": {"input": 1.0, "output": 2.0}}
+    planned = plan(scenario(TEN | {"warmup": 3}, SINGLE, DEBATE | {"warmup": 0}, target=target), TABLE)
+    assert (planned["single"]["warmup"]["calls"], planned["debate"]["warmup"]["calls"]) == (3, 0)
+    found = totals(planned)
+    assert found == pytest.approx(
+        {
+            "calls": 13 + 90,
+            "input_tokens": 13 * 500 + 10 * 8860,
+            "output_tokens": 13 * 200 + 10 * 1900,
+            "dollars": (13 * (500 + 2 * 200) + 10 * (8860 + 2 * 1900)) / 1e6,
+        }
+    )
+    assert told(found) == "103 calls, 95,100 tokens in, 21,600 tokens out, $0.14"
+    endless = plan(scenario({"mode": "closed", "duration": 30.0}, SINGLE), TABLE)
+    assert told(totals(endless)) == "as many calls as it takes"
 
 
 def test_a_claim_stands_beside_the_closed_forms() -> None:
