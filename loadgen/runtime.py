@@ -259,9 +259,9 @@ class QueryRuntime:
         self, endpoint: Endpoint, call: Call, body: Mapping[str, Any], prompt_tokens: Callable[[], Awaitable[int]]
     ) -> Reply:
         """Sends a call when budget and limits let it through, and sends it again as the target's retries allow."""
-        gate, headers = self.world.gate, self._headers(call)
+        gate = self.world.gate
         while True:
-            sent = Sent()
+            sent, headers = Sent(), self._headers(call)
             ticket = await gate.admit(endpoint, call, body, prompt_tokens, sent) if gate.guards(endpoint) else None
             try:
                 if ticket is None:

@@ -313,6 +313,34 @@ def test_a_mistake_in_a_budget_is_told_with_its_mend(more: dict[str, Any], told:
 
 
 @pytest.mark.real
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_whose_server_dies_ends_by_itself(tmp_path: Path, workers: int) -> None:
+    """Half of the last 20 calls is too many; all workers end when one has seen so much."""
+    arms = '[[arm]]\nname = "single"\ntopology = "single"\nbaseline = true\n[load]\nmode = "closed"\nconcurrency = 4\nwarmup = 0\n'
+    (tmp_path / "f.toml").write_text(arms)
+    with running_stub("--time-scale", "0.2", "--fault", "500:rate=0.9", "--fault-seed", "3") as stub:
+        flags = [
+            "--target",
+            f"{stub.url}/v1",
+            "--queries",
+            "100000",
+            "--workers",
+            str(workers),
+            "--out",
+            str(tmp_path / "run"),
+        ]
+        done = fanmark("run", str(tmp_path / "f.toml"), *flags)
+    assert done.returncode == 1, done.stderr
+    said = next(line for line in done.stdout.splitlines() if line.startswith("ERRORS: "))
+    assert "of the last 20 calls failed (http_5xx " in said and said.endswith(
+        "[load] abort_on_errors = 0.5 ends the run"
+    )
+    found = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (found["partial"], found["ended"]["why"]) == (True, "errors")
+    assert 20 <= found["arms"]["single"]["queries"]["started"] < 1000
+
+
+@pytest.mark.real
 def test_workers_share_a_budget_and_stay_below_it(tmp_path: Path) -> None:
     flags = [
         "--queries",

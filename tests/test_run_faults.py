@@ -45,6 +45,7 @@ name = "debate"
 topology = "debate"
 agents = 3
 [load]
+abort_on_errors = false
 mode = "closed"
 concurrency = 4
 queries = 8
