@@ -35,6 +35,10 @@ QueriesOpt = Annotated[int | None, typer.Option(help="Queries of each arm.")]
 DurationOpt = Annotated[float | None, typer.Option(help="Seconds during which queries start.")]
 RateOpt = Annotated[float | None, typer.Option(help="Queries per second of each arm (open loop).")]
 ConcurrencyOpt = Annotated[int | None, typer.Option(help="Queries at a time of each arm (closed loop).")]
+WorkersOpt = Annotated[
+    str, typer.Option(metavar="N|auto", help="Processes that share the queries out; auto: one per core less one.")
+]
+LingerOpt = Annotated[float, typer.Option(min=0, metavar="S", help="Keep /metrics up for so long after the run.")]
 SeedOpt = Annotated[int | None, typer.Option(help="Seed of lengths, texts and arrivals.")]
 SetOpt = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of the scenario.")]
 LabelOpt = Annotated[
@@ -81,17 +85,13 @@ def run(
     duration: DurationOpt = None,
     rate: RateOpt = None,
     concurrency: ConcurrencyOpt = None,
-    workers: Annotated[
-        str, typer.Option(metavar="N|auto", help="Processes that share the queries out; auto: one per core less one.")
-    ] = "1",
+    workers: WorkersOpt = "1",
     seed: SeedOpt = None,
     set_: SetOpt = None,
     label: LabelOpt = None,
     out: OutOpt = None,
     metrics_port: Annotated[int, typer.Option(help="Port of /metrics; 0 takes a free one.")] = 0,
-    metrics_linger: Annotated[
-        float, typer.Option(min=0, metavar="S", help="Keep /metrics up for so long after the run.")
-    ] = 0.0,
+    metrics_linger: LingerOpt = 0.0,
     json: JsonOpt = False,
     strict: StrictOpt = False,
     quiet: Annotated[bool, typer.Option(help="No progress.")] = False,
