@@ -72,7 +72,7 @@ def amplification(arm: Counted, base: Counted, name: str, seed: int, *, interlea
 
 def _costs(queries: Sequence[Query], name: str) -> tuple[dict[int, float] | None, float]:
     """Values of the completed queries by number (None if one is unknown), and all queries' total over the completed ones'."""
-    completed = {query.query: query.resources[name] for query in queries if query.outcome == "completed"}
+    completed = {query.query: _cost(query, name) for query in queries if query.outcome == "completed"}
     known = {i: value for i, value in completed.items() if value is not None}
     if len(known) < len(completed):
         return None, 1.0
@@ -80,14 +80,18 @@ def _costs(queries: Sequence[Query], name: str) -> tuple[dict[int, float] | None
     if name not in COUNTS or name in ("depth", "width") or total == 0:
         return known, 1.0
     lost = math.fsum(_spent(query, name) for query in queries if query.outcome != "completed")
-    if name == "calls":  # of tokens, an attempt that was sent again has none
-        lost += sum(len(query.retried) for query in queries)
     return known, (total + lost) / total
+
+
+def _cost(query: Query, name: str) -> float | None:
+    """What a query cost, attempts that were sent again included: of those there are no tokens, as the server did nothing."""
+    value = query.resources[name]
+    return value if value is None or name != "calls" else value + len(query.retried)
 
 
 def _spent(query: Query, name: str) -> float:
     """What a query that did not complete is known to have spent; of tokens at least those of its calls that ended."""
-    value = query.resources[name]
+    value = _cost(query, name)
     if value is not None:
         return value
     if name == "fresh_tokens":

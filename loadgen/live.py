@@ -72,12 +72,14 @@ class Progress:
             if name != self._tally.baseline and (ratio := self._tally.amplification(name, "calls")) is not None
         )
         failed = sum(arm.finished["failed"] for arm in arms.values())
+        again = sum(arm.retries for arm in arms.values())
         verdict = self._verdict()
         if not any(arm.started for arm in arms.values()):
             return f"{self._now():6.1f} s  warming up, {flying} calls in flight"
         return (
             f"{self._now():6.1f} s  {done}{of} queries done"
             + (f", {failed} failed" if failed else "")
+            + (f", {again} calls sent again" if again else "")
             + f", {flying} calls in flight, tokens/s in {number(read)} out {number(written)}"
             + (f", calls: {ratios}" if ratios else "")
             + (f", client {verdict}" if verdict != "ok" else "")

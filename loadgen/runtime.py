@@ -291,7 +291,7 @@ class QueryRuntime:
         self.world.tally.call_retried(failed)
         call.attempt, call.due_at, call.sent_at, call.connect_s = call.attempt + 1, done_at, None, None
         await asyncio.sleep(wait_s)
-        call.due_at = retry_at
+        call.due_at = min(retry_at, self.world.now())  # a timer may be early by less than a millisecond
 
     async def _prompt_tokens(
         self, endpoint: Endpoint, prompt: Sequence[tuple[Key, Author, Part]], body: Mapping[str, Any]
