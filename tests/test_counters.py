@@ -1,12 +1,21 @@
 """What servers say of themselves: their own names for it, sums over engines and replicas, and where it is asked for."""
 
 import asyncio
+import re
+import threading
+import time
 from collections.abc import Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
 
 import pytest
+from stub_process import running_stub
 
-from fanmark.loadgen.counters import MetricsOf, Reading, merge, parse
+from fanmark.loadgen.counters import COUNTERS, GAUGES, MetricsOf, Reading, merge, parse
 from fanmark.loadgen.errors import CallError
+from fanmark.loadgen.scenario import Target
+from fanmark.loadgen.target import connect
 from fanmark.servers.vllm_metrics import Engine, EngineMetrics, Lived, cache_info
 
 VLLM = """\
@@ -68,7 +77,7 @@ nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type="tokens_per",model="tensor
 nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type="fraction",model="tensorrt_llm",version="1"} 0.28
 nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type="max",model="tensorrt_llm",version="1"} 6239
 """
-GAUGES = {"running": 2.0, "waiting": 9.0, "kv_use": 0.28}
+SAID = {"running": 2.0, "waiting": 9.0, "kv_use": 0.28}
 BLOCKS = {"kv_blocks": 6239.0, "kv_block_tokens": 64.0, "kv_capacity_tokens": 6239.0 * 64}
 
 
@@ -105,15 +114,15 @@ def test_vllms_names_are_summed_over_labels_and_engines() -> None:
 def test_sglangs_names() -> None:
     counts = {"prompt_tokens": 8.0, "generation_tokens": 7.0, "prompt_tokens_cached": 5.0, "request_success": 4.0}
     more = {"request_success_abort": 1.0, "preemptions": 6.0, "kv_capacity_tokens": 471_258.0}
-    assert values(SGLANG) == ("sglang", counts | more | GAUGES)
+    assert values(SGLANG) == ("sglang", counts | more | SAID)
     assert values(SGLANG.replace("sglang:", "sglang_")) == values(SGLANG)
 
 
 def test_tensorrt_llms_names() -> None:
     counts = {"prompt_tokens": 8.0, "generation_tokens": 7.0, "request_success": 155.0}
     reasons = {"request_success_length": 5.0, "request_success_stop": 150.0}
-    assert values(TRTLLM) == ("trtllm", counts | reasons | GAUGES | BLOCKS)
-    assert values(TRITON) == ("triton", GAUGES | BLOCKS)
+    assert values(TRTLLM) == ("trtllm", counts | reasons | SAID | BLOCKS)
+    assert values(TRITON) == ("triton", SAID | BLOCKS)
 
 
 def test_the_stub_is_read_like_vllm() -> None:
@@ -198,3 +207,65 @@ def test_addresses_that_were_given_are_asked_and_no_others(bodies: dict[str, str
     found = read(servers, MetricsOf(["http://a/metrics", "http://b/metrics"], servers.get, guessed=False))
     assert (found is not None) is known
     assert servers.asked == ["http://a/metrics", "http://b/metrics"]
+
+
+RECORDED = Path(__file__).parent / "data" / "vllm_samples" / "metrics.txt"
+
+
+def test_vllms_names_are_those_that_a_real_one_exposed() -> None:
+    families = {line.split(" |")[0] for line in RECORDED.read_text().splitlines() if line.startswith("vllm:")}
+    ours = {name.removesuffix("_total") for table in (COUNTERS, GAUGES) for names in table.values() for name in names}
+    ours = {name for name in ours if name.startswith("vllm:")} | {"vllm:cache_config_info"}
+    assert len(ours) == 13
+    assert {name for name in ours - families if "spec_decode" not in name} == set()  # it drafted nothing
+
+
+def test_a_real_vllms_cache_settings_tell_its_capacity() -> None:
+    line = next(line for line in RECORDED.read_text().splitlines() if line.startswith("vllm:cache_config_info"))
+    labels = ",".join(f'{key}="{value}"' for key, value in re.findall(r"(\w+)=\{([^}]*)\}", line))
+    found = parse(f"vllm:cache_config_info{{{labels}}} 1.0\n")
+    assert found is not None
+    assert found.values == {"kv_capacity_tokens": 524_288.0}
+    assert (found.cache["block_size"], found.cache["enable_prefix_caching"]) == ("128", "True")
+
+
+class _Elsewhere(BaseHTTPRequestHandler):
+    """A server of metrics alone, which remembers the headers that it was sent."""
+
+    seen: list[str]
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Silent."""
+
+    def do_GET(self) -> None:
+        self.seen.append(str(self.headers))
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(VLLM)))
+        self.end_headers()
+        self.wfile.write(VLLM.encode())
+
+
+@pytest.mark.real
+def test_the_key_goes_to_the_target_and_to_no_other_server_of_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEY", "k3y-of-the-stub")
+    seen: list[str] = []
+    handler = type("Handler", (_Elsewhere,), {"seen": seen})
+
+    async def read(config: Target) -> tuple[Reading | None, Reading | None]:
+        endpoint = await connect("t", config, time.monotonic)
+        try:
+            return await endpoint.reading(), parse(VLLM)
+        finally:
+            await endpoint.lane.close()
+
+    with running_stub("--api-key-env", "KEY") as stub, ThreadingHTTPServer(("127.0.0.1", 0), handler) as elsewhere:
+        threading.Thread(target=elsewhere.serve_forever, args=(0.02,), daemon=True).start()
+        other = f"http://127.0.0.1:{elsewhere.server_address[1]}/metrics"
+        config = Target(url=f"{stub.url}/v1", api_key_env="KEY", metrics_urls=[f"{stub.url}/metrics", other])
+        both, there = asyncio.run(read(config))
+        elsewhere.shutdown()
+    assert both is not None and there is not None
+    assert both.values["prompt_tokens"] == there.values["prompt_tokens"]  # the stub has read none yet
+    assert both.values["kv_capacity_tokens"] > there.values["kv_capacity_tokens"]
+    assert len(seen) == 1
+    assert "k3y-of-the-stub" not in seen[0] and "Authorization" not in seen[0]
