@@ -10,6 +10,7 @@ import asyncio
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -191,8 +192,10 @@ class VirtualSampler:
         start = Reading("", {})
         targets: dict[str, ServerSample | None] = {n: server_sample(start, read()) for n, read in self._read.items()}
         arms = arm_samples(self._tally)
-        for second in seconds:
-            self._file.write(msgspec.json.encode(Sample(float(second), targets, arms)) + b"\n")
+        with suppress(OSError):  # a full disk is the journal's to tell
+            for second in seconds:
+                self._file.write(msgspec.json.encode(Sample(float(second), targets, arms)) + b"\n")
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):
+            self._file.close()

@@ -195,6 +195,13 @@ def test_the_command_is_kept_without_where_and_how_it_prints() -> None:
     assert repeatable(command) == ["simulate", "x.toml", "--seed", "3"]
 
 
+def test_a_disk_that_is_full_is_one_line(tmp_path: Path) -> None:
+    run = f"ulimit -f 8; exec {sys.executable} -m fanmark.loadgen.cli simulate --queries 9 --out {tmp_path}/run"
+    done = subprocess.run(["bash", "-c", run], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"fanmark: {tmp_path}/run: cannot be written any more (File too large)\n"
+
+
 def test_interrupt_writes_what_was_simulated(tmp_path: Path) -> None:
     command = [
         sys.executable,
