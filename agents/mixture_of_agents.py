@@ -19,15 +19,16 @@ AGGREGATE = (
 @dataclass(frozen=True, slots=True)
 class Params:
     """`layers` includes the last, which is the aggregator alone; `agents` is the proposers of each other layer. `system`: one
-    system message for all, or one for each proposer."""
+    system message for all, or one for each proposer. `wait_for`: with so many proposals a layer gives up the others."""
 
     layers: int = 3
     agents: int = 6
     system: Literal["shared", "own"] = "shared"
+    wait_for: int | Literal["all"] = "all"
 
     def __post_init__(self) -> None:
         at_least(2, layers=self.layers)
-        at_least(1, agents=self.agents)
+        at_least(1, agents=self.agents, wait_for=self.agents if self.wait_for == "all" else self.wait_for)
 
 
 async def run(rt: Runtime, p: Params) -> None:
@@ -35,10 +36,11 @@ async def run(rt: Runtime, p: Params) -> None:
     proposers = systems(rt, range(p.agents), p.system)
     said = [rt.question]
     for layer in range(1, p.layers):
-        answers = await together(
+        proposals = (
             rt.infer([own, *said], writes=("answer", layer, i), role=f"proposer-{i + 1}", round=layer)
             for i, own in enumerate(proposers)
         )
+        answers = await together(proposals, p.wait_for)
         said = [rt.question, aggregate, *(rt.quote(answer) for answer in answers)]
     await rt.infer([rt.system, *said], writes=("answer", p.layers), role="aggregator", round=p.layers)
 
@@ -52,7 +54,8 @@ def expected(p: Params, _: Drawn) -> Expected:
     for layer in range(1, p.layers):
         readers = p.agents if layer < p.layers - 1 else 1
         reads.update({("quoted", "answer", layer, i): readers for i in range(p.agents)})
-    return Expected(calls=calls, depth=p.layers, width=p.agents, writes={"answer": calls}, reads=reads)
+    late = p.wait_for != "all" and p.wait_for < p.agents
+    return Expected(calls=calls, depth=p.layers, width=p.agents, writes={"answer": calls}, reads=reads, at_most=late)
 
 
 TOPOLOGY = Topology(

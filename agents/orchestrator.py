@@ -7,6 +7,7 @@ cite:    with `citations`, one more reads S, Q, all workers' answers and the lea
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from fanmark.agents.runtime import Drawn, Expected, Key, Message, Runtime, Topology, at_least, together
 from fanmark.agents.tool_chain import act, reads_of, steps_of
@@ -19,16 +20,18 @@ TASK = (
 
 @dataclass(frozen=True, slots=True)
 class Params:
-    """`tool_calls` of each worker in each wave, `tools_per_step` at once."""
+    """`tool_calls` of each worker in each wave, `tools_per_step` at once. `wait_for`: with so many reports a wave gives up the others."""
 
     workers: int = 4
     waves: int = 1
     tool_calls: int = 6
     tools_per_step: int = 1
     citations: bool = False
+    wait_for: int | Literal["all"] = "all"
 
     def __post_init__(self) -> None:
         at_least(1, workers=self.workers, waves=self.waves, tools_per_step=self.tools_per_step)
+        at_least(1, wait_for=self.workers if self.wait_for == "all" else self.wait_for)
         at_least(0, tool_calls=self.tool_calls)
 
     def chain(self, wave: int, worker: int) -> list[range]:
@@ -49,9 +52,10 @@ async def run(rt: Runtime, p: Params) -> None:
     context, found = [rt.system, rt.question], list[Message]()
     for wave in range(1, p.waves + 1):
         plan = await rt.infer(context, writes=("plan", wave), role="lead", round=wave)
-        reports = await together(work(wave, i, plan) for i in range(1, p.workers + 1))
-        found += map(rt.quote, reports)
-        context += [plan, *found[-p.workers :]]
+        reports = await together((work(wave, i, plan) for i in range(1, p.workers + 1)), p.wait_for)
+        quotes = [rt.quote(report) for report in reports]
+        found += quotes
+        context += [plan, *quotes]
     final = await rt.infer(context, writes=("judge_answer",), role="lead", round=p.waves + 1)
     if p.citations:
         prompt = [rt.system, rt.question, *found, rt.quote(final)]
@@ -81,6 +85,7 @@ def expected(p: Params, _: Drawn) -> Expected:
         writes={"plan": p.waves, "action": chains * p.tool_calls, "answer": chains, "judge_answer": 1 + cited},
         reads=reads,
         times=times,
+        at_most=p.wait_for != "all" and p.wait_for < p.workers,
     )
 
 

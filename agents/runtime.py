@@ -88,7 +88,7 @@ class Expected:
     `writes`: how often each kind's length is written by a call (output tokens = sum of count x length). `reads`: in how many prompts
     each message stands (input tokens = sum of count x size); the tools' schemas are the message ("tools",). `times`: how many lengths
     of its kind a message has, where it is not one. `depth` counts calls on the longest chain of dependencies, `width` is the largest
-    number of calls at one depth.
+    number of calls at one depth. `at_most`: these are bounds, since those that are late are given up.
     """
 
     calls: int
@@ -98,6 +98,7 @@ class Expected:
     reads: Mapping[Key, int]
     tool_calls: int = 0
     times: Mapping[Key, int] = field(default_factory=dict)
+    at_most: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,14 +114,21 @@ class Topology:
     sketch: str = ""
 
 
-async def together(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Runs all at once and gives their results in order. The first failure cancels the rest and is raised as it is."""
+async def together(coroutines: Iterable[Coroutine[Any, Any, T]], wait_for: int | Literal["all"] = "all") -> list[T]:
+    """Runs all at once and gives their results in order. The first failure cancels the rest and is raised as it is. With `wait_for` as soon
+    as so many have ended the others are cancelled, and are not among the results."""
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(coroutine) for coroutine in coroutines]
+            enough = len(tasks) if wait_for == "all" else min(wait_for, len(tasks))
+            while sum(task.done() for task in tasks) < enough < len(tasks):
+                await asyncio.wait([task for task in tasks if not task.done()], return_when=asyncio.FIRST_COMPLETED)
+            if enough < len(tasks):
+                for task in tasks:
+                    task.cancel()
     except BaseExceptionGroup as failures:
         raise failures.exceptions[0] from None
-    return [task.result() for task in tasks]
+    return [task.result() for task in tasks if not task.cancelled()]
 
 
 def systems(rt: Runtime, names: Iterable[str | int], whose: Literal["shared", "own"]) -> list[Message]:

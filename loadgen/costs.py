@@ -70,14 +70,13 @@ def dollars(calls: list[Call], prices: Mapping[str, Prices | None]) -> float | N
 
 
 def mismatches(query: Query, *, exact_output: bool) -> list[str]:
-    """The resources in which a completed query differs from its closed form; unknown ones are not compared. Of a query that a limit stopped
-    the closed form is a bound."""
+    """The resources in which a completed query differs from its closed form; unknown ones are not compared."""
     off = []
     for name, expected in query.expected.items():
         measured = query.resources[name]
         if expected is None or measured is None:
             continue
-        bound = query.stopped is not None or (name == "output_tokens" and not exact_output)
+        bound = query.bound or (name == "output_tokens" and not exact_output)
         if measured > expected if bound else measured != expected:
             off.append(name)
     return off

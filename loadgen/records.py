@@ -131,8 +131,9 @@ class Call(msgspec.Struct, omit_defaults=False, kw_only=True):
 
 class Query(msgspec.Struct, kw_only=True):
     """One query: a line of queries.jsonl. `resources` are the per_query resources of summary.json, None where unknown; `expected` is
-    the closed form of this query; `mismatches` names the resources that differ from it. `warmup`: it does not count, for its `phase` is
-    not the window. `calls` are the last attempts, one for each call; those before them are `retried`."""
+    the closed form of this query, with `bound` the most that it may cost; `mismatches` names the resources that differ from it. `warmup`:
+    it does not count, for its `phase` is not the window. `calls` are the last attempts, one for each call; those before them are
+    `retried`."""
 
     query: int
     arm: str
@@ -151,6 +152,7 @@ class Query(msgspec.Struct, kw_only=True):
     calls: list[Call] = []
     retried: list[Call] = []
     stopped: str | None = None
+    bound: bool = False
     part: str | None = None
 
     @property

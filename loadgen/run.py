@@ -241,6 +241,7 @@ class Run:
         except Exception as e:  # a topology's own defect must not end the others
             error = f"{type(e).__name__}: {e}"
         done_at = self._now()
+        expected, at_most = await self._expected(runtime) if outcome != "abandoned" else ({}, False)
         query = Query(
             query=runtime.demand.query,
             arm=arm.name,
@@ -252,13 +253,14 @@ class Run:
             done_at=done_at,
             outcome=outcome,
             resources={},
-            expected=await self._expected(runtime) if outcome != "abandoned" else {},
+            expected=expected,
             mismatches=[],
             seed=runtime.demand.seed,
             error=error,
             calls=runtime.calls,
             retried=runtime.retried,
             stopped=stopped,
+            bound=at_most or stopped is not None,
             part=demand.part,
         )
         prices = {name: endpoint.config.prices for name, endpoint in self._endpoints.items()}
@@ -296,11 +298,12 @@ class Run:
     def _exact_output(self, arm: Arm) -> bool:
         return self._world.forced and not any("ignore_eos" in e.dropped for e in self._endpoints.values())
 
-    async def _expected(self, runtime: QueryRuntime) -> dict[str, int | None]:
-        """The closed form with the real sizes of what could not be drawn: replies and tool results as they are read again."""
+    async def _expected(self, runtime: QueryRuntime) -> tuple[dict[str, int | None], bool]:
+        """The closed form with the real sizes of what could not be drawn: replies and tool results as they are read again; and whether it
+        is a bound."""
         topology = runtime.demand.topology
         if topology.expected is None:
-            return {}
+            return {}, False
         form = topology.expected(runtime.demand.params, runtime)
         for key, times in form.reads.items():
             base = key[1:] if key[0] == "quoted" else key
@@ -316,7 +319,7 @@ class Run:
                     self.drift.written += written
                     self.drift.read += counted[1]
         output, total = expected_tokens(form, runtime.demand.lengths, runtime.sizes)
-        return {
+        expected = {
             "calls": form.calls,
             "tool_calls": form.tool_calls,
             "input_tokens": total,
@@ -324,3 +327,4 @@ class Run:
             "depth": form.depth,
             "width": form.width,
         }
+        return expected, form.at_most

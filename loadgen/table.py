@@ -134,10 +134,10 @@ def _expected_rows(arms: Mapping[str, Any]) -> list[list[str]]:
     keys = ("calls", "tool_calls", "input_tokens", "output_tokens", "depth", "width")
     rows = [["", *(key.replace("_", " ") for key in keys), "queries", "differ"]]
     for name, arm in arms.items():
-        row = [name]
+        row, at_most = [name], "<= " if arm["expected"]["at_most"] else ""
         for key in keys:
             measured = arm["per_query"][key]
-            row.append(f"{number(arm['expected'][key])} / {number(measured['mean'] if measured else None)}")
+            row.append(f"{at_most}{number(arm['expected'][key])} / {number(measured['mean'] if measured else None)}")
         rows.append([*row, number(arm["queries"]["completed"]), number(arm["expected"]["mismatches"])])
     return rows
 

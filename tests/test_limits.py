@@ -56,6 +56,37 @@ def test_a_limit_ends_the_query_with_what_it_has(
         assert sum(call.error == "cancelled" for call in query.calls) == given_up
 
 
+STRAGGLERS: list[tuple[str, dict[str, Any], int, int]] = [
+    # topology, its keys; the calls that are needed at least, and all
+    ("self-consistency", {"samples": 6, "wait_for": 4}, 4, 6),
+    ("mixture-of-agents", {"layers": 3, "agents": 4, "wait_for": 3}, 3 + 3 + 1, 9),
+    ("orchestrator", {"workers": 4, "tool_calls": 1, "wait_for": 2}, 1 + 2 * 2 + 1, 10),
+]
+
+
+@pytest.mark.parametrize(("topology", "params", "least", "most"), STRAGGLERS)
+def test_who_is_late_is_given_up(topology: str, params: dict[str, Any], least: int, most: int, tmp_path: Path) -> None:
+    """Prompts too long to be read in one step, and cached by nobody: siblings end one after another."""
+    raw = {
+        "arm": [
+            {"name": "single", "topology": "single", "baseline": True},
+            {"name": "many", "topology": topology, **params},
+        ],
+        "workload": {"system": 9000, "answer": 60, "cache": "call"},
+        "load": {"mode": "closed", "concurrency": 1, "queries": 3, "warmup": 0},
+    }
+    out = tmp_path / "run"
+    found = simulate(check(raw, "limits.toml", topologies()), topologies(), Options(out, "test", [])).summary
+    arm = found["arms"]["many"]
+    assert arm["queries"]["completed"] == 3 and found["validity"]["counted"] is True
+    assert arm["expected"]["at_most"] is True and arm["expected"]["calls"] == most
+    queries = [query for query in read_queries(out) if query.arm == "many"]
+    assert all(query.bound and least <= query.resources["calls"] <= most for query in queries)
+    given_up = sum(call.error == "cancelled" and call.kind == "call" for query in queries for call in query.calls)
+    assert 0 < given_up == arm["waste"]["given_up"]
+    assert found["arms"]["single"]["expected"]["at_most"] is False and found["arms"]["single"]["waste"]["given_up"] == 0
+
+
 def test_no_limit_is_reached_by_what_stays_below_it(tmp_path: Path) -> None:
     arm, queries = run(tmp_path, max_calls=9, max_tokens=10**6, query_seconds=1000)
     assert arm["stopped"] == {} and {query.stopped for query in queries} == {None}
