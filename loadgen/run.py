@@ -240,42 +240,47 @@ class Run:
             error = f"{e.kind}: {e}"
         except Exception as e:  # a topology's own defect must not end the others
             error = f"{type(e).__name__}: {e}"
-        done_at = self._now()
-        expected, at_most = await self._expected(runtime) if outcome != "abandoned" else ({}, False)
         query = Query(
-            query=runtime.demand.query,
+            query=demand.query,
             arm=arm.name,
             warmup=not counted,
             phase=phase,
             repeat=repeat,
             due_at=due_at,
             started_at=started_at,
-            done_at=done_at,
+            done_at=self._now(),
             outcome=outcome,
             resources={},
-            expected=expected,
+            expected={},
             mismatches=[],
-            seed=runtime.demand.seed,
+            seed=demand.seed,
             error=error,
             calls=runtime.calls,
             retried=runtime.retried,
             stopped=stopped,
-            bound=at_most or stopped is not None,
             part=demand.part,
         )
-        prices = {name: endpoint.config.prices for name, endpoint in self._endpoints.items()}
-        query.resources = resources(query.needed, due_at, done_at, prices, runtime.retried)
-        if outcome == "completed":
-            query.mismatches = mismatches(query, exact_output=self._exact_output(arm))
+        await self._account(query, runtime)
         for endpoint in self._endpoints.values():
-            endpoint.prompts.forget(runtime.demand.seed)
+            endpoint.prompts.forget(demand.seed)
         if self.scenario.workload.cache != "run":
-            self._explained.forget((arm.name, runtime.demand.query))
-        self.drift.unexplained += runtime.unexplained_tokens
+            self._explained.forget((arm.name, demand.query))
         self._journal.write(query)
         if counted:
             self._tally.query_finished(query)
         return query
+
+    async def _account(self, query: Query, runtime: QueryRuntime) -> None:
+        """What the query cost, and where that differs from its closed form."""
+        prices = {name: endpoint.config.prices for name, endpoint in self._endpoints.items()}
+        query.resources = resources(query.needed, query.due_at, query.done_at, prices, query.retried)
+        if query.outcome != "abandoned":
+            query.expected, at_most = await self._expected(runtime)
+            query.bound = at_most or query.stopped is not None
+        if query.outcome == "completed":
+            exact = self._world.forced and not any("ignore_eos" in e.dropped for e in self._endpoints.values())
+            query.mismatches = mismatches(query, exact_output=exact)
+        self.drift.unexplained += runtime.unexplained_tokens
 
     async def _answer(self, arm: Arm, runtime: QueryRuntime) -> str | None:
         """Runs the topology; gives the arm's limit that ended it early, if one did."""
@@ -294,9 +299,6 @@ class Run:
         if not any(call.kind == "call" and call.error is None for call in runtime.calls):
             raise CallError("timeout", f"{limit} was reached before any call had ended")
         return limit
-
-    def _exact_output(self, arm: Arm) -> bool:
-        return self._world.forced and not any("ignore_eos" in e.dropped for e in self._endpoints.values())
 
     async def _expected(self, runtime: QueryRuntime) -> tuple[dict[str, int | None], bool]:
         """The closed form with the real sizes of what could not be drawn: replies and tool results as they are read again; and whether it
