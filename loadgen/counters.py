@@ -87,14 +87,15 @@ def parse(text: str) -> Reading | None:
     cache: dict[str, str] = {}
     server = ""
     for line in text.splitlines():
-        head, brace, rest = line.partition("{")
+        declared = line.startswith("# TYPE ")  # a server that has served nothing yet may expose no more than that
+        head, brace, rest = line.removeprefix("# TYPE ").partition("{")
         labels, _, tail = rest.rpartition("}")
-        name, _, plain = (head, "", tail) if brace else line.partition(" ")
-        if name.startswith("#") or (name.endswith("_bucket") and not name.startswith(LATENESS)):
-            continue
+        name, _, plain = (head, "", tail) if brace else head.partition(" ")
         for spelt, ours in _SPELLINGS:
             name = ours + name.removeprefix(spelt) if name.startswith(spelt) else name
         server = server or next((kind for kind, prefix in SERVERS.items() if name.startswith(prefix)), "")
+        if declared or name.startswith("#") or (name.endswith("_bucket") and not name.startswith(LATENESS)):
+            continue
         if name in _CACHE_INFO:
             cache = dict(_LABEL.findall(labels))
             found.setdefault("kv_capacity_tokens", []).extend(_capacity(cache))

@@ -145,6 +145,14 @@ def test_whoever_speaks_of_something_else_is_no_server_of_ours(text: str) -> Non
     assert parse(text) is None
 
 
+def test_a_server_that_has_served_nothing_yet_is_known_by_what_it_declares() -> None:
+    assert values("# HELP sglang:prompt_tokens_total Tokens.\n# TYPE sglang:prompt_tokens_total counter\n") == (
+        "sglang",
+        {},
+    )
+    assert values("# TYPE trtllm_num_requests_running gauge\n") == ("trtllm", {})
+
+
 def test_what_is_no_number_is_unknown() -> None:
     assert values(
         "trtllm_kv_cache_utilization NaN\ntrtllm_num_requests_waiting{\ntrtllm_num_requests_running 1 17000\n"
