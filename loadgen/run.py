@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal, Protocol
 
 from fanmark.agents.runtime import Topology
@@ -193,13 +194,13 @@ class Run:
         endpoints = {self._endpoint(arm.name, role) for role in arm.targets} or {self._endpoint(arm.name, "")}
         await runtime.prepare(endpoints, [runtime.system, runtime.question])
 
-        def start(due_at: float) -> asyncio.Task[Query]:
-            task = asyncio.ensure_future(self._query(arm, runtime, due_at, phase, repeat))
-            self._running.add(task)
-            task.add_done_callback(self._running.discard)
-            return task
+        return partial(self._start, arm, runtime, phase, repeat)
 
-        return start
+    def _start(self, arm: Arm, runtime: QueryRuntime, phase: Phase, repeat: int, due_at: float) -> asyncio.Task[Query]:
+        task = asyncio.ensure_future(self._query(arm, runtime, due_at, phase, repeat))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return task
 
     def _world_of(self, repeat: int) -> World:
         """Each repeat is a run of its own to the servers: its salts are new, so that it starts as cold as the first."""

@@ -11,6 +11,7 @@ import asyncio
 import math
 import random
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -252,7 +253,9 @@ class Schedule:
             if self._asked.is_set():
                 return
             if block.phase(self._now()) == phase:  # else the window began or ended while its texts were made
-                await asyncio.wait([self._begin(block, arm, phase, i, start, self._now())])
+                ended = asyncio.get_running_loop().create_future()  # asyncio.wait takes 1 KB for the same
+                self._begin(block, arm, phase, i, start, self._now()).add_done_callback(partial(_tell, ended))
+                await ended
 
     def _begin(
         self, block: _Block, arm: Arm, phase: Phase, i: int, start: Start, due_at: float
@@ -261,16 +264,16 @@ class Schedule:
         self._highest, self._lowest = max(self._highest, number), min(self._lowest, number)
         task = start(due_at)
         block.running[task] = phase
-
-        def ended(task: "asyncio.Task[Query]") -> None:
-            del block.running[task]
-            if not task.cancelled():
-                query = task.result()
-                calls_s = sum(call.seconds for call in query.calls if call.kind == "call")
-                self._news += (self._places[arm.name], query.done_at - query.due_at, calls_s)
-
-        task.add_done_callback(ended)
+        task.add_done_callback(partial(self._note, block, arm))
         return task
+
+    def _note(self, block: _Block, arm: Arm, task: "asyncio.Task[Query]") -> None:
+        """A query that ended. Its news are of use only where a window waits for them."""
+        del block.running[task]
+        if block.windowed and not task.cancelled():
+            query = task.result()
+            calls_s = sum(call.seconds for call in query.calls if call.kind == "call")
+            self._news += (self._places[arm.name], query.done_at - query.due_at, calls_s)
 
     def _told_now(self) -> list[float]:
         """The news of this worker, once."""
@@ -317,6 +320,11 @@ async def together(parts: Iterable[Coroutine[Any, Any, None]]) -> None:
         for part in parts:
             group.create_task(part)
             await asyncio.sleep(0)
+
+
+def _tell(ended: "asyncio.Future[None]", task: "asyncio.Task[Query]") -> None:
+    if not ended.done():
+        ended.set_result(None)
 
 
 async def _ended(tasks: Iterable["asyncio.Task[Query]"]) -> None:
