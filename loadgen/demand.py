@@ -3,12 +3,14 @@
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 from fanmark.agents.runtime import Author, Expected, Key, Message, Topology
 from fanmark.loadgen.arms import resolve_params
-from fanmark.loadgen.lengths import draw_int
-from fanmark.loadgen.scenario import KINDS, RUN_KINDS, Arm, Scenario
+from fanmark.loadgen.lengths import Dist, draw_int
+from fanmark.loadgen.scenario import KINDS, RUN_KINDS, Arm, Scenario, Workload
 
 SYSTEM = (
     "You are one of several assistants that answer questions for engineers and planners. Think step by step, state your assumptions, "
@@ -73,7 +75,7 @@ def draw_demand(scenario: Scenario, arm: Arm, topologies: Mapping[str, Topology]
         part = arm.name
     topology = topologies[arm.topology]
     workload = scenario.workload_of(arm)
-    lengths = {
+    lengths = _constants(workload) or {
         kind: draw_int(getattr(workload, kind), scenario.seed, "run" if kind in RUN_KINDS else query, kind)
         for kind in KINDS
     }
@@ -81,6 +83,13 @@ def draw_demand(scenario: Scenario, arm: Arm, topologies: Mapping[str, Topology]
         topology, arm.params, arm.name, lambda key, dist: draw_int(dist, scenario.seed, query, "params", key)
     )
     return Demand(name, query, lengths, params, f"{scenario.seed}/{query}", topology, part)
+
+
+@lru_cache(64)
+def _constants(workload: Workload) -> Mapping[str, int] | None:
+    """The lengths where none is drawn: the same for all queries, which may be thousands at a time."""
+    given = {kind: getattr(workload, kind) for kind in KINDS}
+    return None if any(isinstance(length, Dist) for length in given.values()) else MappingProxyType(given)
 
 
 def expected_tokens(

@@ -5,7 +5,7 @@ import hashlib
 import time
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import msgspec
@@ -89,11 +89,11 @@ class QueryRuntime:
     _ids: dict[Key, list[int] | None] = field(default_factory=dict)
     _free_at: float = 0.0  # when the next call may leave
 
-    @property
+    @cached_property
     def system(self) -> Message:
         return self.message(("system",), SYSTEM, "system")
 
-    @property
+    @cached_property
     def question(self) -> Message:
         return self.message(("question",), self.demand.question, per_query=True)
 

@@ -243,6 +243,8 @@ class Scenario(Table, frozen=True):
 
     def workload_of(self, arm: Arm) -> Workload:
         """The workload with the arm's own lengths."""
+        if not arm.workload:
+            return self.workload
         return msgspec.convert(msgspec.to_builtins(self.workload) | arm.workload, Workload)
 
     def load_of(self, arm: Arm) -> Load:
