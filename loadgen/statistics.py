@@ -93,6 +93,53 @@ def paired_ratio(own: Mapping[int, float], base: Mapping[int, float], seed: int)
     return found | {"low": float(low), "high": float(high), "method": "paired bootstrap over queries"}
 
 
+def by_repeats(own: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of a ratio from the means of each repeat: Student's t on the logarithms of their ratios."""
+    logs = [math.log(a / b) for a, b in zip(own, base, strict=True)]
+    middle = math.fsum(logs) / len(logs)
+    variance = math.fsum((x - middle) ** 2 for x in logs) / (len(logs) - 1)
+    half = _t(len(logs) - 1) * math.sqrt(variance / len(logs))
+    return math.exp(middle - half), math.exp(middle + half)
+
+
+Batches = Sequence[tuple[float, int]]  # of each batch, the sum of its values and their number
+
+
+def by_batches(own: Batches, base: Batches, *, paired: bool) -> tuple[float, float]:
+    """95 % interval of the ratio of two means, each of values that come in batches of different sizes: Student's t on the logarithm of the
+    ratio, its variance by the delta method from what the batches are off their mean. `paired`: batch by batch at the same time, so that
+    what moves both falls out."""
+    (own_mean, own_off), (base_mean, base_off) = _off_mean(own), _off_mean(base)
+    middle = math.log(own_mean / base_mean)
+    if paired:
+        variance, freedom = _variance([a - b for a, b in zip(own_off, base_off, strict=True)]), float(len(own) - 1)
+    else:  # Welch and Satterthwaite
+        parts = [(_variance(off), len(off) - 1) for off in (own_off, base_off)]
+        variance = sum(part for part, _ in parts)
+        freedom = variance**2 / sum(part**2 / n for part, n in parts) if variance else 1.0
+    half = _t(freedom) * math.sqrt(variance)
+    return math.exp(middle - half), math.exp(middle + half)
+
+
+def _off_mean(batches: Batches) -> tuple[float, list[float]]:
+    """The mean of all values, and how far each batch lies off it: its excess over the mean, as a share of a mean batch's sum."""
+    mean = math.fsum(total for total, _ in batches) / sum(n for _, n in batches)
+    usual = mean * sum(n for _, n in batches) / len(batches)
+    return mean, [(total - mean * n) / usual for total, n in batches]
+
+
+def _variance(off: Sequence[float]) -> float:
+    """Of the mean of what is 0 on average."""
+    return math.fsum(x * x for x in off) / (len(off) * (len(off) - 1))
+
+
+def _t(freedom: float) -> float:
+    """The 97.5 % quantile of Student's t."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, 0.975))
+
+
 def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     """95 % interval of a share (Wilson 1927)."""
     if n == 0:
