@@ -9,7 +9,9 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice, takewhile
 
-from fanmark.loadgen.scenario import Load, Stage
+import msgspec
+
+from fanmark.loadgen.scenario import Arm, Load, Scenario, Stage
 
 
 def constant(phase: float = 0.0) -> Iterator[float]:
@@ -71,3 +73,39 @@ def open_loop(load: Load, seed: int, arm: str, place: float) -> Iterator[float]:
         return islice(times, load.queries)
     end_at = math.inf if load.duration is None else load.duration
     return takewhile(lambda at: at < end_at, times)
+
+
+def of_arm(scenario: Scenario, arm: Arm, repeat: int, phase: str = "window") -> Iterator[float]:
+    """When an arm's queries start in an open loop's repeat, since the phase began; before and after the window without end. Those of the
+    window are the same however long the lead-in was."""
+    load, place = scenario.load_of(arm), 0.0
+    if load.arms == "interleaved":
+        place = scenario.arms.index(arm) / len(scenario.arms)
+    stream = arm.name + of_repeat(repeat)
+    if phase != "window":
+        load, stream = msgspec.structs.replace(load, duration=None, queries=None), f"{stream}/{phase}"
+    return open_loop(load, scenario.seed, stream, place)
+
+
+def of_repeat(repeat: int) -> str:
+    """What tells a repeat's random streams from the first one's."""
+    return f"/{repeat}" if repeat > 1 else ""
+
+
+def counted_numbers(scenario: Scenario) -> dict[str, list[int] | None]:
+    """By arm, the numbers of its counted queries, repeat after repeat: none comes twice, and a repeat's first is the same in all arms. None
+    where the server decides how many there will be."""
+    found: dict[str, list[int] | None] = {arm.name: [] for arm in scenario.arms}
+    first: int | None = 0
+    for repeat in range(1, scenario.load.repeats + 1):
+        counts: list[int | None] = []
+        for arm in scenario.arms:
+            load, listed = scenario.load_of(arm), found[arm.name]
+            n = sum(1 for _ in of_arm(scenario, arm, repeat)) if load.mode == "open" else load.queries
+            counts.append(n)
+            found[arm.name] = (
+                None if first is None or n is None or listed is None else [*listed, *range(first, first + n)]
+            )
+        known = [n for n in counts if n is not None]
+        first = first + max(known) if first is not None and len(known) == len(counts) else None
+    return found

@@ -81,6 +81,11 @@ class Reading:
     cache: Mapping[str, str] = field(default_factory=dict)
 
 
+def unfinished(reading: Reading | None) -> float:
+    """Requests that run or wait at the servers; 0 where they do not tell."""
+    return 0.0 if reading is None else reading.values.get("running", 0.0) + reading.values.get("waiting", 0.0)
+
+
 def parse(text: str) -> Reading | None:
     """One scrape; None where no server that we know speaks."""
     found: dict[str, list[float]] = {}

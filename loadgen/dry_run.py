@@ -12,7 +12,7 @@ import msgspec
 from msgspec.structs import replace
 
 from fanmark.agents.runtime import Topology
-from fanmark.loadgen.arrivals import open_loop
+from fanmark.loadgen.arrivals import counted_numbers, of_arm
 from fanmark.loadgen.claims import held
 from fanmark.loadgen.costs import dollars
 from fanmark.loadgen.demand import Demand, draw_demand, expected_tokens
@@ -42,7 +42,8 @@ def plan(scenario: Scenario, topologies: Mapping[str, Topology]) -> dict[str, An
     of tool servers of one's own and the rounding of a real tokenizer are not in it; the longest context is that of the first 20 queries,
     from which fresh tokens are extrapolated."""
     schemas = cache(partial(_schema_tokens, scenario))
-    found = {arm.name: _arm(_Arm(scenario, arm, topologies, schemas), i) for i, arm in enumerate(scenario.arms)}
+    numbers = counted_numbers(scenario)
+    found = {arm.name: _arm(_Arm(scenario, arm, topologies, schemas), numbers[arm.name]) for arm in scenario.arms}
     base = found[scenario.baseline.name]
     for arm in scenario.arms:
         found[arm.name]["claim"] = held(arm, partial(_per_query, found[arm.name], base))
@@ -142,12 +143,11 @@ def _per_query(found: Mapping[str, Any], base: Mapping[str, Any], unit: str, res
     return own / against if against else None
 
 
-def _arm(arm: _Arm, place: int) -> dict[str, Any]:
+def _arm(arm: _Arm, numbers: Sequence[int] | None) -> dict[str, Any]:
     scenario, load = arm.scenario, arm.scenario.load_of(arm.arm)
-    times = (
-        list(open_loop(load, scenario.seed, arm.arm.name, place / len(scenario.arms))) if load.mode == "open" else []
-    )
-    queries = len(times) if load.mode == "open" else load.queries
+    times = list(of_arm(scenario, arm.arm, 1)) if load.mode == "open" else []
+    queries = len(numbers) if numbers is not None else None
+    windowed = load.duration is not None and not load.stages  # how many go before and after is the server's to say
     unknown = dict.fromkeys((*_SUMS, "tool_calls"))
     found: dict[str, Any] = {"queries": queries, "calls": None, "tool_calls": None, "input_tokens": None}
     found |= {
@@ -157,18 +157,21 @@ def _arm(arm: _Arm, place: int) -> dict[str, Any]:
         "peak_calls_in_flight": None,
     }
     found |= {"seconds": times[-1] if times else load.duration, "dollars": None}
-    found["warmup"] = {"queries": load.warmup, **unknown}
+    warmup = 0 if windowed else load.warmup * load.repeats
+    found["warmup"] = {"queries": None if windowed else warmup, **unknown}
     if any(arm.topologies[part.topology].expected is None for part in arm.arm.mix or [arm.arm]):
         return found
     n = queries if queries is not None else _SAMPLE
-    sums = arm.sums(range(n))
+    sums = arm.sums(numbers if numbers is not None else range(n))
     drawn = [arm.demand(i) for i in range(min(n, _WALKED))]
     walked = [asyncio.run(walk(demand.topology, demand)) for demand in drawn]
     longest = max((made.context_tokens for query in walked for made in query), default=0)
-    at_once = load.concurrency if queries is None or load.mode == "closed" else queries
+    at_once = load.concurrency if queries is None or load.mode == "closed" else queries // load.repeats
     found |= {"longest_context_tokens": longest, "peak_calls_in_flight": at_once * sums["width"]}
-    before = arm.sums(range(-load.warmup, 0))
-    found["warmup"] |= {key: before[key] for key in unknown}
+    if not windowed:
+        most = max(scenario.load_of(each).warmup for each in scenario.arms)
+        before = arm.sums(-1 - most * repeat - i for repeat in range(load.repeats) for i in range(load.warmup))
+        found["warmup"] |= {key: before[key] for key in unknown}
     if queries is None:
         return found
     found["fresh_tokens_at_best"] = _fresh_tokens(scenario, walked, n, load.warmup > 0)
@@ -211,11 +214,12 @@ def lines(planned: Mapping[str, Any]) -> list[str]:
     keys = [key for key in next(iter(planned.values())) if key not in ("claim", "warmup")]
     rows = [[key.replace("_", " "), *(number(arm[key]) for arm in planned.values())] for key in keys]
     claims = claim_lines(planned, "by the closed form")
-    whole = totals(planned)
+    whole, before = totals(planned), [arm["warmup"]["queries"] for arm in planned.values()]
+    around = "as many more as lead-in and lead-out take" if None in before else f"{sum(before)} queries of warm-up"
     return [
         *columns([["", *planned], *rows]),
         "",
-        f"whole run, with {sum(arm['warmup']['queries'] for arm in planned.values())} queries of warm-up: {told(whole)}",
+        f"whole run, with {around}: {told(whole)}",
         *([""] if claims else []),
         *claims[:-1],
     ]

@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 from fanmark.agents.runtime import Topology
 from fanmark.loadgen.contamination import Explained
 from fanmark.loadgen.costs import mismatches, resources
+from fanmark.loadgen.counters import unfinished
 from fanmark.loadgen.crew import Alone, Crew, share
 from fanmark.loadgen.demand import Demand, draw_demand, expected_tokens
 from fanmark.loadgen.endpoint import Endpoint, role_key
@@ -23,6 +24,8 @@ from fanmark.loadgen.tally import Tally
 from fanmark.loadgen.walk import walk
 
 GRACE_S = 5.0  # what running queries get after the first interrupt
+DRAIN_S = 30.0  # how long arms that run apart wait for the server to be empty
+DRAIN_LOOK_S = 0.25
 
 
 class Writer(Protocol):
@@ -184,9 +187,30 @@ class Run:
     async def _schedule(self) -> None:
         await together(self._make_texts(arm) for arm in self.scenario.arms)
         schedule = Schedule(
-            self.scenario, self._ready, self._crew, self._now, self.stop.asked, self._journal.window, self._time_scale
+            self.scenario,
+            self._ready,
+            self._crew,
+            self._now,
+            self.stop.asked,
+            self._drained,
+            self._journal.window,
+            self._time_scale,
         )
         await schedule.run()
+
+    async def _drained(self) -> None:
+        """Waits until no request is left at the servers, as far as they tell of it, so that the next arm finds them empty."""
+        give_up_at = self._now() + DRAIN_S
+        for endpoint in self._endpoints.values():
+            while left := unfinished(await endpoint.reading()):
+                if self._now() >= give_up_at:
+                    endpoint.notes.append(
+                        f"{endpoint.name}: {left:g} requests were still there {DRAIN_S:g} s after an arm's last query: somebody else's?"
+                    )
+                    break
+                if self.stop.asked.is_set():
+                    return
+                await asyncio.sleep(DRAIN_LOOK_S * self._time_scale)
 
     async def _ready(self, arm: Arm, number: int, phase: Phase, repeat: int) -> Start:
         """A query with its own texts made before it is due, so that its first call does not wait for them."""

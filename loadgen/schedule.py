@@ -15,9 +15,7 @@ from functools import partial
 from itertools import count
 from typing import Any
 
-import msgspec
-
-from fanmark.loadgen.arrivals import open_loop
+from fanmark.loadgen.arrivals import of_arm, of_repeat
 from fanmark.loadgen.crew import Crew, Met
 from fanmark.loadgen.records import Phase, Query, Window
 from fanmark.loadgen.scenario import Arm, Load, Scenario
@@ -65,7 +63,8 @@ class _Block:
 
 
 class Schedule:
-    """Starts all queries of a run, or a worker's share of them. `asked` is set when the run is to end; `told` is given each window."""
+    """Starts all queries of a run, or a worker's share of them. `asked` is set when the run is to end; `drained` waits until the servers
+    have nothing left; `told` is given each window."""
 
     def __init__(
         self,
@@ -74,6 +73,7 @@ class Schedule:
         crew: Crew,
         now: Callable[[], float],
         asked: asyncio.Event,
+        drained: Callable[[], Awaitable[None]],
         told: Callable[[Window], None],
         time_scale: float,
     ) -> None:
@@ -82,6 +82,7 @@ class Schedule:
         self._crew = crew
         self._now = now
         self._asked = asked
+        self._drained = drained
         self._told = told
         self._time_scale = time_scale
         self._places = {arm.name: i for i, arm in enumerate(scenario.arms)}
@@ -90,6 +91,7 @@ class Schedule:
 
     async def run(self) -> None:
         """All repeats. Returns when all queries have ended, or, where the run was asked to end, those that had begun."""
+        left = self._scenario.load.repeats * len(self._blocks(1))
         for repeat in range(1, self._scenario.load.repeats + 1):
             try:
                 said = (await self._meet((self._highest, self._lowest))).said
@@ -106,13 +108,16 @@ class Schedule:
                 await _ended(block.running)
                 if self._asked.is_set():
                     return
+                left -= 1
+                if left:
+                    await self._drained()
 
     def _blocks(self, repeat: int) -> list[list[Arm]]:
         """The arms that run at once, block after block."""
         arms = list(self._scenario.arms)
         if self._scenario.load.arms == "interleaved":
             return [arms]
-        random.Random(f"{self._scenario.seed}/order" + _of_repeat(repeat)).shuffle(arms)
+        random.Random(f"{self._scenario.seed}/order" + of_repeat(repeat)).shuffle(arms)
         return [[arm] for arm in arms]
 
     async def _run_block(self, block: _Block) -> None:
@@ -135,7 +140,7 @@ class Schedule:
         """An arm whose queries all count."""
         load = self._scenario.load_of(arm)
         if load.mode == "open":
-            await self._open(block, arm, "window", self._arrivals(block, arm, "window"), block.start_at or 0.0)
+            await self._open(block, arm, "window", of_arm(self._scenario, arm, block.repeat), block.start_at or 0.0)
             return
         await self._stopped_before(block.start_at or 0.0)
         await self._closed(block, arm, ("window",), (block.start_at or 0.0) + (load.duration or math.inf))
@@ -180,13 +185,15 @@ class Schedule:
         if self._scenario.load_of(arm).mode == "closed":
             await self._closed(block, arm, ("lead-in", "window", "lead-out"), math.inf)
         else:
-            await self._open(block, arm, "lead-in", self._arrivals(block, arm, "lead-in"), lead_in_at)
+            await self._open(block, arm, "lead-in", of_arm(self._scenario, arm, block.repeat, "lead-in"), lead_in_at)
 
     async def _after(self, block: _Block, arm: Arm) -> None:
         """An open loop's window and lead-out."""
         if self._scenario.load_of(arm).mode == "open":
-            await self._open(block, arm, "window", self._arrivals(block, arm, "window"), block.start_at or 0.0)
-            await self._open(block, arm, "lead-out", self._arrivals(block, arm, "lead-out"), block.end_at or 0.0)
+            await self._open(block, arm, "window", of_arm(self._scenario, arm, block.repeat), block.start_at or 0.0)
+            await self._open(
+                block, arm, "lead-out", of_arm(self._scenario, arm, block.repeat, "lead-out"), block.end_at or 0.0
+            )
 
     async def _lead_in(self, block: _Block, lead_in_at: float, duration_s: float, seen: Seen) -> tuple[float, bool]:
         """When the window starts, and whether the lead-in was given up."""
@@ -210,15 +217,6 @@ class Schedule:
     def _rate(self, arm: Arm) -> float | None:
         load = self._scenario.load_of(arm)
         return load.rate if load.mode == "open" else None
-
-    def _arrivals(self, block: _Block, arm: Arm, phase: Phase) -> Iterator[float]:
-        """An arm's start times in a phase, from its begin; those of the window are the same however long the lead-in was."""
-        load = self._scenario.load_of(arm)
-        stream = arm.name + _of_repeat(block.repeat)
-        place = self._places[arm.name] / len(block.arms) if len(block.arms) > 1 else 0.0
-        if phase != "window":
-            load, stream = msgspec.structs.replace(load, duration=None, queries=None), f"{stream}/{phase}"
-        return open_loop(load, self._scenario.seed, stream, place)
 
     async def _open(self, block: _Block, arm: Arm, phase: Phase, times: Iterator[float], from_at: float) -> None:
         """Starts this worker's share of an open loop's queries."""
@@ -307,11 +305,6 @@ class Schedule:
             except TimeoutError:
                 pass
         return self._asked.is_set()
-
-
-def _of_repeat(repeat: int) -> str:
-    """What tells a repeat's random streams from the first one's."""
-    return f"/{repeat}" if repeat > 1 else ""
 
 
 async def together(parts: Iterable[Coroutine[Any, Any, None]]) -> None:

@@ -1,6 +1,10 @@
 """Windows: when a lead-in ends, what a verdict rests on, and whole runs with a duration in virtual time."""
 
+import asyncio
 import json
+import math
+import statistics
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +16,18 @@ from hypothesis import strategies as st
 from fanmark.agents import topologies
 from fanmark.loadgen import scenario_check
 from fanmark.loadgen.arrivals import open_loop
+from fanmark.loadgen.clock import run_virtually
+from fanmark.loadgen.counters import Reading
 from fanmark.loadgen.dry_run import plan
-from fanmark.loadgen.records import Query, Window, read_queries, read_windows
-from fanmark.loadgen.scenario import Scenario
+from fanmark.loadgen.lanes.virtual import VirtualEndpoint
+from fanmark.loadgen.records import Journal, Query, Window, read_queries, read_windows
+from fanmark.loadgen.run import Run
+from fanmark.loadgen.scenario import Scenario, Target
 from fanmark.loadgen.simulate import Options, simulate
 from fanmark.loadgen.steadiness import judge, rise_z
+from fanmark.loadgen.tally import Tally
 from fanmark.loadgen.window import grace_s, lead_in, p90
+from fanmark.servers.profiles import load_profile
 
 LEAD_INS = [
     # latencies by arm, elapsed, warm-up by arm, duration, where it stands
@@ -224,3 +234,92 @@ def test_past_its_capacity_an_arm_has_no_ratio_of_times(tmp_path: Path) -> None:
         assert debate["amplification"][name] == nothing
     assert debate["amplification"]["calls"]["ratio"] == 5.0  # counts are free of load
     json.dumps(summary, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    "load", ["queries = 4\nrate = 4\nwarmup = 2", "duration = 4\nrate = 2", "queries = 4\nmode = 'closed'"]
+)
+@pytest.mark.parametrize("arms", ["interleaved", "apart"])
+def test_repeats_are_runs_of_their_own_with_new_questions(tmp_path: Path, load: str, arms: str) -> None:
+    load = f"{load}\nrepeats = 3\narms = '{arms}'"
+    summary, queries, windows = run(tmp_path, load)
+    assert len({(q.arm, q.query) for q in queries}) == len(queries)  # no number comes twice
+    counted = [q for q in queries if not q.warmup]
+    firsts = [
+        {min(q.query for q in counted if (q.arm, q.repeat) == (arm, r)) for arm in ("single", "debate")}
+        for r in (1, 2, 3)
+    ]
+    assert all(len(first) == 1 for first in firsts) and len(set.union(*firsts)) == 3  # numbers stay paired
+    if "closed" not in load or "queries" in load:
+        planned = plan(checked(tmp_path, load), topologies())
+        for name in ("single", "debate"):
+            mine = [q for q in counted if q.arm == name]
+            sums = {r: sum(q.resources[r] or 0 for q in mine) for r in ("calls", "input_tokens", "output_tokens")}
+            assert sums == {resource: planned[name][resource] for resource in sums}
+            before = planned[name]["warmup"]
+            assert before["input_tokens"] in (
+                None,
+                sum(q.resources["input_tokens"] or 0 for q in queries if q.warmup and q.arm == name),
+            )
+    for repeat in (1, 2, 3):  # each is as cold as the first
+        for arm in ("single", "debate"):
+            mine = [q for q in queries if (q.arm, q.repeat) == (arm, repeat)]
+            assert min(call.cached_tokens or 0 for q in mine for call in q.calls if not call.after) == 0
+    found = summary["arms"]["debate"]["amplification"]["latency_s"]
+    assert found["method"] == "one short run, no interval"  # three repeats are too few
+    assert len(summary["arms"]["debate"]["window"]["repeats"]) == 3
+    assert len(windows) == ({"interleaved": 3, "apart": 6}[arms] if "duration" in load else 0)
+    if arms == "apart":  # one at a time, and every repeat has both
+        blocks = [(q.repeat, q.arm) for q in queries]
+        assert len([1 for a, b in pairwise(blocks) if a != b]) == 5
+
+
+def test_five_repeats_give_an_interval(tmp_path: Path) -> None:
+    summary, queries, _ = run(tmp_path, "queries = 3\nrate = 4\nrepeats = 5")
+    found = summary["arms"]["debate"]["amplification"]["latency_s"]
+    means = {
+        (arm, r): [q.done_at - q.due_at for q in queries if (q.arm, q.repeat, q.warmup) == (arm, r, False)]
+        for arm in ("single", "debate")
+        for r in range(1, 6)
+    }
+    logs = [math.log(sum(means["debate", r]) / sum(means["single", r])) for r in range(1, 6)]
+    half = 2.776445 * statistics.stdev(logs) / 5**0.5  # Student's t with 4 degrees of freedom
+    middle = statistics.mean(logs)
+    assert (found["low"], found["high"]) == pytest.approx((math.exp(middle - half), math.exp(middle + half)), rel=1e-6)
+    assert found["method"] == "t over 5 repeats" and found["low"] < found["ratio"] < found["high"]
+    assert summary["arms"]["single"]["amplification"]["latency_s"]["low"] == 1.0
+
+
+class Busy(VirtualEndpoint):
+    """A target at which somebody else's two requests run until an instant."""
+
+    def __init__(self, until: float) -> None:
+        super().__init__("default", Target(url=""), load_profile("qwen3-30b-a3b@h100"))
+        self._until = until
+
+    async def reading(self, timeout_s: float = 10.0) -> Reading:
+        told = await super().reading(timeout_s)
+        busy = asyncio.get_running_loop().time() < self._until
+        return Reading(told.server, {**told.values, "running": 2.0 if busy else 0.0})
+
+
+@pytest.mark.parametrize(("until", "begins_at", "noted"), [(9.0, 9.0, 0), (1000.0, 30.0, 1)])
+def test_an_arm_apart_waits_until_the_server_is_empty(
+    tmp_path: Path, until: float, begins_at: float, noted: int
+) -> None:
+    scenario = checked(tmp_path, "mode = 'closed'\nqueries = 1\nwarmup = 0\narms = 'apart'")
+    journal = Journal(tmp_path)
+
+    async def main() -> list[str]:
+        endpoint, tally = Busy(until), Tally({"single": "single", "debate": "debate"}, "single")
+        now = asyncio.get_running_loop().time
+        run = Run(scenario, topologies(), {"default": endpoint}, None, tally, journal, "r", now)
+        assert await run.execute() is None
+        return endpoint.notes
+
+    notes = run_virtually(main())
+    journal.close()
+    first, second = sorted(read_queries(tmp_path), key=lambda q: q.due_at)
+    assert max(begins_at, first.done_at) <= second.due_at < begins_at + first.done_at + 0.5
+    said = "default: 2 requests were still there 30 s after an arm's last query: somebody else's?"
+    assert notes.count(said) == noted
