@@ -3,6 +3,7 @@
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from fanmark.loadgen.errors import ScenarioError
@@ -182,19 +183,26 @@ class Collector:
 
 def serve(tally: Tally, port: int) -> tuple[int, Callable[[], None]]:
     """Serves /metrics on loopback from a thread; gives the port and what ends it. Raises ScenarioError where the port is taken."""
-    from wsgiref.simple_server import WSGIRequestHandler, make_server
-
-    from prometheus_client import CollectorRegistry, make_wsgi_app
-    from prometheus_client.exposition import ThreadingWSGIServer
+    from socketserver import ThreadingMixIn
+    from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
     class Silent(WSGIRequestHandler):
         def log_message(self, format: str, *args: Any) -> None:
             """Logs nothing."""
 
-    registry = CollectorRegistry()
-    registry.register(Collector(tally))
+    class Threading(ThreadingMixIn, WSGIServer):
+        daemon_threads = True
+
+    @cache
+    def app() -> Callable[..., Any]:  # made at the first scrape: most short runs see none
+        from prometheus_client import CollectorRegistry, make_wsgi_app
+
+        registry = CollectorRegistry()
+        registry.register(Collector(tally))
+        return make_wsgi_app(registry)
+
     try:
-        server = make_server("127.0.0.1", port, make_wsgi_app(registry), ThreadingWSGIServer, Silent)
+        server = make_server("127.0.0.1", port, lambda *request: app()(*request), Threading, Silent)
     except OSError as e:
         raise ScenarioError(
             f"--metrics-port {port}: {e.strerror}: choose another, or leave it out for a free one"
