@@ -64,7 +64,9 @@ def assemble(
         "ended": None if ending is None else {"why": ending.why, "reason": ending.reason},
         "run": run_part,
         "target": next(iter(targets.values())) if len(targets) == 1 else targets,
-        "validity": summary.validity(arms, ticked, client, drift.unexplained if knowable else None, stub),
+        "validity": summary.validity(
+            arms, ticked, client, drift.unexplained if knowable else None, stub, warm=scenario.workload.cache == "warm"
+        ),
         "arms": arms,
         "client": client,
         "server": server,

@@ -237,15 +237,17 @@ def validity(
     client: Mapping[str, Any],
     unexplained_tokens: int | None,
     stub: tuple[bool, str] | None = None,
+    *,
+    warm: bool = False,
 ) -> dict[str, Any]:
     """The six ticks, true | false | null, and `reasons` for each; for our stub a seventh, whether it kept its schedule.
-    `unexplained_tokens` None: not knowable."""
+    `unexplained_tokens` None: not knowable, as the cache was `warm`, or no cached tokens were told."""
     ticks: dict[str, tuple[bool | None, str]] = {
         "counted": _counted(arms),
         "reconciled": (server.get("reconciled"), server.get("reason", "")),
         "alone": (server.get("alone"), server.get("alone_reason", server.get("reason", ""))),
         "steady": _steady(arms),
-        "uncontaminated": _uncontaminated(unexplained_tokens),
+        "uncontaminated": _uncontaminated(unexplained_tokens, warm),
         "client_ok": (
             client["verdict"] != "client-limited",
             "; ".join(client["reasons"]) or "loop lag and send delays are small",
@@ -281,9 +283,11 @@ def _counted(arms: Mapping[str, Any]) -> tuple[bool, str]:
     return True, f"{sum(arm['queries']['completed'] for arm in arms.values())} queries equal their closed form{but}"
 
 
-def _uncontaminated(unexplained_tokens: int | None) -> tuple[bool | None, str]:
+def _uncontaminated(unexplained_tokens: int | None, warm: bool) -> tuple[bool | None, str]:
+    if warm:
+        return None, 'cache = "warm": whatever was cached before was meant to be found'
     if unexplained_tokens is None:
-        return None, "the cache is shared on purpose, or the server reports no cached tokens"
+        return None, "the server reports no cached tokens"
     if unexplained_tokens:
         return False, f"{unexplained_tokens} cached tokens that this run's own traffic cannot explain"
     return True, "the run's own traffic explains every cached token"

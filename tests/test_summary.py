@@ -257,7 +257,7 @@ VALIDITY: dict[str, tuple[dict[str, Any], str, bool | None, str]] = {
         {"unexplained": 96}, "uncontaminated", False, "96 cached tokens that this run's own traffic cannot explain"),
     "a server that tells no cached tokens": (
         {"unexplained": None}, "uncontaminated", None,
-        "the cache is shared on purpose, or the server reports no cached tokens"),
+        "the server reports no cached tokens"),
     "a client that is well": ({}, "client_ok", True, "loop lag and send delays are small"),
     "a strained client is still ok": (
         {"client": {"verdict": "strained", "reasons": ["p99 of loop lag is 6.0 ms"]}}, "client_ok", True,
