@@ -2,12 +2,13 @@
 
 import asyncio
 import gc
+import resource
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 from fanmark.loadgen.crew import Crew, share
-from fanmark.loadgen.errors import LostError
+from fanmark.loadgen.errors import LostError, ScenarioError
 from fanmark.loadgen.health import Health
 from fanmark.loadgen.records import Journal
 from fanmark.loadgen.run import Ending, Run, Stop
@@ -16,6 +17,7 @@ from fanmark.loadgen.tally import Tally
 from fanmark.loadgen.target import HttpEndpoint
 
 _OPEN_LOOP_CONNECTIONS, _MOST_CONNECTIONS = 8, 16_384
+_FILES, _OTHER_FILES = 65_536, 64  # the others: journals, pipes, the metrics' port
 
 
 async def carry_out(
@@ -74,8 +76,24 @@ def _rare_collections() -> Iterator[None]:
 
 
 async def open_connections(scenario: Scenario, endpoints: Iterable[HttpEndpoint], crew: Crew) -> None:
-    """Opens what the first calls need before the clock starts: a connection for each user of a closed loop, a few for an open one."""
+    """Opens what the first calls need before the clock starts: a connection for each user of a closed loop, a few for an open one.
+    Raises ScenarioError where the system does not allow so many."""
     loads = [scenario.load_of(arm) for arm in scenario.arms]
     count = sum(share(load.concurrency, crew) if load.mode == "closed" else _OPEN_LOOP_CONNECTIONS for load in loads)
+    allow_connections(count)
     for endpoint in endpoints:
         await endpoint.open_ahead(min(count, _MOST_CONNECTIONS))
+
+
+def allow_connections(count: int) -> None:
+    """Lifts the limit on open files, of which each connection is one, as far as the system lets us. Raises ScenarioError where `count`
+    connections are more than that."""
+    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY in (allowed, most):
+        return
+    if most < count + _OTHER_FILES:
+        raise ScenarioError(
+            f"{count:,} queries at a time need as many connections, but the system allows {most:,} open files: "
+            "raise its hard limit (ulimit -Hn), lower --concurrency, or share it by --workers"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(allowed, min(most, _FILES)), most))
