@@ -1,10 +1,9 @@
 """Keys and other secret values, kept out of every text that is shown or written. Pure, but for the lane that it stands before."""
 
-import json
+import html
 import re
 from collections.abc import Mapping
 from typing import Any, Protocol
-from urllib.parse import quote, quote_plus
 
 from fanmark.loadgen.errors import CallError
 from fanmark.loadgen.lanes.http import HttpError, Sent
@@ -12,7 +11,11 @@ from fanmark.loadgen.lanes.sse import Reply
 
 REDACTED = "[redacted]"
 _WORD_BELOW = 8  # a shorter value is taken out as a word only: as a part of words it would tear up every text
-_LEAST_PREFIX = 6  # characters of a value that was cut off by the end of its text
+_HEAD = 6  # so many characters of a value are looked for at first, and tell it where the end of its text cut it off
+_CUT = re.compile(  # a part of a character, and what closes a text
+    r"(?:%[0-9a-f]{0,2}|\\+[ux]?[0-9a-f]{0,8}|&[a-z#0-9]*)*['\"`)}>. ]*", re.IGNORECASE
+)
+_ESCAPED = {"\n": "n", "\r": "r", "\t": "t", "\f": "f", "\b": "b"}
 _SECRET_WORDS = frozenset(
     [
         "auth",
@@ -36,34 +39,65 @@ def is_secret_name(name: str) -> bool:
     return bool(_SECRET_WORDS & set(re.split(r"[-_. ]", name.lower())))
 
 
+def _written(c: str) -> str:
+    """A pattern of one character as a URL, JSON, HTML or Python writes it, or one of them what another wrote, or as it stands."""
+    if c.isascii() and (c.isalnum() or c in "-_.~"):
+        return re.escape(c)
+    percent, number = "".join(f"%(?:25)*{byte:02x}" for byte in c.encode()), ord(c)
+    slashes = r"(?:\\|%(?:25)*5c)+"
+    python = "".join(rf"{slashes}x{byte:02x}" for byte in c.encode())
+    units = c.encode("utf-16-be")
+    json = "".join(rf"{slashes}u{units[i : i + 2].hex()}" for i in range(0, len(units), 2))
+    ways = [percent, json, rf"{slashes}u0*{number:x}", rf"{slashes}x{number:02x}", python]
+    ways += [rf"{slashes}(?:{re.escape(_ESCAPED.get(c, c))}|{percent})"]
+    ways += [rf"&\#(?:0*{number}|x0*{number:x});", re.escape(html.escape(c))]
+    return f"(?:(?i:{'|'.join(ways)})|{re.escape(c)}{'|[+]' if c == ' ' else ''})"
+
+
+class _Value:
+    """One value that no text may show."""
+
+    def __init__(self, value: str) -> None:
+        flags = re.IGNORECASE if len(value) >= _WORD_BELOW else 0
+        written = [_written(c) for c in value]
+        edges = ("", "") if flags else (r"(?<![A-Za-z0-9_])", r"(?![A-Za-z0-9_])")
+        self._whole = re.compile("".join(written).join(edges), flags)
+        self._head = re.compile("".join(written[:_HEAD]), flags)
+        self._tail = [re.compile(way, flags) for way in written[_HEAD:]]
+
+    def redact(self, text: str) -> str:
+        """The text without the value, and without what is left of it where the text was cut."""
+        text = self._whole.sub(REDACTED, text)
+        for head in self._head.finditer(text) if self._tail else ():
+            end = head.end()
+            for way in self._tail:
+                found = way.match(text, end)
+                if found is None:
+                    break
+                end = found.end()
+            if _CUT.fullmatch(text, end):
+                return text[: head.start()] + REDACTED
+        return text
+
+
 class Secrets:
     """Values that no text may show. A server that says one back does so as it stands, in JSON, in a URL, or cut short."""
 
     def __init__(self) -> None:
-        self._values: set[str] = set()
-        self._pattern: re.Pattern[str] | None = None
+        self._values: dict[str, _Value] = {}
 
     def __bool__(self) -> bool:
         return bool(self._values)
 
     def add(self, value: str) -> None:
-        """From now on `value` is redacted, also as it stands in JSON and in a URL."""
-        if not value:
-            return
-        self._values |= {value, quote(value), quote(value, safe=""), quote_plus(value), json.dumps(value)[1:-1]}
-        longest_first = sorted(self._values, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(_findable, longest_first)))
+        """From now on `value` is redacted."""
+        if value:
+            self._values[value] = _Value(value)
 
     def redact(self, text: str) -> str:
-        """The text without any of the values."""
-        if self._pattern is None:
-            return text
-        text = self._pattern.sub(REDACTED, text)
-        bare = text.rstrip("'\". ")
-        for value in self._values:
-            for n in range(min(len(value) - 1, len(bare)), _LEAST_PREFIX - 1, -1):
-                if bare.endswith(value[:n]):
-                    return f"{bare[:-n]}{REDACTED}{text[len(bare) :]}"
+        """The text without any of the values, the longest first."""
+        for value in sorted(self._values, key=len, reverse=True):
+            text = self._values[value].redact(text)
         return text
 
     def clean(self, value: Any) -> Any:
@@ -73,11 +107,6 @@ class Secrets:
         if isinstance(value, list | tuple):
             return [self.clean(v) for v in value]
         return self.redact(value) if isinstance(value, str) else value
-
-
-def _findable(value: str) -> str:
-    found = re.escape(value)
-    return found if len(value) >= _WORD_BELOW else rf"(?<![A-Za-z0-9_]){found}(?![A-Za-z0-9_])"
 
 
 class _Lane(Protocol):

@@ -1,6 +1,5 @@
 """What a run leaves: the whole of summary.json put together, and what is printed of it."""
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -108,7 +107,7 @@ def _constant(scenario: Scenario, arm: str) -> bool:
     return isinstance(workload.answer, int) and isinstance(workload.question, int)
 
 
-def print_result(found: Mapping[str, Any], out: Path, to: TextIO = sys.stdout) -> None:
+def print_result(found: Mapping[str, Any], out: Path, to: TextIO | None = None) -> None:
     """The table, the checks, and where the files are."""
     run_part, target = found["run"], found["target"]
     started = sum(arm["queries"]["started"] for arm in found["arms"].values())

@@ -87,6 +87,8 @@ def _variable(name: str, given: str, environ: Mapping[str, str]) -> str:
     value = environ.get(name)
     if not value:
         raise ScenarioError(f"{given}: the value is missing: set the environment variable {name}")
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        raise ScenarioError(f"{given}: the value (not shown) is not UTF-8: set the environment variable {name} anew")
     return value
 
 

@@ -67,6 +67,8 @@ def _check_addresses(target: Target, where: str) -> None:
 
 
 def _check_metrics_url(target: Target, url: str, where: str) -> None:
+    if "@" in url:
+        raise ScenarioError(f"{where} metrics_urls: a name or password stands in the address (not shown): leave it out")
     if not re.match(r"https?://[^/\s]+", url):
         raise ScenarioError(f"{where} metrics_urls: {show(url)}: must be http://HOST:PORT/metrics or https://...")
     plain = target.proxy is None and all(own.startswith("http://") for own in target.replicas)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import quote
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Asked:
 @dataclass
 class Echo:
     """What the server does, and what it was asked. `listed` is the status of /models, `call` how a call ends: a status, or "malformed",
-    "error-event", "finish", "cut", "well"."""
+    "error-event", "finish", "cut", "sent-on", "well"."""
 
     models: tuple[str, ...] = ("echo", "lora")
     listed: int = 200
@@ -35,7 +36,9 @@ class Echo:
 
     @property
     def calls(self) -> list[Asked]:
-        return [asked for asked in self.asked if asked.method == "POST" and "/chat/completions" in asked.path]
+        return [
+            asked for asked in self.asked if asked.method == "POST" and asked.path.startswith("/v1/chat/completions")
+        ]
 
 
 def _handler(echo: Echo) -> type[BaseHTTPRequestHandler]:
@@ -77,7 +80,7 @@ def _handler(echo: Echo) -> type[BaseHTTPRequestHandler]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             echo.asked.append(Asked("POST", self.path, dict(self.headers), body))
-            if "/chat/completions" not in self.path:
+            if not self.path.startswith("/v1/chat/completions"):
                 return self._error(404)
             if echo.scrape is not None:
                 with urllib.request.urlopen(echo.scrape, timeout=5) as metrics:
@@ -86,6 +89,11 @@ def _handler(echo: Echo) -> type[BaseHTTPRequestHandler]:
                 return self._error(
                     echo.call, pad=270 - len(self.path) - 60
                 )  # secrets across the place where a message is cut
+            if echo.call == "sent-on":
+                self.send_response(308)
+                self.send_header("Location", "/elsewhere?" + quote(self._said()))
+                self.send_header("Content-Length", "0")
+                return self.end_headers()
             return self._stream(body)
 
         def _stream(self, body: Any) -> None:
@@ -108,7 +116,12 @@ def _handler(echo: Echo) -> type[BaseHTTPRequestHandler]:
 @contextmanager
 def echoing(echo: Echo) -> Iterator[Echo]:
     """The server, listening at `url`; it has ended when the block ends."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(echo))
+
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """Silent: clients that go away are what the tests are about."""
+
+    server = Server(("127.0.0.1", 0), _handler(echo))
     server.daemon_threads = True
     echo.url = f"http://127.0.0.1:{server.server_port}/v1"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
