@@ -24,9 +24,10 @@ def resources(
     latency_s, critical_s = done_at - due_at, shaped["critical_path_s"]
     lost = lost_s(retried)
     limited_s = math.fsum(call.limited_s for call in [*calls, *retried])
-    for call in inferred:
-        if call.limited_s:
-            lost[call.call] = lost.get(call.call, 0.0) + call.limited_s
+    for call in calls:
+        held_s = call.limited_s + (call.session_s or 0.0)  # by a limit, or by a tool server whose session had to start
+        if held_s:
+            lost[call.call] = lost.get(call.call, 0.0) + held_s
     waited_s = math.fsum(call.seconds + lost.get(call.call, 0.0) for call in critical_path(calls, lost))
     known = sums["input_tokens"] is not None and sums["cached_tokens"] is not None
     return {

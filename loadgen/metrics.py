@@ -74,6 +74,12 @@ class Collector:
             "fanmark_tool_calls", "Tool calls ended", ["tool", "outcome"], lambda t: list(t.tool_calls.items())
         )
         yield family(
+            "fanmark_tool_result_bytes",
+            "Bytes of tools' results",
+            ["tool"],
+            lambda t: [((tool,), n) for tool, n in list(t.tool_bytes.items())],
+        )
+        yield family(
             "fanmark_tokens",
             "Tokens of ended calls",
             ["kind"],
@@ -138,6 +144,18 @@ class Collector:
             "Tool call duration",
             ["tool"],
             lambda t: [((tool,), h) for tool, h in list(t.tool_s.items())],
+        )
+        yield family(
+            "fanmark_tool_queue_seconds",
+            "Time of tool calls in their server's queue, where it tells",
+            ["tool"],
+            lambda t: [((tool,), h) for tool, h in list(t.tool_queued_s.items())],
+        )
+        yield family(
+            "fanmark_tool_session_start_seconds",
+            "Time that tool calls took to start their session, where they had to",
+            [],
+            lambda t: [((), t.tool_session_s)],
         )
         lag: Counter[int] = Counter()
         for state in list(self._tally.clients.values()):

@@ -61,7 +61,9 @@ async def reach(
         from fanmark.loadgen.lanes.mcp import ToolServers, ToolServerSpec
 
         specs = [ToolServerSpec(url=server.url, command=server.command) for server in place.tool_servers]
-        servers = await ToolServers.open(specs, scenario.tools.ready_timeout_s)
+        servers = await ToolServers.open(
+            specs, scenario.tools.ready_timeout_s, transport=scenario.tools.transport, sessions=scenario.tools.session
+        )
         stack.push_async_callback(servers.close)
         tools = ToolSet(servers, servers.tools, scenario.tools, embedded=not scenario.tools.server)
     endpoints: dict[str, HttpEndpoint] = {}

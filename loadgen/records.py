@@ -82,7 +82,9 @@ class Call(msgspec.Struct, omit_defaults=False, kw_only=True):
     how long the target's limits or the budget kept it from that,
     `first_at` the first token of the reply (reasoning or not), `answer_at` the first that is not reasoning. `retry_at` marks an attempt
     that did not count, as the call was sent again: that is when the next attempt was due. `connect_s` is how long opening a connection
-    took before `sent_at`, None where one was open."""
+    took before `sent_at`, None where one was open. Of a tool call: `bytes` of its result; `session_s`
+    that it waited for its session before `sent_at` (None where one was open), which it opened itself (`opened_session`) or not; `queued_s`
+    in the tool server's queue (None where it does not say)."""
 
     query: int
     arm: str
@@ -111,6 +113,10 @@ class Call(msgspec.Struct, omit_defaults=False, kw_only=True):
     error: str | None = None
     message: str | None = None
     tool_error: bool = False
+    bytes: int | None = None
+    session_s: float | None = None
+    opened_session: bool = False
+    queued_s: float | None = None
     lane: str | None = None
     worker: int = 0
     gaps: dict[int, int] = {}

@@ -15,6 +15,7 @@ from fanmark.loadgen.run import Drift, Ending
 from fanmark.loadgen.scenario import Scenario
 from fanmark.loadgen.table import number
 from fanmark.loadgen.tally import Tally
+from fanmark.loadgen.tool_report import Listing, tools_part
 
 ClientReport = Callable[[Sequence[Call]], dict[str, Any]]  # of the counted calls that were sent; see health.client_part
 
@@ -31,6 +32,7 @@ def assemble(
     *,
     ending: Ending | None,
     windows: Sequence[Window] = (),
+    tools: Listing | None = None,
     kv: Sequence[tuple[float, float]] | None = None,
 ) -> dict[str, Any]:
     """The whole of summary.json."""
@@ -69,6 +71,7 @@ def assemble(
         "arms": arms,
         "client": client,
         "server": server,
+        "tools": tools_part(tools, queries),
         "retokenized_pct": 100.0 * (drift.read - drift.written) / drift.written if drift.written else None,
         "notes": notes,
     }

@@ -286,10 +286,7 @@ class Run:
             part=demand.part,
         )
         await self._account(query, runtime)
-        for endpoint in self._endpoints.values():
-            endpoint.prompts.forget(demand.seed)
-        if self.scenario.workload.cache != "run":
-            self._explained.forget((arm.name, demand.query))
+        self._forget(runtime)
         self._journal.write(query)
         if counted:
             self._tally.query_finished(query)
@@ -306,6 +303,16 @@ class Run:
             exact = self._world.forced and not any("ignore_eos" in e.dropped for e in self._endpoints.values())
             query.mismatches = mismatches(query, exact_output=exact)
         self.drift.unexplained += runtime.unexplained_tokens
+
+    def _forget(self, runtime: QueryRuntime) -> None:
+        """A query is over: its own texts, its traffic and its tool sessions go."""
+        demand = runtime.demand
+        for endpoint in self._endpoints.values():
+            endpoint.prompts.forget(demand.seed)
+        if self.scenario.workload.cache != "run":
+            self._explained.forget((demand.arm, demand.query))
+        if self._world.tools is not None:
+            self._world.tools.end((demand.arm, demand.query))
 
     async def _answer(self, arm: Arm, runtime: QueryRuntime) -> str | None:
         """Runs the topology; gives the arm's limit that ended it early, if one did."""

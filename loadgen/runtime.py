@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Se
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Protocol
+from urllib.parse import quote
 
 import msgspec
 
@@ -18,6 +19,7 @@ from fanmark.loadgen.endpoint import Endpoint
 from fanmark.loadgen.errors import CallError, Stopped
 from fanmark.loadgen.gate import Gate
 from fanmark.loadgen.lanes.http import HttpError, Sent
+from fanmark.loadgen.lanes.mcp_model import Trip
 from fanmark.loadgen.lanes.sse import Reply
 from fanmark.loadgen.prompts import Part, Text
 from fanmark.loadgen.records import Call
@@ -29,17 +31,21 @@ _TEMPLATE_TOKENS = 256  # what a chat template may add of its own, at most
 class ToolUse(Protocol):
     """The tools that a query may call, as the composer hands them."""
 
-    async def call(self, seed: str, n: int, result_tokens: int) -> "ToolOutcome":
+    async def call(self, seed: str, n: int, result_tokens: int, trip: Trip) -> "ToolOutcome":
         """Tool call number `n` of a query. Raises CallError for transport and protocol errors."""
+
+    def end(self, query: Hashable) -> None:
+        """A query is over: its own sessions end."""
 
 
 @dataclass(frozen=True, slots=True)
 class ToolOutcome:
-    """Which tool was called, what it said, and whether that was its own error."""
+    """What a tool said, and whether that was its own error; its size, and how long the server kept the call waiting (None: not told)."""
 
-    tool: str
     text: str
     is_error: bool
+    bytes: int
+    queued_s: float | None
 
 
 class Tally(Protocol):
@@ -168,18 +174,25 @@ class QueryRuntime:
             raise CallError("tool_protocol", "this arm has no tools")
         call = self._start("tool_call", role, round, [request])
         n = sum(1 for earlier in self.calls if earlier.kind == "tool_call") - 1
+        trip = Trip((self.demand.arm, self.demand.query), role, self._tool_headers(call), self.world.now)
         try:
-            call.sent_at = self.world.now()
-            outcome = await self.world.tools.call(self.demand.seed, n, self.demand.lengths["tool_result"])
+            outcome = await self.world.tools.call(self.demand.seed, n, self.demand.lengths["tool_result"], trip)
         except BaseException as e:
+            self._went(call, trip)
             self._end(call, e)
             raise
         call.done_at = self.world.now()
-        call.tool, call.tool_error = outcome.tool, outcome.is_error
+        self._went(call, trip)
+        call.tool_error, call.bytes = outcome.is_error, outcome.bytes
+        call.queued_s = outcome.queued_s / self.world.time_scale if outcome.queued_s is not None else None
         self._end(call)
         self._ids[writes] = None
         self.replies[writes] = (self.world.endpoint(self.demand.arm, role), "user", outcome.text)
         return Message(writes, "user", outcome.text, self.demand.lengths["tool_result"], call.call)
+
+    def _went(self, call: Call, trip: Trip) -> None:
+        call.tool, call.sent_at = trip.tool, trip.sent_at
+        call.session_s, call.opened_session = trip.session_s, trip.opened_session
 
     def _check_limits(self) -> None:
         """Raises Stopped where the arm's limits allow no further call. Tokens of calls under way are not known yet."""
@@ -376,6 +389,12 @@ class QueryRuntime:
             call.cached_tokens = usage.prompt_tokens_details.cached_tokens
         details = usage.completion_tokens_details
         call.reasoning_tokens = details.reasoning_tokens if details is not None else None
+
+    def _tool_headers(self, call: Call) -> Mapping[str, str]:
+        """The same for a tool call, and in the baggage who makes it, since a tool server knows no body of ours."""
+        told = {"run": self.world.run_id, "arm": call.arm, "query": str(call.query), "role": call.role}
+        baggage = ",".join(f"fanmark.{name}={quote(value)}" for name, value in told.items())
+        return {**self._headers(call), "baggage": baggage}
 
     def _headers(self, call: Call) -> Mapping[str, str]:
         """X-Request-Id and X-Session-Id for servers and routers, traceparent for traces: the trace is the query."""

@@ -144,18 +144,23 @@ class ToolServer(Table, frozen=True):
 
 
 class Tools(Table, frozen=True):
-    """Where tool calls go. `latency_s` is of the embedded tools; `expose` tools' schemas stand in the prompt (None: all).
+    """Where tool calls go. `latency_s` is of the embedded tools; `expose` tools' schemas stand in the prompt: the first so many, or those
+    named (None: all). `transport` "auto": a thin client of ours for URLs, the `mcp` SDK for commands. `session`: who has a session and
+    connections of its own. A call waits `reconnect_s` for a server that does not listen, and no call is sent again that was sent.
     `round_trip_s` is what a tool call takes on top in virtual time (MCP, HTTP and the client); its default is what the embedded server
     took on a 2-core virtual machine, one call at a time: 6.5 ms on average."""
 
     latency_s: Annotated[float, msgspec.Meta(ge=0)] | Dist = 0.2
     round_trip_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0065
-    expose: Count | None = None
+    expose: Count | list[str] | None = None
+    transport: Literal["auto", "thin", "sdk"] = "auto"
+    session: Literal["per_agent", "per_query", "shared"] = "shared"
     decide: Literal["script"] = "script"
     call: list[str] = []
     server: list[ToolServer] = []
     call_timeout_s: Positive = 120.0
     ready_timeout_s: Positive = 30.0
+    reconnect_s: NotNegative = 10.0
 
 
 class Stage(Table, frozen=True):

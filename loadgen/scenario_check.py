@@ -164,6 +164,11 @@ def _check_tools(tools: Tools, source: str) -> None:
     for i, server in enumerate(tools.server):
         if (server.url is None) == (server.command is None) or server.command == []:
             raise ScenarioError(f"{source}: [[tools.server]] number {i + 1}: give either url or command")
+        if tools.transport == "thin" and server.url is None:
+            raise ScenarioError(
+                f'{source}: [tools] transport = "thin": [[tools.server]] number {i + 1} is a command, which the SDK alone '
+                'can start: use "auto"'
+            )
 
 
 def _check_lengths(scenario: Scenario, source: str) -> None:

@@ -33,6 +33,7 @@ from fanmark.loadgen.scenario import Scenario, resolved
 from fanmark.loadgen.shaping import target_key
 from fanmark.loadgen.tally import Tally
 from fanmark.loadgen.target import HttpEndpoint
+from fanmark.loadgen.toolset import listing
 from fanmark.loadgen.workers import Workers
 
 
@@ -103,6 +104,7 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
         found = assemble(
             scenario, queries, endpoints, server, client, ended.drift, run_part, stub,
             ending=ended.ending, windows=read_windows(options.out), kv=kv_use(read_samples(options.out)),
+            tools=listing(reached.tools, endpoints) if reached.tools is not None else None,
         )  # fmt: skip
         notes = [*ended.notes, *found["notes"]]
         found["notes"] = list(dict.fromkeys(notes))  # what is lost first; all workers notice the same

@@ -32,7 +32,7 @@ from fanmark.loadgen.scenario import Scenario, Target
 from fanmark.loadgen.server_side import account
 from fanmark.loadgen.session import Result, open_folder
 from fanmark.loadgen.tally import Tally
-from fanmark.loadgen.toolset import ToolSet
+from fanmark.loadgen.toolset import ToolSet, listing
 from fanmark.servers.profiles import Profile, ProfileError, load_profile
 from fanmark.servers.tool_specs import check_latency
 
@@ -137,6 +137,7 @@ async def _simulate(
     found = assemble(
         scenario, queries, endpoints, parts, _no_client, one.drift, run_part,
         ending=ending, windows=read_windows(options.out), kv=kv_use(read_samples(options.out)),
+        tools=listing(tools, endpoints) if tools is not None else None,
     )  # fmt: skip
     found["notes"] = list(dict.fromkeys(found["notes"]))  # engines of one profile have the same caveats
     found["environment"] = environment(options.labels, None, endpoints, told, {})

@@ -16,6 +16,7 @@ from fanmark.loadgen.retries import waste
 from fanmark.loadgen.scenario import Arm, Load, Scenario
 from fanmark.loadgen.statistics import distribution, gap_distribution, merge_gaps, wilson
 from fanmark.loadgen.steadiness import Verdict, judge
+from fanmark.loadgen.tool_report import by_tool
 
 SCHEMA = "fanmark.summary/1"
 NO_WINDOW = "all queries are counted, no window is set"
@@ -124,6 +125,7 @@ def _arm(arm: Arm, scenario: Scenario, counted: Counted, base: Counted) -> dict[
         "by_role": _by(completed, lambda call: call.role),
         "by_round": _by(completed, lambda call: str(call.round)),
         "by_target": _by(completed, lambda call: call.target or ""),
+        "by_tool": by_tool(queries),
         "objective": None,
         "errors": dict(Counter(call.error for call in calls if call.error not in (None, "cancelled"))),
     }

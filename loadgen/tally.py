@@ -64,6 +64,20 @@ class ArmTally:
     ttft_s: Histogram = field(default_factory=lambda: Histogram(SECONDS))
     itl_s: Histogram = field(default_factory=lambda: Histogram(GAPS_S))
     tool_s: dict[str, Histogram] = field(default_factory=dict)
+    tool_bytes: Counter[str] = field(default_factory=Counter)
+    tool_queued_s: dict[str, Histogram] = field(default_factory=dict)
+    tool_session_s: Histogram = field(default_factory=lambda: Histogram(SECONDS))
+
+    def add_tool_call(self, call: Call, outcome: str) -> None:
+        """A tool call that ended."""
+        tool = call.tool or "?"
+        self.tool_calls[tool, outcome] += 1
+        self.tool_bytes[tool] += call.bytes or 0
+        self.tool_s.setdefault(tool, Histogram(SECONDS)).add(call.seconds)
+        if call.queued_s is not None:
+            self.tool_queued_s.setdefault(tool, Histogram(SECONDS)).add(call.queued_s)
+        if call.opened_session and call.session_s is not None:
+            self.tool_session_s.add(call.session_s)
 
     def merge(self, other: "ArmTally") -> None:
         """Takes in the sums of another worker's."""
@@ -124,9 +138,7 @@ class Tally:
             return
         outcome = call.error or ("tool_error" if call.tool_error else "completed")
         if call.kind == "tool_call":
-            tool = call.tool or "?"
-            arm.tool_calls[tool, outcome] += 1
-            arm.tool_s.setdefault(tool, Histogram(SECONDS)).add(call.seconds)
+            arm.add_tool_call(call, outcome)
             return
         arm.calls[call.role, outcome] += 1
         tokens = {kind: getattr(call, name, None) for kind, name in TOKEN_KINDS.items()}

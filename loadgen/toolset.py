@@ -1,12 +1,15 @@
 """The tools of a run: which stand in the prompts, which the script may call, and the calls themselves."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Protocol
 
+from fanmark.loadgen.endpoint import Endpoint
 from fanmark.loadgen.errors import ScenarioError
+from fanmark.loadgen.lanes.mcp_model import Trip
 from fanmark.loadgen.runtime import ToolOutcome
 from fanmark.loadgen.scenario import Tools
+from fanmark.loadgen.tool_report import Listing
 
 
 class ToolLike(Protocol):
@@ -29,14 +32,20 @@ class ResultLike(Protocol):
     def text(self) -> str: ...
     @property
     def is_error(self) -> bool: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def queued_s(self) -> float | None: ...
 
 
 class Servers(Protocol):
     """Connected tool servers (lanes.mcp.ToolServers, or the virtual ones)."""
 
     async def call(
-        self, name: str, arguments: dict[str, Any], *, timeout_s: float, meta: Mapping[str, Any] | None = None
+        self, name: str, arguments: dict[str, Any], *, timeout_s: float, meta: Mapping[str, Any] | None, trip: Trip
     ) -> ResultLike: ...
+
+    def end(self, query: Hashable) -> None: ...
 
 
 class ToolSet:
@@ -44,23 +53,29 @@ class ToolSet:
 
     def __init__(self, servers: Servers, listed: Sequence[ToolLike], config: Tools, *, embedded: bool) -> None:
         self._servers = servers
-        self._config = config
+        self.config = config
         self._embedded = embedded
-        exposed = listed if config.expose is None else listed[: config.expose]
-        self.schemas = [_openai_form(tool) for tool in exposed]
+        self.schemas = [_openai_form(tool) for tool in _exposed(listed, config.expose)]
+        self.listed = [_openai_form(tool) for tool in listed]
         self._callable = _callable(listed, config.call)
 
-    async def call(self, seed: str, n: int, result_tokens: int) -> ToolOutcome:
+    async def call(self, seed: str, n: int, result_tokens: int, trip: Trip) -> ToolOutcome:
         """Tool call number `n` of the query with this seed. Raises CallError for transport and protocol errors."""
         from fanmark.loadgen.lanes.arguments import arguments_for
 
         first = random.Random(f"{seed}/tool").randrange(len(self._callable))
         tool = self._callable[(first + n) % len(self._callable)]
+        trip.tool, trip.reconnect_s = tool.name, self.config.reconnect_s
         arguments = arguments_for(tool.input_schema, random.Random(f"{seed}/tool/{n}"))
         # our own tools draw their latency from the query's seed, so that a query meets the same tools in every arm
         meta = {"fanmark/seed": f"{seed}/tool/{n}", "fanmark/result_tokens": result_tokens} if self._embedded else None
-        result = await self._servers.call(tool.name, arguments, timeout_s=self._config.call_timeout_s, meta=meta)
-        return ToolOutcome(tool.name, result.text, result.is_error)
+        timeout_s = self.config.call_timeout_s
+        result = await self._servers.call(tool.name, arguments, timeout_s=timeout_s, meta=meta, trip=trip)
+        return ToolOutcome(result.text, result.is_error, result.bytes, result.queued_s)
+
+    def end(self, query: Hashable) -> None:
+        """A query is over: its own sessions end."""
+        self._servers.end(query)
 
 
 def _openai_form(tool: ToolLike) -> dict[str, Any]:
@@ -70,14 +85,33 @@ def _openai_form(tool: ToolLike) -> dict[str, Any]:
     }
 
 
-def _callable(listed: Sequence[ToolLike], named: Sequence[str]) -> list[ToolLike]:
+def _exposed(listed: Sequence[ToolLike], expose: int | list[str] | None) -> Sequence[ToolLike]:
+    if isinstance(expose, list):
+        return _named(listed, expose, "expose")
+    return listed[:expose]
+
+
+def _named(listed: Sequence[ToolLike], names: Sequence[str], key: str) -> list[ToolLike]:
     by_name = {tool.name: tool for tool in listed}
-    unknown = [name for name in named if name not in by_name]
-    if unknown:
-        raise ScenarioError(f"[tools] call = {unknown[0]!r}: there is no such tool, but {', '.join(by_name)}")
-    chosen = [by_name[name] for name in named] or [tool for tool in listed if tool.read_only]
+    for name in names:
+        if name not in by_name:
+            raise ScenarioError(f"[tools] {key} = {name!r}: there is no such tool, but {', '.join(by_name)}")
+    return [by_name[name] for name in names]
+
+
+def _callable(listed: Sequence[ToolLike], named: Sequence[str]) -> list[ToolLike]:
+    chosen = _named(listed, named, "call") or [tool for tool in listed if tool.read_only]
     if not chosen:
+        names = ", ".join(tool.name for tool in listed)
         raise ScenarioError(
-            f"no tool is annotated read-only: name those that may be called by [tools] call = [...] ({', '.join(by_name)})"
+            f"no tool is annotated read-only: name those that may be called by [tools] call = [...] ({names})"
         )
     return chosen
+
+
+def listing(tools: ToolSet, endpoints: Mapping[str, Endpoint]) -> Listing:
+    """What the run's tools are, for its summary."""
+    config = tools.config
+    sizes = {name: endpoint.tool_part for name, endpoint in endpoints.items()}
+    tokens = {name: part.size if part is not None else 0 for name, part in sizes.items()}
+    return Listing(len(config.server) or 1, config.transport, config.session, tools.listed, tools.schemas, tokens)

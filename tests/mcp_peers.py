@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -39,6 +40,11 @@ class ToolsProcess:
     @property
     def port(self) -> str:
         return self.url.removesuffix("/mcp").rpartition(":")[2]
+
+    def connections(self) -> int:
+        """How many it has open, by the system's table."""
+        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        return sum(row[1].endswith(f":{int(self.port):04X}") and row[3] == "01" for row in rows)
 
     def stop(self) -> str:
         """Kill it; what it has written on standard error since the last time."""
@@ -111,3 +117,80 @@ def everything_program() -> str:
 def everything_url(everything_program: str) -> Iterator[str]:
     with everything_over_http(everything_program) as url:
         yield url
+
+
+# The SDK's own server: read-only sums, a slow tool that tells of its progress and of its end, errors of both kinds, and a tool that asks
+# the client for something.
+SDK_SERVER = """
+import asyncio, sys
+import mcp_types as t
+import uvicorn
+from mcp.server import MCPServer
+from mcp.server.mcpserver import Context
+from mcp.shared.exceptions import MCPError
+from pydantic import BaseModel
+
+server, cancelled = MCPServer("judge"), False
+
+class Count(BaseModel):
+    n: int
+
+@server.tool(annotations=t.ToolAnnotations(read_only_hint=True))
+async def add(a: int, b: int) -> str:
+    return "cancelled" if cancelled and a < 0 else str(a + b)
+
+@server.tool()
+async def slow(steps: int, context: Context) -> str:
+    global cancelled
+    try:
+        for step in range(steps):
+            await context.report_progress(step, steps, "working")
+            await asyncio.sleep(0.01)
+    except asyncio.CancelledError:
+        cancelled = True
+        raise
+    return "done"
+
+@server.tool()
+async def broken() -> str:
+    raise ValueError("no such thing")
+
+@server.tool()
+async def refused() -> str:
+    raise MCPError(-32050, "refused")
+
+@server.tool()
+async def curious(context: Context) -> str:
+    try:
+        await context.elicit("How many?", Count)
+    except Exception:
+        return "nobody to ask"
+    return "asked"
+
+app = server.streamable_http_app(json_response=sys.argv[2] == "True")
+uvicorn.run(app, port=int(sys.argv[1]), log_level="critical", timeout_keep_alive=75)
+"""
+
+
+@contextmanager
+def sdk_server(*, json_response: bool = False) -> Iterator[str]:
+    """A server on the official SDK: its URL, when it answers."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SDK_SERVER, str(port), str(json_response)],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        while True:
+            assert process.poll() is None, "the SDK's server ended"
+            try:
+                socket.create_connection(("127.0.0.1", port)).close()
+                break
+            except ConnectionRefusedError:
+                time.sleep(0.02)
+        yield f"http://127.0.0.1:{port}/mcp"
+    finally:
+        process.kill()
+        process.wait()

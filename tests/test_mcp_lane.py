@@ -105,8 +105,10 @@ async def outcome(servers: ToolServers, name: str, arguments: dict[str, Any]) ->
     """Text of the result, or the class of the error."""
     try:
         return (await servers.call(name, arguments, timeout_s=CALL_S)).text
-    except (ToolTransportError, ToolProtocolError) as error:
-        return type(error).__name__
+    except ToolTransportError:
+        return "ToolTransportError"
+    except ToolProtocolError:
+        return "ToolProtocolError"
 
 
 async def answer_to(servers: ToolServers, tool: Tool) -> str:

@@ -133,7 +133,11 @@ FILE_MISTAKES = {
     ),
     "a negative count of schemas": (
         "[tools]\nexpose = -1",
-        "f.toml: [tools] expose = -1: must be a whole number of at least 0",
+        "f.toml: [tools] expose = -1: must be a whole number of at least 0 or a list of texts, as [...]",
+    ),
+    "the thin client for a command": (
+        '[tools]\ntransport = "thin"\n[[tools.server]]\ncommand = ["x"]',
+        'f.toml: [tools] transport = "thin": [[tools.server]] number 1 is a command, which the SDK alone can start: use "auto"',
     ),
     "a stub slower than its profile": (
         "[stub]\ntime_scale = 0.5",

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from fanmark.loadgen.clock import run_virtually
 from fanmark.loadgen.errors import CallError
 from fanmark.loadgen.lanes.http import HttpError, Sent
+from fanmark.loadgen.lanes.mcp_model import Trip
 from fanmark.loadgen.lanes.sse import Reply
 from fanmark.loadgen.lanes.virtual import APART_S, VirtualEndpoint, VirtualLane
 from fanmark.loadgen.lanes.virtual_tools import VirtualTools
@@ -301,14 +302,16 @@ LATENCIES = [0.25, {"dist": "lognormal", "mean": 0.3, "cv": 0.5}, {"dist": "unif
 
 @pytest.mark.parametrize("latency_s", LATENCIES)
 def test_tools_take_the_embedded_server_s_latency_and_the_round_trip(latency_s: Any) -> None:
-    async def main() -> list[tuple[str, float, int]]:
+    async def main() -> list[tuple[str | None, float, int]]:
         servers = VirtualTools(latency_s, round_trip_s=0.01)
         tools, tokenizer = ToolSet(servers, servers.tools, Tools(), embedded=True), Tokenizer(vocabulary())
         seen, loop = [], asyncio.get_running_loop()
         for n in range(9):
             before = loop.time()
-            outcome = await tools.call("7/3", n, 50 + n)
-            seen.append((outcome.tool, loop.time() - before, len(tokenizer.encode(outcome.text))))
+            trip = Trip()
+            outcome = await tools.call("7/3", n, 50 + n, trip)
+            assert (outcome.bytes, trip.sent_at) == (len(outcome.text.encode()), before)
+            seen.append((trip.tool, loop.time() - before, len(tokenizer.encode(outcome.text))))
         return seen
 
     seen = in_virtual_time(main)
@@ -322,5 +325,5 @@ def test_a_tool_that_takes_too_long_fails() -> None:
     servers = VirtualTools(5.0, 0.0)
     tools = ToolSet(servers, servers.tools, Tools(call_timeout_s=2.0), embedded=True)
     with pytest.raises(CallError, match="no answer within 2 s") as caught:
-        in_virtual_time(lambda: tools.call("1/1", 0, 10))
+        in_virtual_time(lambda: tools.call("1/1", 0, 10, Trip()))
     assert caught.value.kind == "tool_transport"

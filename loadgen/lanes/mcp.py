@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 Transport = Literal["auto", "thin", "sdk"]
+Sessions = Literal["per_agent", "per_query", "shared"]
 
 
 def _connection(spec: ToolServerSpec, transport: Transport, version: str | None = None) -> Connection:
@@ -71,15 +72,15 @@ async def _opened(spec: ToolServerSpec, connection: Connection, ready_timeout_s:
 
 
 class ToolServers:
-    """The tool servers of a run. Calls may be made at once and from any task. `apart`: each owner has connections and sessions of its own,
-    which start with its first call; else all share those that the tools were listed by."""
+    """The tool servers of a run. Calls may be made at once and from any task. `sessions`: who has connections and sessions of its own; they
+    start with its first call. "shared": all go by those that the tools were listed by."""
 
-    def __init__(self, specs: Sequence[ToolServerSpec], transport: Transport, *, apart: bool) -> None:
+    def __init__(self, specs: Sequence[ToolServerSpec], transport: Transport, sessions: Sessions) -> None:
         self.tools: list[Tool] = []
         self._specs = list(specs)
-        self._transport, self._apart = transport, apart
+        self._transport, self._sessions = transport, sessions
         self._shared: list[Connection] = [_connection(spec, transport) for spec in specs]
-        self._own: dict[Hashable, dict[int, Connection]] = {}
+        self._own: dict[Hashable, dict[tuple[Hashable, int], Connection]] = {}  # by query, then agent and server
         self._by_name: dict[str, tuple[int, RemoteTool]] = {}
         self._versions: list[str | None] = [None] * len(self._specs)
         self._ending: set[asyncio.Task[None]] = set()
@@ -91,10 +92,10 @@ class ToolServers:
         ready_timeout_s: float = 30.0,
         *,
         transport: Transport = "auto",
-        apart: bool = False,
+        sessions: Sessions = "shared",
     ) -> "ToolServers":
         """Start or reach every server and list its tools; ToolServerError for the first that fails, the rest closed."""
-        servers = cls(specs, transport, apart=apart)
+        servers = cls(specs, transport, sessions)
         opening = [
             asyncio.create_task(_opened(spec, connection, ready_timeout_s))
             for spec, connection in zip(servers._specs, servers._shared, strict=True)
@@ -102,7 +103,9 @@ class ToolServers:
         try:
             await asyncio.gather(*opening)
             servers._name_tools()
-            if apart:  # these were for the listing: a session held by nobody would count against the server's limit
+            if (
+                sessions != "shared"
+            ):  # these were for the listing: a session held by nobody would count against the server's limit
                 servers._versions = [getattr(connection, "version", None) for connection in servers._shared]
                 await asyncio.gather(*(connection.close() for connection in servers._shared))
         except BaseException:
@@ -143,19 +146,20 @@ class ToolServers:
             raise ToolProtocolError(f"no tool {name!r}: there are {', '.join(self._by_name)}")
         place, remote = self._by_name[name]
         trip = trip or Trip()
-        return await self._of(trip.owner, place).call(remote, arguments, timeout_s, meta or {}, trip)
+        return await self._of(trip, place).call(remote, arguments, timeout_s, meta or {}, trip)
 
-    def _of(self, owner: Hashable, place: int) -> Connection:
-        if not self._apart:
+    def _of(self, trip: Trip, place: int) -> Connection:
+        if self._sessions == "shared":
             return self._shared[place]
-        own = self._own.setdefault(owner, {})
-        if place not in own:
-            own[place] = _connection(self._specs[place], self._transport, self._versions[place])
-        return own[place]
+        own = self._own.setdefault(trip.query, {})
+        key = trip.agent if self._sessions == "per_agent" else None, place
+        if key not in own:
+            own[key] = _connection(self._specs[place], self._transport, self._versions[place])
+        return own[key]
 
-    def end(self, owner: Hashable) -> None:
-        """Ends an owner's sessions, if it has any; nobody waits for that."""
-        for connection in self._own.pop(owner, {}).values():
+    def end(self, query: Hashable) -> None:
+        """Ends a query's sessions, if it has any of its own; nobody waits for that."""
+        for connection in self._own.pop(query, {}).values():
             self._go_on(connection.close())
 
     def _go_on(self, work: Coroutine[Any, Any, None]) -> None:
@@ -165,6 +169,6 @@ class ToolServers:
 
     async def close(self) -> None:
         """End every connection and every process that was started."""
-        for owner in list(self._own):
-            self.end(owner)
+        for query in list(self._own):
+            self.end(query)
         await asyncio.gather(*(each.close() for each in self._shared), *self._ending)

@@ -27,6 +27,10 @@ class ToolTransportError(CallError):
         super().__init__("tool_transport", message)
 
 
+class NotConnectedError(ToolTransportError):
+    """Nobody listens: nothing was sent, so it may be tried again."""
+
+
 class ToolProtocolError(CallError):
     """A tool call was answered by a JSON-RPC error, or by what the protocol does not allow."""
 
@@ -97,14 +101,19 @@ def loop_time() -> float:
 
 @dataclass(slots=True)
 class Trip:
-    """One tool call while it is under way; what is filled in stands even if the call fails. `owner`: whose session it goes by (None: the
-    one that all share); `trace`: the headers that join it to its query; `session_s`: what starting its session took, where it had to."""
+    """One tool call while it is under way; what is filled in stands even if the call fails. `query` and `agent`: who makes it; `trace`: the
+    headers that join it to its query; `reconnect_s`: how long it waits for a server that does not listen; `session_s`: how long it waited
+    for its session (None: it was open), which it opened itself or not."""
 
-    owner: Hashable = None
+    query: Hashable = None
+    agent: Hashable = None
     trace: Mapping[str, str] = field(default_factory=dict)
     now: Callable[[], float] = loop_time
+    reconnect_s: float = 0.0
+    tool: str | None = None
     sent_at: float | None = None
     session_s: float | None = None
+    opened_session: bool = False
 
 
 class Connection(Protocol):

@@ -87,7 +87,7 @@ class SdkConnection:
     spec: ToolServerSpec
     tools: Sequence[RemoteTool] = ()
     _attempt: "asyncio.Future[Client]" = field(init=False)  # done when there is a client; replaced when it is lost
-    _claimed: "asyncio.Future[Client] | None" = None  # the attempt whose time a call has taken to its account
+    _claimed: "asyncio.Future[Client] | None" = None  # the attempt that a call has counted as its own
     _leave: asyncio.Event = field(default_factory=asyncio.Event)  # set to end the client that lives now
     _closing: asyncio.Event = field(default_factory=asyncio.Event)
     _calls: set["asyncio.Task[Any]"] = field(default_factory=set)
@@ -207,17 +207,26 @@ class SdkConnection:
 
     async def _connected(self, timeout_s: float, trip: Trip) -> "asyncio.Future[Client]":
         """The attempt that is under way, once it has brought a client; ToolTransportError if it brings none in time."""
+        loop, began_at = asyncio.get_running_loop(), trip.now()
+        give_up_at, out_at = loop.time() + trip.reconnect_s, loop.time() + timeout_s
         self._supervised()
-        attempt, began_at = self._attempt, trip.now()
-        claims, self._claimed = not attempt.done() and self._claimed is not attempt, attempt
-        try:
-            await self.start(timeout_s)
-        except TimeoutError:
-            raise ToolTransportError(f"tool server {self.spec.name}: not connected within {timeout_s:g} s") from None
-        finally:
-            if claims:
+        while True:
+            attempt = self._attempt
+            if attempt.done():
+                return attempt
+            trip.opened_session = trip.opened_session or self._claimed is not attempt
+            self._claimed = attempt
+            try:
+                await self.start(out_at - loop.time())
+                return attempt
+            except TimeoutError:
+                text = f"tool server {self.spec.name}: not connected within {timeout_s:g} s"
+                raise ToolTransportError(text) from None
+            except ToolTransportError:
+                if loop.time() >= give_up_at:
+                    raise
+            finally:
                 trip.session_s = trip.now() - began_at
-        return attempt
 
     async def call(
         self, tool: RemoteTool, arguments: Mapping[str, Any], timeout_s: float, meta: Mapping[str, Any], trip: Trip

@@ -3,7 +3,7 @@
 Rules of the file:
 1. Each request is a POST of its own: what breaks costs that call. A session that the server does not know any more is replaced, and the
    call, which was not run, is sent once more in the new one. Nothing else is ever sent twice.
-2. Where nobody listens, the next attempt waits for a back-off; calls made meanwhile share it and its failure.
+2. Where nobody listens, nothing was sent: calls wait and share the next attempts, after a back-off each, as long as their trips allow.
 3. A call that is given up tells the server: by closing the stream, in the handshake era by notifications/cancelled.
 """
 
@@ -17,6 +17,7 @@ from fanmark.loadgen.lanes.mcp_model import (
     FIRST_BACKOFF_S,
     KEEP_ALIVE_S,
     LAST_BACKOFF_S,
+    NotConnectedError,
     RemoteTool,
     ToolProtocolError,
     ToolResult,
@@ -84,17 +85,24 @@ class ThinConnection:
         where = f"tool {tool.name} of {self._where.removeprefix('tool server ')}"
         sent: tuple[Session, codec.Id] | None = None
         try:
+            give_up_at, renewed = asyncio.get_running_loop().time() + trip.reconnect_s, False
             async with asyncio.timeout(timeout_s):
-                for renewed in (False, True):
-                    session = await self._ready(trip)
-                    self._ids += 1
-                    asked = call_post(session, self._ids, tool, arguments, meta, trip.trace)
-                    sent, trip.sent_at = (session, self._ids), trip.now()
-                    answer = await self._exchange(asked, session)
+                while True:
+                    try:
+                        session = await self._ready(trip)
+                        self._ids += 1
+                        asked = call_post(session, self._ids, tool, arguments, meta, trip.trace)
+                        sent, trip.sent_at = (session, self._ids), trip.now()
+                        answer = await self._exchange(asked, session)
+                    except NotConnectedError:
+                        sent = trip.sent_at = None
+                        if asyncio.get_running_loop().time() >= give_up_at:
+                            raise
+                        continue
                     if renewed or not session_refused(session, answer):
-                        break
+                        return result_of(checked(answer, where), where)
                     self._lose(session)
-                return result_of(checked(answer, where), where)
+                    renewed = True
         except (TimeoutError, asyncio.CancelledError) as e:
             if sent is not None and not sent[0].modern and not self._http.closed:
                 told = {"requestId": sent[1], "reason": "given up"}
@@ -110,17 +118,17 @@ class ThinConnection:
         if self._session is not None:
             return self._session
         if self._starting is None:
-            self._starting = asyncio.ensure_future(self._start(trip))
-        return await asyncio.shield(self._starting)
+            self._starting, trip.opened_session = asyncio.ensure_future(self._start()), True
+        began_at = trip.now()
+        try:
+            return await asyncio.shield(self._starting)
+        finally:
+            trip.session_s = (trip.session_s or 0.0) + trip.now() - began_at
 
-    async def _start(self, trip: Trip) -> Session:
+    async def _start(self) -> Session:
         try:
             await asyncio.sleep(max(0.0, self._retry_at - asyncio.get_running_loop().time()))
-            began_at = trip.now()
-            try:
-                opened = await self._open()
-            finally:
-                trip.session_s = trip.now() - began_at
+            opened = await self._open()
             self.tools = self.tools or opened.tools
             self._session, self.version, self._backoff_s = opened.session, opened.session.version, FIRST_BACKOFF_S
             return opened.session
@@ -168,7 +176,7 @@ class ThinConnection:
             if session is not None:
                 self._lose(session)
                 self._put_off()
-            raise ToolTransportError(f"{self._where}: {type(e).__name__}: {e}") from None
+            raise NotConnectedError(f"{self._where}: {type(e).__name__}: {e}") from None
         except (aiohttp.ClientError, OSError) as e:
             reason = f"{type(e).__name__}: {e}".rstrip(": ")
             raise ToolTransportError(f"{self._where}: connection lost: {reason}") from None
@@ -243,10 +251,12 @@ class ThinConnection:
     async def _linger(self, response: "aiohttp.ClientResponse") -> None:
         import aiohttp
 
-        with suppress(aiohttp.ClientError, OSError, TimeoutError):
-            async with asyncio.timeout(LINGER_S):
-                await response.read()
-        response.release()  # closes it where the body is not whole even now
+        try:
+            with suppress(aiohttp.ClientError, OSError, TimeoutError):
+                async with asyncio.timeout(LINGER_S):
+                    await response.read()
+        finally:
+            response.release()  # closes it where the body is not whole even now
 
     def _go_on(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)

@@ -1,11 +1,12 @@
 """The embedded tools in virtual time: the same schemas, latencies and results as their MCP server gives, without the server."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fanmark.loadgen.errors import CallError
+from fanmark.loadgen.lanes.mcp_model import Trip
 from fanmark.loadgen.scenario import Tools
 from fanmark.loadgen.toolset import ToolSet
 from fanmark.servers.prompts import tools_text
@@ -35,7 +36,9 @@ class Result:
     """What a tool said; ours make no errors."""
 
     text: str
+    bytes: int
     is_error: bool = False
+    queued_s: float | None = None
 
 
 def schema_tokens() -> int:
@@ -54,13 +57,18 @@ class VirtualTools:
         self._words = vocabulary()
 
     async def call(
-        self, name: str, arguments: dict[str, Any], *, timeout_s: float, meta: Mapping[str, Any] | None = None
+        self, name: str, arguments: dict[str, Any], *, timeout_s: float, meta: Mapping[str, Any] | None, trip: Trip
     ) -> Result:
         """Raises CallError where it takes longer than `timeout_s`."""
+        trip.sent_at = trip.now()
         told = meta or {}
         seed, tokens = told[SEED_META], told[RESULT_TOKENS_META]
         wait_s = draw_latency_s(self._latency_s, seed) + self._round_trip_s
         await asyncio.sleep(min(wait_s, timeout_s))
         if wait_s > timeout_s:
             raise CallError("tool_transport", f"tool {name}: no answer within {timeout_s:g} s")
-        return Result(result_text(self._words, tokens, seed))
+        text = result_text(self._words, tokens, seed)
+        return Result(text, len(text))  # the words are ASCII
+
+    def end(self, query: Hashable) -> None:
+        """There are no sessions to end."""

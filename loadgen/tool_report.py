@@ -1,0 +1,77 @@
+"""The tools' part of summary.json, from records and from what the tool servers listed. Pure."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from fanmark.loadgen.records import Call, Query, critical_path
+from fanmark.loadgen.statistics import distribution
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What a run's tools are: schemas as they go into a prompt, of all that the servers list and of those that are exposed; `tokens` that
+    these add to a call's prompt, by target (None: not known)."""
+
+    servers: int
+    transport: str
+    session: str
+    listed: Sequence[Mapping[str, Any]]
+    exposed: Sequence[Mapping[str, Any]]
+    tokens: Mapping[str, int | None]
+
+
+def tools_part(listing: Listing | None, queries: Iterable[Query]) -> dict[str, Any] | None:
+    """`tools` of summary.json; None where no arm has any. Sessions that calls had to start, warm-up included: with "shared", those that
+    replaced a lost one; the run's own are not among them."""
+    if listing is None:
+        return None
+    started = [call for query in queries for call in query.calls if call.opened_session]
+    tokens = listing.tokens
+    return {
+        "servers": listing.servers,
+        "transport": listing.transport,
+        "session": listing.session,
+        "listed": {"tools": len(listing.listed), "bytes": len(msgspec.json.encode(listing.listed))},
+        "exposed": {
+            "tools": len(listing.exposed),
+            "bytes": len(msgspec.json.encode(listing.exposed)) if listing.exposed else 0,
+            "tokens": next(iter(tokens.values())) if len(tokens) == 1 else dict(tokens),
+        },
+        "sessions": {
+            "count": len(started),
+            "failed": sum(call.sent_at is None for call in started),
+            "start_s": distribution([call.session_s for call in started if call.session_s is not None]),
+        },
+    }
+
+
+def by_tool(queries: Sequence[Query]) -> dict[str, Any]:
+    """`by_tool` of an arm: over all its counted queries, as a tool's failure is told by those that failed. `critical_share` is the tool's
+    part of the critical paths of the completed ones."""
+    calls: dict[str, list[Call]] = defaultdict(list)
+    for query in queries:
+        for call in query.calls:
+            if call.kind == "tool_call":
+                calls[call.tool or "?"].append(call)
+    critical_s, total_s = Counter[str](), 0.0
+    for query in queries:
+        if query.outcome == "completed":
+            total_s += query.resources["critical_path_s"] or 0.0
+            for call in critical_path(query.needed):
+                if call.kind == "tool_call":
+                    critical_s[call.tool or "?"] += call.seconds  # type: ignore[assignment]  # a Counter of floats
+    return {
+        tool: {
+            "calls": len(mine),
+            "errors": dict(Counter(call.error or "tool_error" for call in mine if call.error or call.tool_error)),
+            "latency_s": distribution([call.seconds for call in mine if call.error is None]),
+            "queued_s": distribution([call.queued_s for call in mine if call.queued_s is not None]),
+            "bytes": distribution([call.bytes for call in mine if call.bytes is not None]),
+            "critical_share": critical_s[tool] / total_s if total_s else None,
+        }
+        for tool, mine in sorted(calls.items())
+    }
