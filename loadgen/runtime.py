@@ -1,13 +1,11 @@
 """What implements the topologies' Runtime: carries every call and tool call of one query and records it."""
 
 import asyncio
-import hashlib
 import time
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Protocol
-from urllib.parse import quote
 
 import msgspec
 
@@ -24,6 +22,7 @@ from fanmark.loadgen.lanes.sse import Reply
 from fanmark.loadgen.prompts import Part, Text
 from fanmark.loadgen.records import Call
 from fanmark.loadgen.scenario import Arm
+from fanmark.loadgen.trace_headers import call_headers, tool_headers
 
 _TEMPLATE_TOKENS = 256  # what a chat template may add of its own, at most
 
@@ -174,7 +173,7 @@ class QueryRuntime:
             raise CallError("tool_protocol", "this arm has no tools")
         call = self._start("tool_call", role, round, [request])
         n = sum(1 for earlier in self.calls if earlier.kind == "tool_call") - 1
-        trip = Trip((self.demand.arm, self.demand.query), role, self._tool_headers(call), self.world.now)
+        trip = Trip((self.demand.arm, self.demand.query), role, tool_headers(self.world.run_id, call), self.world.now)
         try:
             outcome = await self.world.tools.call(self.demand.seed, n, self.demand.lengths["tool_result"], trip)
         except BaseException as e:
@@ -274,7 +273,7 @@ class QueryRuntime:
         """Sends a call when budget and limits let it through, and sends it again as the target's retries allow."""
         gate = self.world.gate
         while True:
-            sent, headers = Sent(), self._headers(call)
+            sent, headers = Sent(), call_headers(self.world.run_id, call)
             ticket = await gate.admit(endpoint, call, body, prompt_tokens, sent) if gate.guards(endpoint) else None
             try:
                 if ticket is None:
@@ -389,21 +388,3 @@ class QueryRuntime:
             call.cached_tokens = usage.prompt_tokens_details.cached_tokens
         details = usage.completion_tokens_details
         call.reasoning_tokens = details.reasoning_tokens if details is not None else None
-
-    def _tool_headers(self, call: Call) -> Mapping[str, str]:
-        """The same for a tool call, and in the baggage who makes it, since a tool server knows no body of ours."""
-        told = {"run": self.world.run_id, "arm": call.arm, "query": str(call.query), "role": call.role}
-        baggage = ",".join(f"fanmark.{name}={quote(value)}" for name, value in told.items())
-        return {**self._headers(call), "baggage": baggage}
-
-    def _headers(self, call: Call) -> Mapping[str, str]:
-        """X-Request-Id and X-Session-Id for servers and routers, traceparent for traces: the trace is the query."""
-        query = f"{self.world.run_id}-{self.demand.arm}-{self.demand.query}"
-        trace_id = hashlib.blake2b(query.encode(), digest_size=16).hexdigest()
-        name = f"{query}-{call.call}" if call.attempt == 1 else f"{query}-{call.call}-{call.attempt}"
-        span_id = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
-        return {
-            "X-Request-Id": name,
-            "X-Session-Id": query,
-            "traceparent": f"00-{trace_id}-{span_id}-01",
-        }
