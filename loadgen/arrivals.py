@@ -101,7 +101,10 @@ def counted_numbers(scenario: Scenario) -> dict[str, list[int] | None]:
         counts: list[int | None] = []
         for arm in scenario.arms:
             load, listed = scenario.load_of(arm), found[arm.name]
-            n = sum(1 for _ in of_arm(scenario, arm, repeat)) if load.mode == "open" else load.queries
+            open_n = (
+                None if load.match == "calls" and not arm.baseline else sum(1 for _ in of_arm(scenario, arm, repeat))
+            )
+            n = open_n if load.mode == "open" else load.queries
             counts.append(n)
             found[arm.name] = (
                 None if first is None or n is None or listed is None else [*listed, *range(first, first + n)]

@@ -17,6 +17,7 @@ from fanmark.loadgen.table import number
 from fanmark.loadgen.tally import Tally
 from fanmark.loadgen.tool_report import Listing, tools_part
 
+MATCHED = 0.05  # so near to each other must the calls in flight of matched arms be
 ClientReport = Callable[[Sequence[Call]], dict[str, Any]]  # of the counted calls that were sent; see health.client_part
 
 
@@ -56,6 +57,8 @@ def assemble(
             "the target reports no cached tokens (vLLM: --enable-prompt-tokens-details): cached and fresh are unknown"
             + "".join(_servers_mean(part, len(scenario.arms)) for part in parts)
         )
+    if scenario.load.match == "calls":
+        notes.append(_matched(scenario, arms))
     if all(_constant(scenario, arm.name) for arm in scenario.arms):
         notes.append("all lengths are constant: equal queries run in phase, latencies hold for this pattern only")
     notes += scenario.unlike_baseline()
@@ -103,6 +106,19 @@ def so_far(tally: Tally) -> str:
         mean = f", {number(arm.sums['latency_s'] / arm.completed)} s on average" if arm.completed else ""
         said.append(f"{name} completed {arm.completed} of {arm.started} queries{mean}")
     return "; ".join(said)
+
+
+def _matched(scenario: Scenario, arms: Mapping[str, Any]) -> str:
+    """The rates that the pilot chose, and whether calls in flight came out as near to each other as it thought."""
+    points = {name: arm["load"] for name, arm in arms.items() if arm["load"]}
+    told = ", ".join(
+        f"{name} {number(point['offered_qps'])} queries/s ({number(point['calls_in_flight']['mean'])} calls in flight)"
+        for name, point in points.items()
+    )
+    base = points.get(scenario.baseline.name, {"calls_in_flight": {"mean": 0.0}})["calls_in_flight"]["mean"]
+    apart = max((abs(p["calls_in_flight"]["mean"] / base - 1) for p in points.values()), default=0.0) if base else 0.0
+    but = f": {apart:.0%} apart, a longer duration evens out chance" if apart > MATCHED else ""
+    return f"rates were matched by a pilot: {told or 'it was cut short'}{but}"
 
 
 def _constant(scenario: Scenario, arm: str) -> bool:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Literal, Protocol
 
 from fanmark.agents.runtime import Topology
+from fanmark.loadgen.block import together
 from fanmark.loadgen.contamination import Explained
 from fanmark.loadgen.costs import mismatches, resources
 from fanmark.loadgen.counters import unfinished
@@ -19,7 +20,7 @@ from fanmark.loadgen.gate import Gate
 from fanmark.loadgen.records import Begun, Outcome, Phase, Query, Window
 from fanmark.loadgen.runtime import QueryRuntime, ToolUse, World
 from fanmark.loadgen.scenario import Arm, Scenario
-from fanmark.loadgen.schedule import Schedule, Start, together
+from fanmark.loadgen.schedule import Schedule, Start
 from fanmark.loadgen.tally import Tally
 from fanmark.loadgen.walk import walk
 

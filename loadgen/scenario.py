@@ -175,7 +175,8 @@ class Load(Table, frozen=True):
     """When queries start. Each of rate, concurrency, queries and warmup is per arm. `stages` stand in place of `rate`; `gap_cv` is of the
     gamma process; `arrivals` are start times, or the file that they are read from. At most `max_in_flight` queries run at a time: what
     that delays is told apart. A query that takes longer than `query_timeout_s` is given up. The run ends when so large a share of the last
-    20 calls failed as `abort_on_errors` says (false: never). All is done `repeats` times."""
+    20 calls failed as `abort_on_errors` says (false: never). All is done `repeats` times.
+    With `match` "calls" a pilot sets the arms' rates so that all have as many calls in flight as the baseline at its rate."""
 
     mode: Literal["open", "closed"] = "open"
     rate: Positive = 0.5
@@ -191,6 +192,7 @@ class Load(Table, frozen=True):
     duration: Positive | None = None
     warmup: Count = 2
     arms: Literal["interleaved", "apart"] = "interleaved"
+    match: Literal["queries", "calls"] = "queries"
     repeats: Annotated[int, msgspec.Meta(ge=1)] = 1
 
 

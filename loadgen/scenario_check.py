@@ -109,7 +109,27 @@ def check(raw: Mapping[str, Any], source: str, topologies: Mapping[str, Topology
         source=source,
     )
     _check_lengths(scenario, source)
+    _check_match(scenario, source)
     return scenario
+
+
+def _check_match(scenario: Scenario, source: str) -> None:
+    """A pilot sets rates, so there must be rates, and nothing else that sets them."""
+    load = scenario.load
+    if load.match != "calls":
+        return
+    if load.mode == "closed" or load.process == "replay" or load.stages or load.duration is None:
+        raise ScenarioError(
+            f'{source}: [load] match = "calls" sets the rates of an open loop by a pilot: give rate and duration '
+            "(not concurrency, queries, stages or a replay)"
+        )
+    for arm in scenario.arms:
+        if arm.queries is not None or (arm.rate is not None and not arm.baseline):
+            key = "queries" if arm.queries is not None else "rate"
+            raise ScenarioError(
+                f'{source}: arm {arm.name!r}: {key} = {getattr(arm, key):g} with [load] match = "calls": the pilot sets the rate '
+                "of all arms but the baseline, for one duration: leave it out"
+            )
 
 
 def _load(load: Load, source: str) -> Load:

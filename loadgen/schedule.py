@@ -10,18 +10,30 @@ Rules of the file:
 import asyncio
 import math
 import random
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count
-from typing import Any
+
+import msgspec
 
 from fanmark.loadgen.arrivals import of_arm, of_repeat
+from fanmark.loadgen.block import Block, ended, tell, together
 from fanmark.loadgen.crew import Crew, Met
 from fanmark.loadgen.records import Phase, Query, Window
 from fanmark.loadgen.scenario import Arm, Load, Scenario
-from fanmark.loadgen.window import Seen, grace_s, lead_in
+from fanmark.loadgen.window import Seen, grace_s, lead_in, matched
 
 TICK_S = 0.25  # between two looks at where a lead-in or a lead-out stands
+TRIALS = (
+    4,
+    16,
+    64,
+    64,
+    64,
+    64,
+)  # a pilot's steps: so many queries of each arm are looked at, once the system is filled
+START_BELOW = 8.0  # in the first, all but the baseline get the baseline's rate divided by this
+AGREED = 0.03  # where calls in flight are as near to each other, a pilot ends
 AHEAD_S = 0.1  # from the decision that a window begins to its start: its first queries are made ready
 
 Start = Callable[[float], "asyncio.Task[Query]"]  # starts a query that is ready, given its due time
@@ -30,36 +42,6 @@ Ready = Callable[[Arm, int, Phase, int], Awaitable[Start]]  # makes one ready: a
 
 class _Stopped(Exception):
     """The run was asked to end: no new queries."""
-
-
-class _Block:
-    """Arms that run at once, and their queries under way. Without a window all but the warm-up counts."""
-
-    def __init__(
-        self, arms: Sequence[Arm], repeat: int, counted_from: int, uncounted_from: int, *, windowed: bool
-    ) -> None:
-        self.arms = arms
-        self.repeat = repeat
-        self.windowed = windowed
-        self.start_at: float | None = None
-        self.end_at: float | None = None
-        self.running: dict[asyncio.Task[Query], Phase] = {}
-        self._counted_from = counted_from
-        self._uncounted_from = uncounted_from
-
-    def phase(self, at: float) -> Phase:
-        """That of a query which is due at this instant."""
-        if not self.windowed:
-            return "window"
-        if self.start_at is None or at < self.start_at:
-            return "lead-in"
-        return "window" if self.end_at is None or at < self.end_at else "lead-out"
-
-    def number(self, phase: Phase, i: int) -> int:
-        """Of a phase's query number i. Lead-in and lead-out take the negative numbers in turn, a warm-up all."""
-        if phase == "window":
-            return self._counted_from + i
-        return -1 - self._uncounted_from - (2 * i + (phase == "lead-out") if self.windowed else i)
 
 
 class Schedule:
@@ -91,6 +73,13 @@ class Schedule:
 
     async def run(self) -> None:
         """All repeats. Returns when all queries have ended, or, where the run was asked to end, those that had begun."""
+        if self._scenario.load.match == "calls":
+            try:
+                await self._pilot()
+            except* _Stopped:
+                pass
+            if self._asked.is_set():
+                return
         left = self._scenario.load.repeats * len(self._blocks(1))
         for repeat in range(1, self._scenario.load.repeats + 1):
             try:
@@ -100,12 +89,12 @@ class Schedule:
             for arms in self._blocks(repeat):
                 loads = [self._scenario.load_of(arm) for arm in arms]
                 windowed = all(load.duration is not None and not load.stages for load in loads)
-                block = _Block(arms, repeat, int(max(said[::2])) + 1, -int(min(said[1::2])), windowed=windowed)
+                block = Block(arms, repeat, int(max(said[::2])) + 1, -int(min(said[1::2])), windowed=windowed)
                 try:
                     await self._run_block(block)
                 except* _Stopped:
                     pass
-                await _ended(block.running)
+                await ended(block.running)
                 if self._asked.is_set():
                     return
                 left -= 1
@@ -120,7 +109,57 @@ class Schedule:
         random.Random(f"{self._scenario.seed}/order" + of_repeat(repeat)).shuffle(arms)
         return [[arm] for arm in arms]
 
-    async def _run_block(self, block: _Block) -> None:
+    async def _pilot(self) -> None:
+        """Sets the arms' rates by trial, so that all have as many calls in flight as the baseline."""
+        base, arms = self._scenario.baseline.name, self._scenario.arms
+        rates = {arm.name: self._rate(self._scenario.baseline) or 0.0 for arm in arms}
+        rates = {name: rate / (1 if name == base else START_BELOW) for name, rate in rates.items()}
+        for step, least in enumerate(TRIALS):
+            scenario = with_rates(self._scenario, rates)
+            calls_s: dict[str, float] = {}
+            for group in [scenario.arms] if scenario.load.arms == "interleaved" else [[arm] for arm in scenario.arms]:
+                calls_s |= await self._trial(scenario, group, step, least)
+                await self._drained()
+            rates, apart = matched(rates, calls_s, base)
+            if apart <= AGREED and least == TRIALS[-1]:
+                break
+        self._scenario = with_rates(self._scenario, rates)
+
+    async def _trial(self, scenario: Scenario, arms: Sequence[Arm], step: int, least: int) -> dict[str, float]:
+        """The time that a query's calls take in sum, by arm, at the rates of `scenario`."""
+        said = (await self._meet((self._highest, self._lowest))).said
+        block = Block(arms, 0, 0, -int(min(said[1::2])), windowed=True)  # a repeat of its own, with a cache of its own
+        from_at, limit_s, seen = (await self._meet()).at, scenario.load.duration or 0.0, Seen()
+        filled: dict[int, int] | None = None  # of the queries that had ended, how many were not looked at, by arm
+        places = [self._places[arm.name] for arm in arms]
+        async with asyncio.TaskGroup() as group:
+            times = [of_arm(scenario, arm, 1, f"pilot-{step}") for arm in arms]
+            flows = [
+                group.create_task(self._open(block, arm, "lead-in", at, from_at))
+                for arm, at in zip(arms, times, strict=True)
+            ]
+            while True:
+                await self._until(self._now() + TICK_S)
+                met = await self._meet(self._told_now())
+                seen.take(met.said)
+                if (
+                    filled is None
+                    and lead_in(seen.latencies_s, met.at - from_at, dict.fromkeys(places, 2), limit_s) != "on"
+                ):
+                    filled, give_up_at = {place: len(seen.calls_s[place]) for place in places}, met.at + limit_s
+                if filled is not None and (
+                    met.at >= give_up_at or all(len(seen.calls_s[p]) - filled[p] >= least for p in places)
+                ):
+                    break
+            for flow in flows:
+                flow.cancel()
+        await ended(block.running)
+        looked_at = {place: seen.calls_s[place][filled[place] :] or seen.calls_s[place] for place in places}
+        return {
+            arm.name: math.fsum(found) / max(len(found), 1) for arm, found in zip(arms, looked_at.values(), strict=True)
+        }
+
+    async def _run_block(self, block: Block) -> None:
         if block.windowed:
             await self._with_window(block, self._scenario.load.duration or 0.0)
             return
@@ -128,15 +167,15 @@ class Schedule:
         block.start_at = (await self._meet()).at
         await together(self._all(block, arm) for arm in block.arms)
 
-    async def _warm_up(self, block: _Block, arm: Arm) -> None:
+    async def _warm_up(self, block: Block, arm: Arm) -> None:
         """Uncounted queries, all at once, before the first counted one."""
         mine = range(self._crew.index, self._scenario.load_of(arm).warmup, self._crew.count)
         starts = [await self._ready(arm, block.number("lead-in", i), "lead-in", block.repeat) for i in mine]
-        await _ended(
+        await ended(
             [self._begin(block, arm, "lead-in", i, start, self._now()) for i, start in zip(mine, starts, strict=True)]
         )
 
-    async def _all(self, block: _Block, arm: Arm) -> None:
+    async def _all(self, block: Block, arm: Arm) -> None:
         """An arm whose queries all count."""
         load = self._scenario.load_of(arm)
         if load.mode == "open":
@@ -145,7 +184,7 @@ class Schedule:
         await self._stopped_before(block.start_at or 0.0)
         await self._closed(block, arm, ("window",), (block.start_at or 0.0) + (load.duration or math.inf))
 
-    async def _with_window(self, block: _Block, duration_s: float) -> None:
+    async def _with_window(self, block: Block, duration_s: float) -> None:
         """Lead-in, window and lead-out."""
         lead_in_at = (await self._meet()).at
         async with asyncio.TaskGroup() as group:
@@ -180,14 +219,14 @@ class Schedule:
             for task in late:
                 task.cancel()
 
-    async def _before(self, block: _Block, arm: Arm, lead_in_at: float) -> None:
+    async def _before(self, block: Block, arm: Arm, lead_in_at: float) -> None:
         """An open loop's lead-in until the window starts; a closed loop's users, from the lead-in to the lead-out."""
         if self._scenario.load_of(arm).mode == "closed":
             await self._closed(block, arm, ("lead-in", "window", "lead-out"), math.inf)
         else:
             await self._open(block, arm, "lead-in", of_arm(self._scenario, arm, block.repeat, "lead-in"), lead_in_at)
 
-    async def _after(self, block: _Block, arm: Arm) -> None:
+    async def _after(self, block: Block, arm: Arm) -> None:
         """An open loop's window and lead-out."""
         if self._scenario.load_of(arm).mode == "open":
             await self._open(block, arm, "window", of_arm(self._scenario, arm, block.repeat), block.start_at or 0.0)
@@ -195,7 +234,7 @@ class Schedule:
                 block, arm, "lead-out", of_arm(self._scenario, arm, block.repeat, "lead-out"), block.end_at or 0.0
             )
 
-    async def _lead_in(self, block: _Block, lead_in_at: float, duration_s: float, seen: Seen) -> tuple[float, bool]:
+    async def _lead_in(self, block: Block, lead_in_at: float, duration_s: float, seen: Seen) -> tuple[float, bool]:
         """When the window starts, and whether the lead-in was given up."""
         warmup = {self._places[arm.name]: self._scenario.load_of(arm).warmup for arm in block.arms}
         while True:
@@ -206,7 +245,7 @@ class Schedule:
             if stands != "on":
                 return met.at + AHEAD_S, stands == "given up"
 
-    async def _lead_out(self, block: _Block, give_up_at: float) -> None:
+    async def _lead_out(self, block: Block, give_up_at: float) -> None:
         """Until no counted query of any worker is under way, or time is up."""
         while True:
             met = await self._meet((list(block.running.values()).count("window"),))
@@ -218,7 +257,7 @@ class Schedule:
         load = self._scenario.load_of(arm)
         return load.rate if load.mode == "open" else None
 
-    async def _open(self, block: _Block, arm: Arm, phase: Phase, times: Iterator[float], from_at: float) -> None:
+    async def _open(self, block: Block, arm: Arm, phase: Phase, times: Iterator[float], from_at: float) -> None:
         """Starts this worker's share of an open loop's queries."""
         for i, at in enumerate(times):
             due_at = from_at + at
@@ -229,7 +268,7 @@ class Schedule:
                 return
             self._begin(block, arm, phase, i, start, due_at)
 
-    async def _closed(self, block: _Block, arm: Arm, phases: Sequence[Phase], end_at: float) -> None:
+    async def _closed(self, block: Block, arm: Arm, phases: Sequence[Phase], end_at: float) -> None:
         """A closed loop's users, as far as they are this worker's."""
         load = self._scenario.load_of(arm)
         numbers = {phase: self._own_numbers(load, end_at) for phase in phases}
@@ -244,7 +283,7 @@ class Schedule:
             if i % load.concurrency % self._crew.count == self._crew.index:
                 yield i
 
-    async def _user(self, block: _Block, arm: Arm, numbers: dict[Phase, Iterator[int]]) -> None:
+    async def _user(self, block: Block, arm: Arm, numbers: dict[Phase, Iterator[int]]) -> None:
         """One of a closed loop's users: the next query as soon as the last one is answered."""
         while (phase := block.phase(self._now())) in numbers and (i := next(numbers[phase], None)) is not None:
             start = await self._ready(arm, block.number(phase, i), phase, block.repeat)
@@ -252,11 +291,11 @@ class Schedule:
                 return
             if block.phase(self._now()) == phase:  # else the window began or ended while its texts were made
                 ended = asyncio.get_running_loop().create_future()  # asyncio.wait takes 1 KB for the same
-                self._begin(block, arm, phase, i, start, self._now()).add_done_callback(partial(_tell, ended))
+                self._begin(block, arm, phase, i, start, self._now()).add_done_callback(partial(tell, ended))
                 await ended
 
     def _begin(
-        self, block: _Block, arm: Arm, phase: Phase, i: int, start: Start, due_at: float
+        self, block: Block, arm: Arm, phase: Phase, i: int, start: Start, due_at: float
     ) -> "asyncio.Task[Query]":
         number = block.number(phase, i)
         self._highest, self._lowest = max(self._highest, number), min(self._lowest, number)
@@ -265,7 +304,7 @@ class Schedule:
         task.add_done_callback(partial(self._note, block, arm))
         return task
 
-    def _note(self, block: _Block, arm: Arm, task: "asyncio.Task[Query]") -> None:
+    def _note(self, block: Block, arm: Arm, task: "asyncio.Task[Query]") -> None:
         """A query that ended. Its news are of use only where a window waits for them."""
         del block.running[task]
         if block.windowed and not task.cancelled():
@@ -307,21 +346,7 @@ class Schedule:
         return self._asked.is_set()
 
 
-async def together(parts: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """All at once, begun one a turn: thousands in one would keep the loop from all else."""
-    async with asyncio.TaskGroup() as group:
-        for part in parts:
-            group.create_task(part)
-            await asyncio.sleep(0)
-
-
-def _tell(ended: "asyncio.Future[None]", task: "asyncio.Task[Query]") -> None:
-    if not ended.done():
-        ended.set_result(None)
-
-
-async def _ended(tasks: Iterable["asyncio.Task[Query]"]) -> None:
-    """Waits for all, whatever becomes of them."""
-    left = set(tasks)
-    if left:
-        await asyncio.wait(left)
+def with_rates(scenario: Scenario, rates: Mapping[str, float]) -> Scenario:
+    """The scenario with these rates of its arms."""
+    arms = [msgspec.structs.replace(arm, rate=rates[arm.name]) for arm in scenario.arms]
+    return msgspec.structs.replace(scenario, arms=arms)

@@ -165,6 +165,16 @@ FILE_MISTAKES = {
         "[[load.stages]]\nseconds = 3\nrate = 0",
         "f.toml: [[load.stages]] rate = 0: give a rate above 0, or one to go `to`",
     ),
+    "a pilot without rates": (
+        '[load]\nmatch = "calls"\nmode = "closed"\nduration = 9',
+        'f.toml: [load] match = "calls" sets the rates of an open loop by a pilot: give rate and duration '
+        "(not concurrency, queries, stages or a replay)",
+    ),
+    "a pilot without a window": (
+        '[load]\nmatch = "calls"\nqueries = 9',
+        'f.toml: [load] match = "calls" sets the rates of an open loop by a pilot: give rate and duration '
+        "(not concurrency, queries, stages or a replay)",
+    ),
     "no repeat at all": ("[load]\nrepeats = 0", "f.toml: [load] repeats = 0: must be a whole number of at least 1"),
     "a lane that is not there": (
         f'{TARGET}lane = "httpx"',

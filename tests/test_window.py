@@ -26,7 +26,7 @@ from fanmark.loadgen.scenario import Scenario, Target
 from fanmark.loadgen.simulate import Options, simulate
 from fanmark.loadgen.steadiness import judge, rise_z
 from fanmark.loadgen.tally import Tally
-from fanmark.loadgen.window import grace_s, lead_in, p90
+from fanmark.loadgen.window import grace_s, lead_in, matched, p90
 from fanmark.servers.profiles import load_profile
 
 LEAD_INS = [
@@ -323,3 +323,35 @@ def test_an_arm_apart_waits_until_the_server_is_empty(
     assert max(begins_at, first.done_at) <= second.due_at < begins_at + first.done_at + 0.5
     said = "default: 2 requests were still there 30 s after an arm's last query: somebody else's?"
     assert notes.count(said) == noted
+
+
+def test_a_pilot_sees_to_it_that_all_arms_have_as_many_calls_in_flight(tmp_path: Path) -> None:
+    load = "duration = 100\nrate = 4\nprocess = 'constant'\nmatch = 'calls'"
+    summary, queries, (window,) = run(tmp_path, load)
+    single, debate = (summary["arms"][name]["load"] for name in ("single", "debate"))
+    assert single["offered_qps"] == window.rates["single"] == 4.0
+    assert debate["offered_qps"] == window.rates["debate"] < 4.0 / 5
+    assert debate["calls_in_flight"]["mean"] == pytest.approx(single["calls_in_flight"]["mean"], rel=0.05)
+    assert any(note.startswith("rates were matched by a pilot: single 4 queries/s (") for note in summary["notes"])
+    pilot = [q for q in queries if q.repeat == 0]
+    assert pilot and all(q.warmup and q.done_at <= window.lead_in_at for q in pilot)
+    assert len({(q.arm, q.query) for q in queries}) == len(queries)
+
+
+@given(
+    st.dictionaries(st.sampled_from("abcd"), st.tuples(st.floats(0.01, 99), st.floats(0.01, 99)), min_size=1),
+    st.data(),
+)
+def test_matched_rates_give_all_arms_the_baselines_calls_in_flight(
+    arms: dict[str, tuple[float, float]], data: st.DataObject
+) -> None:
+    rates, calls_s = ({arm: pair[i] for arm, pair in arms.items()} for i in (0, 1))
+    base = data.draw(st.sampled_from(sorted(arms)))
+    found, apart = matched(rates, calls_s, base)
+    in_flight = rates[base] * calls_s[base]
+    assert all(found[arm] * calls_s[arm] == pytest.approx(in_flight) for arm in arms)
+    assert apart == pytest.approx(max(abs(rates[arm] * calls_s[arm] / in_flight - 1) for arm in arms), abs=1e-9)
+    assert matched({"a": 2.0, "b": 1.0}, {"a": 3.0, "b": 0.0}, "a") == (
+        {"a": 2.0, "b": 1.0},
+        0.0,
+    )  # nothing was seen of b
