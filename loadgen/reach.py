@@ -12,7 +12,7 @@ from fanmark.loadgen import embedded
 from fanmark.loadgen.demand import draw_demand
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.lengths import Dist
-from fanmark.loadgen.minimums import check_lengths
+from fanmark.loadgen.minimums import check_lengths, check_roles
 from fanmark.loadgen.scenario import Scenario, Target, ToolServer
 from fanmark.loadgen.target import HttpEndpoint, connect
 from fanmark.loadgen.toolset import ToolSet
@@ -56,6 +56,7 @@ async def reach(
     stack: AsyncExitStack,
 ) -> Reached:
     """Connects targets and tools; they are let go with `stack`. Raises FanmarkError where something is wrong: nothing was sent."""
+    await check_roles(scenario, topologies)
     tools = None
     if place.tool_servers is not None:
         from fanmark.loadgen.lanes.mcp import ToolServers, ToolServerSpec

@@ -22,7 +22,7 @@ from fanmark.loadgen.environment import environment
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.lanes.virtual import VirtualEndpoint
 from fanmark.loadgen.lanes.virtual_tools import VirtualTools
-from fanmark.loadgen.minimums import check_lengths
+from fanmark.loadgen.minimums import check_lengths, check_roles
 from fanmark.loadgen.reach import tool_latency, uses_tools
 from fanmark.loadgen.records import Call, read_queries, read_windows
 from fanmark.loadgen.results import assemble, write_summary
@@ -99,6 +99,7 @@ async def _simulate(
     if tools is not None:
         for endpoint in endpoints.values():
             await endpoint.expose(tools.schemas, system=scenario.workload.system != 0)
+    await check_roles(scenario, topologies)
     check_lengths(scenario, topologies, endpoints)
     tally = Tally({arm.name: arm.topology for arm in scenario.arms}, scenario.baseline.name)
     run_id = f"virtual-{scenario.seed}"

@@ -249,16 +249,19 @@ def test_dollars_hold_at_two_hundred_calls_in_flight_with_limits_beside_them(tmp
             assert r["client_s"] < 0.05
 
 
-@pytest.mark.parametrize("api", ["chat", "completions"])
-def test_a_dry_run_and_the_run_agree_on_calls_and_tokens(tmp_path: Path, api: str) -> None:
-    given = scenario({"rate": 4, "queries": 25, "warmup": 3}, stub={"api": api})
+@pytest.mark.parametrize(
+    ("api", "load"),
+    [("chat", {}), ("completions", {"arms": "apart"}), ("chat", {"mode": "closed", "concurrency": 4, "repeats": 2})],
+)
+def test_a_dry_run_and_the_run_agree_on_calls_and_tokens(tmp_path: Path, api: str, load: dict[str, Any]) -> None:
+    given = scenario({"rate": 4, "queries": 25, "warmup": 3, **load}, stub={"api": api})
     planned = plan(given, TABLE)
     found = simulated(given, tmp_path)
     for name, arm in found["arms"].items():
         for key in ("calls", "tool_calls", "input_tokens", "output_tokens"):
             measured = arm["per_query"][key]
             assert round(measured["mean"] * measured["n"]) == planned[name][key]
-        assert arm["queries"]["completed"] == planned[name]["queries"] == 25
+        assert arm["queries"]["completed"] == planned[name]["queries"] == 25 * load.get("repeats", 1)
     cost, whole = spent(tmp_path, PRICES), totals(planned)
     assert (cost.calls, cost.tokens) == (whole["calls"], whole["input_tokens"] + whole["output_tokens"])  # type: ignore[operator]
 

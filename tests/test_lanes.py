@@ -427,6 +427,18 @@ def test_a_redirect_is_followed(lane: str) -> None:
     assert json.loads(script.requests[1].partition(b"\r\n\r\n")[2]) == ASKED
 
 
+@pytest.mark.parametrize("lane", ["aiohttp", "openai"])
+def test_a_redirect_to_another_host_is_refused(lane: str) -> None:
+    """It is another server than the one that is measured, and the keys are not for it."""
+    on = (
+        head(b"Location: http://localhost:9/v1/chat/completions\r\n", b"Content-Length: 2\r\n", status=b"307 There")
+        + b"no"
+    )
+    script = Script([[on]])
+    assert outcomes(LANES[lane], script)[0] == ["bad_reply"]
+    assert len(script.requests) == 1
+
+
 @pytest.mark.parametrize("lane", ["fast", "aiohttp"])
 def test_a_stream_longer_than_any_buffer_is_read_to_its_end(lane: str) -> None:
     """With the first read comes more than a reader would take at once, in chunks of few bytes."""

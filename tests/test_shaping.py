@@ -20,6 +20,7 @@ from fanmark.agents import topologies
 from fanmark.loadgen import scenario_check
 from fanmark.loadgen.errors import FanmarkError, ScenarioError, UnreachableError
 from fanmark.loadgen.lanes.http import Sent
+from fanmark.loadgen.minimums import check_roles
 from fanmark.loadgen.redaction import REDACTED, Secrets
 from fanmark.loadgen.scenario import Scenario, Target
 from fanmark.loadgen.shaping import Shape, shaped
@@ -364,3 +365,34 @@ def test_a_certificate_that_cannot_be_loaded_is_told(text: str) -> None:
         connected(target(f'url = "https://127.0.0.1:9/v1"\n{text}'), _nothing)
     assert str(caught.value).startswith("f.toml: [target] ") and str(caught.value).endswith(TLS_MISTAKES[text])
     assert "\n" not in str(caught.value)
+
+
+ROLES = {
+    "a role of a target": (
+        "roles.jugde.model = 'm'",
+        "",
+        "[target] roles.jugde: no call has this role: there are agent, agent-1, ",
+    ),
+    "a role of an arm": (
+        "",
+        "targets = { jugde = 'default' }",
+        "arm 'debate' targets.jugde: no call has this role: there are agent, ",
+    ),
+    "all there": (
+        "roles.judge.model = 'm'\nroles.agent-2.params.a = 1",
+        "targets = { judge = 'default', agent = 'default' }",
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize(("target", "arm", "told"), ROLES.values(), ids=ROLES)
+def test_a_role_that_nobody_has_is_told(target: str, arm: str, told: str) -> None:
+    text = f'[target]\nurl = "http://h/v1"\n{target}\n{SINGLE}[[arm]]\nname = "debate"\ntopology = "debate"\n{arm}'
+    scenario = scenario_check.check(tomllib.loads(text), "f.toml", topologies())
+    if not told:
+        return asyncio.run(check_roles(scenario, topologies()))
+    with pytest.raises(ScenarioError) as caught:
+        asyncio.run(check_roles(scenario, topologies()))
+    assert str(caught.value).startswith(f"f.toml: {told}") and "judge" in str(caught.value)
+    return None

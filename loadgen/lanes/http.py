@@ -90,6 +90,7 @@ class HttpLane:
         trace.on_connection_create_start.append(self._connecting)
         trace.on_connection_create_end.append(self._connected)
         trace.on_request_chunk_sent.append(self._to_socket)
+        trace.on_request_redirect.append(self._sent_on)
         self._session = aiohttp.ClientSession(
             connector=BodyConnector(now, limit=0, keepalive_timeout=60, ssl=tls),
             timeout=aiohttp.ClientTimeout(total=None),
@@ -110,6 +111,15 @@ class HttpLane:
         sent: Sent = context.trace_request_ctx
         if sent.at is None:
             sent.at = self._now()
+
+    async def _sent_on(self, session: Any, context: SimpleNamespace, params: Any) -> None:
+        """Refuses a redirect to another host: that is another server, and what the headers hold is not for it."""
+        place = params.url.join(type(params.url)(params.response.headers.get("Location", "")))
+        if place.host != params.url.host:
+            params.response.close()
+            raise CallError(
+                "bad_reply", f"HTTP {params.response.status}: sent on to {place.host}: give that as the target"
+            )
 
     async def send(
         self, url: str, body: bytes, headers: Mapping[str, str], *, stream: bool, timeout_s: float, sent: Sent

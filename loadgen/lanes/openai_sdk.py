@@ -68,6 +68,7 @@ class OpenaiLane:
         self._other = HttpLane(now, tls=tls, proxy=proxy)
         self.get, self.post = self._other.get, self._other.post
         self._under_way: ContextVar[Sent] = ContextVar("under_way")
+        self._host: ContextVar[str] = ContextVar("host")
         self._http = openai.DefaultAsyncHttpxClient(
             verify=tls,
             proxy=proxy,
@@ -79,7 +80,9 @@ class OpenaiLane:
         self._creates: dict[str, tuple[Callable[..., Any], frozenset[str]]] = {}
 
     async def _watch(self, request: httpx2.Request) -> None:
-        sent = self._under_way.get()
+        sent, host = self._under_way.get(), self._host.get()
+        if request.url.host != host:  # another server, and what the headers hold is not for it
+            raise CallError("bad_reply", f"sent on to {request.url.host}: give that as the target")
         asked_at = self._now()
 
         async def told(event: str, info: Mapping[str, Any]) -> None:
@@ -102,6 +105,7 @@ class OpenaiLane:
         try:
             async with asyncio.timeout(timeout_s):
                 self._under_way.set(sent)
+                self._host.set(httpx2.URL(url).host)
                 reply = await self._call(url, msgspec.json.decode(body, type=dict[str, Any]), headers)
         except TimeoutError:
             raise CallError("timeout", f"no whole reply within {timeout_s:g} s") from None
