@@ -10,6 +10,7 @@ Rules of the file:
 import asyncio
 import math
 import random
+from array import array
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count
@@ -68,7 +69,9 @@ class Schedule:
         self._told = told
         self._time_scale = time_scale
         self._places = {arm.name: i for i, arm in enumerate(scenario.arms)}
-        self._news: list[float] = []  # of queries that ended since the last meeting, as Seen takes them
+        self._news = array(
+            "d"
+        )  # of queries that ended since the last meeting, as Seen takes them; an array, for they may be many
         self._highest, self._lowest = -1, 0  # of the numbers given
 
     async def run(self) -> None:
@@ -310,12 +313,12 @@ class Schedule:
         if block.windowed and not task.cancelled():
             query = task.result()
             calls_s = sum(call.seconds for call in query.calls if call.kind == "call")
-            self._news += (self._places[arm.name], query.done_at - query.due_at, calls_s)
+            self._news.extend((self._places[arm.name], query.done_at - query.due_at, calls_s))
 
     def _told_now(self) -> list[float]:
         """The news of this worker, once."""
-        told, self._news = self._news, []
-        return told
+        told, self._news = self._news, array("d")
+        return told.tolist()
 
     async def _meet(self, say: Sequence[float] = ()) -> Met:
         """A meeting of all workers; those of a run that was asked to end do not come."""
