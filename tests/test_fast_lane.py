@@ -66,6 +66,35 @@ def test_many_streams_at_once_by_ticks(own: bool) -> None:
     assert before == f"FastLane(0 in flight, {n} idle, kernel stamps)" and after == n and all(in_time)
 
 
+def test_each_call_has_its_own_time_limit() -> None:
+    """Set in any order, on connections that are open already, with one that needs no limit and one that is given up."""
+    limits_s = [0.3, 0.1, 0.2, 30.0, 0.15]
+
+    async def use(script: Script) -> tuple[list[float], list[bool], str]:
+        lane = FastLane(time.monotonic)
+        await lane.open_ahead(script.url, len(limits_s))
+        ended: list[float] = []
+        in_time: list[bool] = []
+
+        async def one(limit_s: float) -> None:
+            begun = time.monotonic()
+            assert await outcome(lane, script.url, timeout_s=limit_s) == "timeout"
+            in_time.append(time.monotonic() - begun >= limit_s)
+            ended.append(limit_s)
+
+        calls = [asyncio.ensure_future(one(limit_s)) for limit_s in limits_s]
+        await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+        calls[-2].cancel()
+        await asyncio.wait(calls)
+        state = repr(lane)
+        await lane.close()
+        return ended, in_time, state
+
+    ended, in_time, state = on_a_loop(with_server(Script([[...]]), use))
+    assert ended == sorted(limits_s[:3] + limits_s[4:]) and all(in_time)
+    assert state.startswith("FastLane(0 in flight, 0 idle")
+
+
 def test_a_wall_clock_that_is_set_does_not_matter() -> None:
     """The wall clock that the lane sees jumps by an hour at every other look; every stamp then stems from the run's own clock."""
     response = [head(SSE, CHUNKED), *[b"%x\r\n" % len(e) + e + b"\r\n" for e in EVENTS], b"0\r\n\r\n"]
