@@ -122,9 +122,7 @@ def _arm(arm: Arm, scenario: Scenario, counted: Counted, base: Counted) -> dict[
             name: amplification(counted, base, name, scenario.seed, interleaved=interleaved)
             for name in (*COUNTS, *TIMES)
         },
-        "by_role": _by(completed, lambda call: call.role),
-        "by_round": _by(completed, lambda call: str(call.round)),
-        "by_target": _by(completed, lambda call: call.target or ""),
+        **_groups(completed),
         "by_tool": by_tool(queries),
         "objective": None,
         "errors": dict(Counter(call.error for call in calls if call.error not in (None, "cancelled"))),
@@ -160,9 +158,17 @@ def _of(queries: Sequence[Query], name: str) -> Any:
     return distribution(known) if len(known) == len(values) else None
 
 
-def _per_call(calls: Sequence[Call]) -> dict[str, Any]:
-    ended = [call for call in calls if call.kind == "call" and call.error is None and call.sent_at is not None]
+def _ended(calls: Sequence[Call]) -> list[Call]:
+    return [call for call in calls if call.kind == "call" and call.error is None and call.sent_at is not None]
+
+
+def _first_and_last(ended: Sequence[Call]) -> dict[str, Any]:
     ttft = [call.first_at - call.sent_at for call in ended if call.first_at is not None and call.sent_at is not None]
+    return {"ttft_s": distribution(ttft), "latency_s": distribution([call.seconds for call in ended])}
+
+
+def _per_call(calls: Sequence[Call]) -> dict[str, Any]:
+    ended = _ended(calls)
     tpot = [
         (call.done_at - call.first_at) / (call.output_tokens - 1)
         for call in ended
@@ -172,10 +178,9 @@ def _per_call(calls: Sequence[Call]) -> dict[str, Any]:
         and call.output_tokens
     ]
     return {
-        "ttft_s": distribution(ttft),
+        **_first_and_last(ended),
         "tpot_s": distribution(tpot),
         "itl_s": gap_distribution(merge_gaps([call.gaps for call in ended])),
-        "latency_s": distribution([call.seconds for call in ended]),
         "connect_s": distribution([call.connect_s for call in ended if call.connect_s is not None]),
     }
 
@@ -193,27 +198,37 @@ def _expected(queries: Sequence[Query]) -> dict[str, Any]:
     return found
 
 
-def _by(queries: Sequence[Query], group: Callable[[Call], str]) -> dict[str, Any]:
-    """Calls, tokens and times by role, round or target; `critical_share` is the group's part of all critical paths."""
-    calls: dict[str, list[Call]] = defaultdict(list)
-    critical_s: Counter[str] = Counter()
+def _groups(queries: Sequence[Query]) -> dict[str, Any]:
+    """by_role, by_round and by_target: calls, tokens and times; `critical_share` is the group's part of all critical paths."""
+    groups: dict[str, Callable[[Call], str]] = {
+        "by_role": lambda call: call.role,
+        "by_round": lambda call: str(call.round),
+        "by_target": lambda call: call.target or "",
+    }
+    calls: dict[str, dict[str, list[Call]]] = {by: defaultdict(list) for by in groups}
+    critical_s: dict[str, Counter[str]] = {by: Counter() for by in groups}
     for query in queries:
-        for call in query.needed:
-            if call.kind == "call":
-                calls[group(call)].append(call)
-        for call in critical_path(query.needed):
-            if call.kind == "call":
-                critical_s[group(call)] += call.seconds  # type: ignore[assignment]  # a Counter of floats
+        needed = query.needed
+        path = critical_path(needed)
+        for by, group in groups.items():
+            for call in needed:
+                if call.kind == "call":
+                    calls[by][group(call)].append(call)
+            for call in path:
+                if call.kind == "call":
+                    critical_s[by][group(call)] += call.seconds  # type: ignore[assignment]  # a Counter of floats
     total_s = math.fsum(query.resources["critical_path_s"] or 0.0 for query in queries)
     return {
-        name: {
-            "calls": len(mine),
-            **{kind: _sum(mine, kind) for kind in ("input_tokens", "cached_tokens", "output_tokens")},
-            "ttft_s": _per_call(mine)["ttft_s"],
-            "latency_s": _per_call(mine)["latency_s"],
-            "critical_share": critical_s[name] / total_s if total_s else None,
+        by: {
+            name: {
+                "calls": len(mine),
+                **{kind: _sum(mine, kind) for kind in ("input_tokens", "cached_tokens", "output_tokens")},
+                **_first_and_last(_ended(mine)),
+                "critical_share": critical_s[by][name] / total_s if total_s else None,
+            }
+            for name, mine in sorted(found.items())
         }
-        for name, mine in sorted(calls.items())
+        for by, found in calls.items()
     }
 
 
