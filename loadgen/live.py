@@ -1,18 +1,24 @@
-"""Progress while a run goes on: a live table on a terminal, a line every few seconds elsewhere. Always on standard error."""
+"""Progress while a run goes on: a live view on a terminal, a line every few seconds elsewhere. Always on standard error."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
-from fanmark.loadgen.health import worst
+from fanmark.loadgen.course import Course, of_arm
 from fanmark.loadgen.table import number
-from fanmark.loadgen.tally import Tally
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.table import Table
 
 _LINE_EVERY_S = 5.0
+RATIOS = {
+    "calls": "calls",
+    "input_tokens": "input\ntokens",
+    "output_tokens": "output\ntokens",
+    "latency_s": "latency",
+}
 
 
 def tell(line: str, out: TextIO | None) -> None:
@@ -22,15 +28,18 @@ def tell(line: str, out: TextIO | None) -> None:
             print(line, file=out, flush=True)
 
 
-class Progress:
-    """Reads a Tally. `total` is the number of queries, None where a duration is given; `now` is the run's clock."""
+def short(value: float | None) -> str:
+    """Two or three figures; an unknown one is a dash."""
+    return "-" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
-    def __init__(self, tally: Tally, total: int | None, now: Callable[[], float], out: TextIO) -> None:
-        self._tally = tally
-        self._total = total
-        self._now = now
+
+class Progress:
+    """Shows a Course."""
+
+    def __init__(self, course: Course, out: TextIO) -> None:
+        self._course = course
         self._out = out
-        self._before = (now(), 0, 0)
+        self._before = (course.now(), 0, 0)
 
     async def show(self) -> None:
         """Shows progress until cancelled."""
@@ -41,65 +50,100 @@ class Progress:
         from rich.console import Console
         from rich.live import Live
 
-        with Live(console=Console(file=self._out), refresh_per_second=4, transient=True) as live:
+        console = Console(file=self._out)
+        with Live(console=console, auto_refresh=False, transient=True) as live:
             while True:
-                live.update(self._table())
+                live.update(self.view(), refresh=True)
                 await asyncio.sleep(0.5)
 
-    def _rates(self) -> tuple[float, float]:
-        """Tokens/s in and out since the last look."""
-        arms = self._tally.arms.values()
+    def _tokens_per_s(self) -> tuple[float, float]:
+        """In and out, since the last look."""
+        arms = self._course.tally.arms.values()
         read, written = (sum(arm.tokens[kind] for arm in arms) for kind in ("input", "output"))
-        at = self._now()
+        at = self._course.now()
         before_at, before_read, before_written = self._before
         self._before = (at, read, written)
         seconds = max(at - before_at, 1e-9)
         return (read - before_read) / seconds, (written - before_written) / seconds
 
-    def _verdict(self) -> str:
-        return worst([state.verdict for state in self._tally.clients.values()])
+    def _done(self) -> str:
+        of = f" of {self._course.total}" if self._course.total is not None else ""
+        failed, again = self._course.failed, sum(arm.retries for arm in self._course.tally.arms.values())
+        return (
+            f"{self._course.done}{of} queries done"
+            + (f", {failed} failed" if failed else "")
+            + (f", {again} calls sent again" if again else "")
+        )
 
     def line(self) -> str:
         """Everything in one line."""
-        read, written = self._rates()
-        arms = self._tally.arms
-        done = sum(arm.completed for arm in arms.values())
-        of = f" of {self._total}" if self._total is not None else ""
-        flying = sum(arm.calls_in_flight for arm in arms.values())
+        read, written = self._tokens_per_s()
+        course, tally = self._course, self._course.tally
+        flying = sum(arm.calls_in_flight for arm in tally.arms.values())
         ratios = ", ".join(
             f"{name} {ratio:.2f}x"
-            for name in arms
-            if name != self._tally.baseline and (ratio := self._tally.amplification(name, "calls")) is not None
+            for name in tally.arms
+            if name != tally.baseline and (ratio := tally.amplification(name, "calls")) is not None
         )
-        failed = sum(arm.finished["failed"] for arm in arms.values())
-        again = sum(arm.retries for arm in arms.values())
-        verdict = self._verdict()
-        if not any(arm.started for arm in arms.values()):
-            return f"{self._now():6.1f} s  warming up, {flying} calls in flight"
+        if not any(arm.started for arm in tally.arms.values()):
+            return f"{course.now():6.1f} s  warming up, {flying} calls in flight"
         return (
-            f"{self._now():6.1f} s  {done}{of} queries done"
-            + (f", {failed} failed" if failed else "")
-            + (f", {again} calls sent again" if again else "")
+            f"{course.now():6.1f} s  {self._done()}"
             + f", {flying} calls in flight, tokens/s in {number(read)} out {number(written)}"
             + (f", calls: {ratios}" if ratios else "")
-            + (f", client {verdict}" if verdict != "ok" else "")
+            + (f", client {course.verdict}" if course.verdict != "ok" else "")
         )
 
-    def _table(self) -> "Table":
-        from rich.table import Table
+    def view(self) -> "Group":
+        """Two tables that fit 80 columns, what is most needed above them."""
+        from rich.console import Group
 
-        read, written = self._rates()
-        table = Table(
-            title=f"{self._now():.0f} s   tokens/s in {number(read)} out {number(written)}   client {self._verdict()}",
-            title_justify="left",
+        course = self._course
+        servers = [f"server   {told}" for told in course.servers().values()]
+        if len(servers) > 1:
+            servers = [f"{name[:8]:<8} {told}" for name, told in course.servers().items()]
+        head = f"{course.now():.0f} s   {self._done()}   client {course.verdict}"
+        return Group(head, *servers, "", self._work(), "", self._cost())
+
+    def _work(self) -> "Table":
+        table = _columns(
+            ["done", "failed", "queries\nrunning", "calls\nin flight", "calls/s", "tokens/s\nin", "tokens/s\nout"]
         )
-        for column in ("arm", "done", "failed", "running", "calls in flight", "calls", "tokens out", "latency"):
-            table.add_column(column, justify="left" if column == "arm" else "right")
-        for name, arm in self._tally.arms.items():
-            ratios = [self._tally.amplification(name, resource) for resource in ("calls", "output_tokens", "latency_s")]
-            shown = (
-                ["baseline", "", ""] if name == self._tally.baseline else [f"{r:.2f}x" if r else "-" for r in ratios]
-            )
+        for name, arm in self._course.tally.arms.items():
             counts = (arm.completed, arm.finished["failed"], arm.in_flight, arm.calls_in_flight)
-            table.add_row(name, *map(str, counts), *shown)
+            table.add_row(name, *map(str, counts), *map(short, self._course.rates(name) or [None] * 3))
         return table
+
+    def _cost(self) -> "Table":
+        tally = self._course.tally
+        table = _columns([*RATIOS.values(), "TTFT, s\np50 p99", "latency, s\np50 p99"])
+        for name, arm in tally.arms.items():
+            shown = ["baseline", "", "", ""] if name == tally.baseline else [self._ratio(name, r) for r in RATIOS]
+            times = [f"{short(q['p50'])} {short(q['p99'])}" for q in of_arm(arm).values()]
+            table.add_row(name, *shown, *times)
+        return table
+
+    def _ratio(self, arm: str, resource: str) -> str:
+        """`9.18x +-3%`: a ratio, and half of its interval where it has one."""
+        tally = self._course.tally
+        ratio, interval = tally.amplification(arm, resource), tally.interval(arm, resource)
+        if ratio is None:
+            return "-"
+        shown = f"{ratio:.1f}x" if ratio >= 100 else f"{ratio:.2f}x"
+        if interval is None:
+            return shown
+        return f"{shown} {'±' if _wide(self._out) else '+-'}{(interval[1] - interval[0]) / 2 / ratio:.0%}"
+
+
+def _wide(out: TextIO) -> bool:
+    return (getattr(out, "encoding", None) or "").lower().startswith("utf")
+
+
+def _columns(titles: Sequence[str]) -> "Table":
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("arm", justify="left", no_wrap=True, vertical="bottom", max_width=14)
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True, vertical="bottom")
+    return table

@@ -135,8 +135,11 @@ class Sampler:
         self._lags: Counter[int] = Counter()
         self._cpu = (0.0, 0.0)  # CPU time of all workers, and when
 
-    async def watch(self, states: Callable[[], Mapping[int, ClientState]]) -> None:
-        """Samples until cancelled, or until the disk takes no more. `states` are the client's workers as they are now."""
+    async def watch(
+        self, states: Callable[[], Mapping[int, ClientState]], tell: Callable[[Sample], None] = lambda _: None
+    ) -> None:
+        """Samples until cancelled, or until the disk takes no more. `states` are the client's workers as they are now; `tell` is handed
+        each sample."""
         host = Host()
         told = {name: self._endpoints[name] for name, before in self._before.items() if before is not None}
         loop = asyncio.get_running_loop()
@@ -151,7 +154,9 @@ class Sampler:
                     client = self._client(states(), host, loop.time())
                     readings = await read_all(told, timeout_s=_EVERY_S)
                     targets = {name: self._server(name, readings.get(name)) for name in self._endpoints}
-                    file.write(msgspec.json.encode(Sample(at, targets, arms, client)) + b"\n")
+                    sample = Sample(at, targets, arms, client)
+                    tell(sample)
+                    file.write(msgspec.json.encode(sample) + b"\n")
         except OSError:
             return
 

@@ -15,6 +15,7 @@ import msgspec
 
 from fanmark.agents.runtime import Topology
 from fanmark.loadgen import server_side
+from fanmark.loadgen.course import Course
 from fanmark.loadgen.crew import Alone
 from fanmark.loadgen.environment import client_host, environment, on_this_host
 from fanmark.loadgen.errors import LostError, ScenarioError
@@ -78,15 +79,16 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
         where = next(iter(place.targets.values())).replicas[0]
         tell(f"target   {where} ({next(iter(endpoints.values())).server})", options.progress)
         tell(f"metrics  http://127.0.0.1:{port}/metrics", options.progress)
+        course = _course(scenario, tally, clock)
         started = datetime.now(UTC)
         sampler = Sampler(options.out, clock.now, endpoints, before, tally)
         try:
             if options.workers == 1:
-                ended = await _alone(scenario, topologies, reached, tally, journal, options, clock, sampler, last)
+                ended = await _alone(scenario, topologies, reached, course, journal, options, clock, sampler, last)
             else:
                 crew = Workers(scenario, place, options.run_id, options.out, clock, tally)
                 stack.push_async_callback(crew.close)
-                ended = await _crew(crew, scenario, tally, journal, options, clock, sampler, last)
+                ended = await _crew(crew, course, journal, options, clock, sampler, last)
             seconds = clock.now()
             journal.flush()
         except LostError as e:
@@ -159,7 +161,7 @@ async def _alone(
     scenario: Scenario,
     topologies: Mapping[str, Topology],
     reached: Reached,
-    tally: Tally,
+    course: Course,
     journal: Journal,
     options: Options,
     clock: RunClock,
@@ -167,21 +169,20 @@ async def _alone(
     last: AsyncExitStack,
 ) -> Ended:
     """The whole run in this process. From its start until `last`, signals are requests to stop."""
-    endpoints, tools = reached.endpoints, reached.tools
+    endpoints, tools, tally = reached.endpoints, reached.tools, course.tally
     one = Run(scenario, topologies, endpoints, tools, tally, journal, options.run_id, clock.now, clock.time_scale)
     await open_connections(scenario, endpoints.values(), Alone(clock.now))
     health = Health(clock.now)
     clock.start(time.monotonic())
     await last.enter_async_context(_signals(one.stop.ask, options.progress))
-    beside = [*_progress(scenario, tally, options, clock), sampler.watch(lambda: {0: health.look()})]
+    beside = [*_progress(course, options), sampler.watch(lambda: {0: health.look()}, course.add)]
     ending = await carry_out(one, tally, health, journal, beside)
     return Ended(ending, one.drift, {0: health.look()})
 
 
 async def _crew(
     crew: Workers,
-    scenario: Scenario,
-    tally: Tally,
+    course: Course,
     journal: Journal,
     options: Options,
     clock: RunClock,
@@ -191,7 +192,7 @@ async def _crew(
     """The whole run by worker processes. From its start until `last`, signals are requests to stop."""
     await crew.start(options.workers)
     await last.enter_async_context(_signals(crew.ask, options.progress))
-    async with going_on([*_progress(scenario, tally, options, clock), sampler.watch(crew.states)]):
+    async with going_on([*_progress(course, options), sampler.watch(crew.states, course.add)]):
         ended = await crew.carry_out()
     crew.join(journal)
     return ended
@@ -208,11 +209,13 @@ def _check_guard(scenario: Scenario, workers: int) -> None:
             raise ScenarioError(f"--workers {workers} with {key} = {value}: each worker needs a share of at least 1")
 
 
-def _progress(scenario: Scenario, tally: Tally, options: Options, clock: RunClock) -> list[Coroutine[Any, Any, None]]:
-    if options.progress is None:
-        return []
+def _course(scenario: Scenario, tally: Tally, clock: RunClock) -> Course:
     total = scenario.load.repeats * sum(scenario.load_of(arm).queries or 0 for arm in scenario.arms)
-    return [Progress(tally, total or None, clock.now, options.progress).show()]
+    return Course(tally, total or None, clock.now)
+
+
+def _progress(course: Course, options: Options) -> list[Coroutine[Any, Any, None]]:
+    return [] if options.progress is None else [Progress(course, options.progress).show()]
 
 
 def open_folder(out: Path, scenario: Scenario, *, through: bool = False) -> Journal:

@@ -10,6 +10,7 @@ from fanmark.loadgen.records import bucket_gap_s
 SUPPORT = {"p50": 1, "p90": 29, "p99": 299}  # the fewest samples that give the quantile
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 RESAMPLES = 2000
+Z_95 = 1.959964
 _DRAWN_AT_ONCE = 200_000  # query numbers: what a bootstrap holds in memory does not grow with the queries
 
 Distribution = dict[str, float | int | None]
@@ -102,6 +103,18 @@ def by_repeats(own: Sequence[float], base: Sequence[float]) -> tuple[float, floa
     return math.exp(middle - half), math.exp(middle + half)
 
 
+def ratio_interval(own: tuple[int, float, float], base: tuple[int, float, float]) -> tuple[float, float]:
+    """95 % interval of the ratio of two independent means, each from its number of values, their sum and the sum of their squares: normal
+    on the logarithm, its variance by the delta method."""
+    log, variance = 0.0, 0.0
+    for sign, (n, total, squares) in ((1.0, own), (-1.0, base)):
+        mean = total / n
+        log += sign * math.log(mean)
+        variance += max(0.0, squares / n - mean * mean) / (n - 1) / (mean * mean)
+    half = Z_95 * math.sqrt(variance)
+    return math.exp(log - half), math.exp(log + half)
+
+
 Batches = Sequence[tuple[float, int]]  # of each batch, the sum of its values and their number
 
 
@@ -140,7 +153,7 @@ def _t(freedom: float) -> float:
     return float(stdtrit(freedom, 0.975))
 
 
-def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(successes: int, n: int, z: float = Z_95) -> tuple[float, float]:
     """95 % interval of a share (Wilson 1927)."""
     if n == 0:
         return 0.0, 1.0

@@ -5,13 +5,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from fanmark.loadgen.amplification import COUNTS
 from fanmark.loadgen.health import ClientState
 from fanmark.loadgen.records import Call, Query, bucket_gap_s, gap_bucket
+from fanmark.loadgen.statistics import ratio_interval
 
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 GAPS_S = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 CALLS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TOKENS = (100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5, 1e6, 1e7)
+LEAST_QUERIES = 10  # of an arm, for an interval while the run goes on
 TOKEN_KINDS = {
     "input": "input_tokens",
     "cached": "cached_tokens",
@@ -56,6 +59,9 @@ class ArmTally:
     tool_calls: Counter[tuple[str, str]] = field(default_factory=Counter)  # (tool, outcome)
     tokens: Counter[str] = field(default_factory=Counter)
     sums: Counter[str] = field(default_factory=Counter)  # resources of completed queries
+    squares: Counter[str] = field(default_factory=Counter)  # of the same
+    ttft: Counter[int] = field(default_factory=Counter)  # of calls, by log bucket (records.gap_bucket), as the next
+    latency: Counter[int] = field(default_factory=Counter)  # of completed queries
     expected_calls: float = 0.0
     query_s: Histogram = field(default_factory=lambda: Histogram(SECONDS))
     query_calls: Histogram = field(default_factory=lambda: Histogram(CALLS))
@@ -153,7 +159,9 @@ class Tally:
         arm.call_s.add(call.seconds)
         if call.first_at is not None:
             arm.ttft_s.add(call.first_at - call.sent_at)
-            self.ttft[gap_bucket(call.first_at - call.sent_at)] += 1
+            bucket = gap_bucket(call.first_at - call.sent_at)
+            arm.ttft[bucket] += 1
+            self.ttft[bucket] += 1
         for bucket, times in call.gaps.items():
             arm.itl_s.add(bucket_gap_s(bucket), times)
 
@@ -171,11 +179,13 @@ class Tally:
         if query.outcome != "completed":
             return
         arm.query_s.add(query.resources["latency_s"] or 0.0)
+        arm.latency[gap_bucket(query.resources["latency_s"] or 0.0)] += 1
         arm.query_calls.add(query.resources["calls"] or 0)
         arm.expected_calls += query.expected.get("calls") or 0
         for name, value in query.resources.items():
             if value is not None:
                 arm.sums[name] += value  # type: ignore[assignment]  # a Counter of floats
+                arm.squares[name] += value * value  # type: ignore[assignment]
         for kind, name in TOKEN_KINDS.items():
             tokens = query.resources[name]
             if tokens is not None:
@@ -187,3 +197,14 @@ class Tally:
         if not own.completed or not base.completed or not base.sums[resource]:
             return None
         return (own.sums[resource] / own.completed) / (base.sums[resource] / base.completed)
+
+    def interval(self, arm: str, resource: str) -> tuple[float, float] | None:
+        """The 95 % interval of that ratio so far; None for times, whose queries meet in the server, and below 10 queries of either arm. It
+        does not know which queries of the arms belong together, so it is wider than the run's own."""
+        own, base = self.arms[arm], self.arms[self.baseline]
+        least = min(own.completed, base.completed)
+        if resource not in COUNTS or least < LEAST_QUERIES or not own.sums[resource] or not base.sums[resource]:
+            return None
+        if own is base:
+            return (1.0, 1.0)
+        return ratio_interval(*((a.completed, a.sums[resource], a.squares[resource]) for a in (own, base)))

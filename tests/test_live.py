@@ -1,17 +1,23 @@
 """The progress line: numbers of a known tally."""
 
 import io
+import math
+from itertools import pairwise
 
+from rich.console import Console
+
+from fanmark.loadgen.course import MOST_SAMPLES, Course
 from fanmark.loadgen.health import ClientState
 from fanmark.loadgen.live import Progress
 from fanmark.loadgen.records import Call, Query
+from fanmark.loadgen.samples import Sample, ServerSample
 from fanmark.loadgen.tally import Tally
 
 
 def test_a_line_says_what_is_done_and_what_runs() -> None:
     clock = [2.0]
     tally = Tally({"single": "single", "debate": "debate"}, "single")
-    progress = Progress(tally, 8, lambda: clock[0], io.StringIO())
+    progress = Progress(Course(tally, 8, lambda: clock[0]), io.StringIO())
     warm = Call(query=-1, arm="single", call=1, after=[], kind="call", role="agent", round=1, due_at=0.0)
     tally.call_started(warm)
     assert progress.line() == "   2.0 s  warming up, 1 calls in flight"
@@ -37,3 +43,69 @@ def test_a_line_says_what_is_done_and_what_runs() -> None:
     assert progress.line() == said
     tally.clients = {0: ClientState(), 1: ClientState(verdict="strained")}
     assert progress.line() == said.replace("2,500 out 500", "0 out 0") + ", client strained"
+
+
+def test_the_view_fits_80_columns_and_says_what_a_watcher_needs() -> None:
+    """Twelve queries of each arm: the ratio of calls is 9 for sure, that of output tokens has an interval, that of a time has none."""
+    tally = Tally({"single": "single", "debate": "debate"}, "single")
+    course = Course(tally, 24, lambda: 30.0)
+    for second in (1.0, 2.0):
+        for i in range(6):
+            _query(tally, "single", 1, 100 + i, latency_s=2.0)
+            _query(tally, "debate", 9, 100 + i, latency_s=8.0)
+        targets = {"default": ServerSample(running=12.0, waiting=3.0, kv_use=0.345), "silent": None}
+        course.add(Sample(second, targets, {}))
+    _query(tally, "debate", 9, None, latency_s=None)
+    console = Console(file=io.StringIO(), width=80)
+    console.print(Progress(course, _Utf8()).view())
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    lines = [line.rstrip() for line in shown.split("\n")]
+    assert max(map(len, lines)) <= 80
+    assert lines[0] == "30 s   24 of 24 queries done, 1 failed   client ok"
+    assert lines[1] == "server   12 running, 3 waiting, KV 34%"
+    work = {line.split()[0]: line.split()[1:] for line in lines[3:7]}
+    # calls/s and tokens/s over the second between the samples
+    assert work["single"] == ["12", "0", "0", "0", "6", "600", "615"]
+    assert work["debate"] == ["12", "1", "0", "0", "54", "5,400", "5,535"]
+    cost = {line.split()[0]: line.split()[1:] for line in lines[9:] if line}
+    half = (
+        math.exp(1.959964 * math.sqrt(2 * (35 / 12) / 11) / 102.5) - 1
+    )  # equal arms: both have 2 x each of 100 ... 105
+    assert cost["single"] == ["baseline", "0.5", "-", "2", "-"]
+    assert cost["debate"] == ["9.00x", "±0%", "9.00x", "±0%", "9.00x", f"±{half:.0%}", "4.00x", "0.5", "-", "8", "-"]
+    assert half > 0.005
+
+
+class _Utf8(io.StringIO):
+    encoding = "utf-8"
+
+
+def _query(tally: Tally, arm: str, calls: int, tokens: int | None, latency_s: float | None) -> None:
+    tally.query_started(arm)
+    for i in range(calls):
+        call = Call(query=0, arm=arm, call=i + 1, after=[], kind="call", role="agent", round=1, due_at=0.0)
+        tally.call_started(call)
+        call.sent_at, call.first_at, call.done_at = 0.0, 0.5, 1.0
+        call.input_tokens, call.output_tokens = 100, tokens
+        call.error = "http_5xx" if tokens is None else None
+        tally.call_finished(call)
+    known = {"calls": calls, "input_tokens": 100 * calls, "latency_s": latency_s}
+    resources = dict.fromkeys(("cached_tokens", "fresh_tokens", "reasoning_tokens")) | known
+    resources["output_tokens"] = None if tokens is None else tokens * calls
+    tally.query_finished(
+        Query(
+            query=0, arm=arm, warmup=False, due_at=0.0, started_at=0.0, done_at=4.0,
+            outcome="failed" if tokens is None else "completed",
+            resources=resources, expected={"calls": calls}, mismatches=[], seed="",
+        )
+    )  # fmt: skip
+
+
+def test_a_long_course_keeps_ever_fewer_samples() -> None:
+    course = Course(Tally({"single": "single"}, "single"), None, lambda: 0.0)
+    for second in range(10 * MOST_SAMPLES):
+        course.add(Sample(float(second), {}, {}))
+    kept = [sample.at for sample in course.samples]
+    assert MOST_SAMPLES / 2 <= len(kept) <= MOST_SAMPLES
+    assert {b - a for a, b in pairwise(kept)} == {16.0}
+    assert kept[0] == 0.0 and course.latest is not None and course.latest.at == 10 * MOST_SAMPLES - 1

@@ -16,6 +16,7 @@ from fanmark.loadgen.statistics import (
     merge_gaps,
     occupancy,
     paired_ratio,
+    ratio_interval,
     wilson,
 )
 
@@ -206,3 +207,13 @@ def test_occupancy_of_spans_that_touch() -> None:
     assert occupancy([(0, 1), (1, 2), (2, 4)], 0, 4) == {"mean": 1.0, "max": 1}
     assert occupancy([(0, 4), (1, 2), (1, 2)], 0, 4) == {"mean": 1.5, "max": 3}
     assert occupancy([], 0, 4) == {"mean": 0.0, "max": 0}
+
+
+def test_the_running_interval_holds_the_truth_in_95_of_100_experiments() -> None:
+    """Two independent samples of 20, log-normal, whose means are 3 and 1 by construction."""
+    draw, hits, n = np.random.default_rng(5), 0, 20
+    for _ in range(1000):
+        own, base = (m * draw.lognormal(-0.08, 0.4, n) for m in (3.0, 1.0))
+        low, high = ratio_interval(*((n, float(v.sum()), float((v * v).sum())) for v in (own, base)))
+        hits += low <= 3.0 <= high
+    assert 920 <= hits <= 970  # normal quantiles for 20 values: a little short of 950

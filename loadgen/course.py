@@ -1,0 +1,98 @@
+"""A run's course as those who watch it see it: rates, ratios and quantiles so far, and the samples. Reads the tally and decides nothing."""
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from fanmark.loadgen.health import bucket_quantile, worst
+from fanmark.loadgen.samples import Sample
+from fanmark.loadgen.statistics import QUANTILES, SUPPORT
+from fanmark.loadgen.tally import ArmTally, Tally
+
+MOST_SAMPLES = 600  # kept for a timeline; of a longer run every second one, then every fourth, ...
+_RATE_OVER = 10  # samples
+
+
+class Rates(NamedTuple):
+    """What ended a second, over the last seconds."""
+
+    calls: float
+    input_tokens: float
+    output_tokens: float
+
+
+class Course:
+    """`total` is the number of queries, None where a duration is given; `now` is the run's clock."""
+
+    def __init__(self, tally: Tally, total: int | None, now: Callable[[], float]) -> None:
+        self.tally = tally
+        self.total = total
+        self.now = now
+        self.samples: list[Sample] = []
+        self.latest: Sample | None = None
+        self._seen, self._every = 0, 1
+        self._sums: deque[tuple[float, dict[str, Rates]]] = deque(maxlen=_RATE_OVER + 1)
+
+    def add(self, sample: Sample) -> None:
+        """A second has passed."""
+        self.latest = sample
+        if self._seen % self._every == 0:
+            self.samples.append(sample)
+        self._seen += 1
+        if len(self.samples) > MOST_SAMPLES:
+            self.samples, self._every = self.samples[::2], self._every * 2
+        self._sums.append((sample.at, self._ended()))
+
+    def _ended(self) -> dict[str, Rates]:
+        return {
+            name: Rates(sum(arm.calls.values()), arm.tokens["input"], arm.tokens["output"])
+            for name, arm in self.tally.arms.items()
+        }
+
+    def rates(self, arm: str) -> Rates | None:
+        """None before two samples."""
+        if len(self._sums) < 2:
+            return None
+        (start_at, before), (end_at, after) = self._sums[0], self._sums[-1]
+        seconds = max(end_at - start_at, 1e-9)
+        return Rates(*((b - a) / seconds for a, b in zip(before[arm], after[arm], strict=True)))
+
+    @property
+    def done(self) -> int:
+        """Queries completed."""
+        return sum(arm.completed for arm in self.tally.arms.values())
+
+    @property
+    def failed(self) -> int:
+        """Queries failed."""
+        return sum(arm.finished["failed"] for arm in self.tally.arms.values())
+
+    @property
+    def verdict(self) -> str:
+        """On the client, as of now."""
+        return worst([state.verdict for state in list(self.tally.clients.values())])
+
+    def servers(self) -> dict[str, str]:
+        """What each target's servers were doing at the last sample, in words."""
+        found = {}
+        for name, server in (self.latest.targets if self.latest is not None else {}).items():
+            if server is not None:
+                told = [
+                    f"{value:.0f} {word}"
+                    for word, value in (("running", server.running), ("waiting", server.waiting))
+                    if value is not None
+                ]
+                found[name] = ", ".join(told + ([] if server.kv_use is None else [f"KV {server.kv_use:.0%}"]))
+        return found
+
+
+def quantiles(counts: Mapping[int, int]) -> dict[str, float | None]:
+    """p50, p90 and p99 of values counted by log bucket; None without support."""
+    counts = dict(counts)  # a copy: the run may go on in another thread
+    n = sum(counts.values())
+    return {name: bucket_quantile(counts, q) if n >= SUPPORT[name] else None for name, q in QUANTILES.items()}
+
+
+def of_arm(arm: ArmTally) -> dict[str, dict[str, float | None]]:
+    """Quantiles of an arm's times to the first token, and of its query latencies."""
+    return {"ttft_s": quantiles(arm.ttft), "latency_s": quantiles(arm.latency)}
