@@ -35,7 +35,7 @@ async def measure(url: str, pid: int, transport: Transport, concurrency: int, ca
 
     async def agent(count: int) -> None:
         for number in range(count):
-            result = await servers.call("search", {"query": "x"}, timeout_s=60, meta={"fanmark/seed": number})
+            result = await servers.call("synthetic", {}, timeout_s=60, meta={"fanmark/seed": number})
             assert not result.is_error
 
     try:
@@ -43,7 +43,9 @@ async def measure(url: str, pid: int, transport: Transport, concurrency: int, ca
         before = time.perf_counter(), time.process_time(), cpu_s(pid)
         each = -(-calls // concurrency)
         await asyncio.gather(*(agent(each) for _ in range(concurrency)))
-        took = [after - b for after, b in zip((time.perf_counter(), time.process_time(), cpu_s(pid)), before, strict=True)]
+        took = [
+            after - b for after, b in zip((time.perf_counter(), time.process_time(), cpu_s(pid)), before, strict=True)
+        ]
     finally:
         await servers.close()
     made = each * concurrency

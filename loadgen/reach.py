@@ -16,6 +16,7 @@ from fanmark.loadgen.minimums import check_lengths, check_roles
 from fanmark.loadgen.scenario import Scenario, Target, ToolServer
 from fanmark.loadgen.target import HttpEndpoint, connect
 from fanmark.loadgen.toolset import ToolSet
+from fanmark.servers.tool_specs import TOOLS
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ async def _tool_server(scenario: Scenario, time_scale: float, stack: AsyncExitSt
         tool_latency(scenario.tools.latency_s, time_scale),
         "--seed",
         str(scenario.seed),
+        "--tools",
+        ",".join(tool.name for tool in TOOLS),
     ]
     server = await embedded.start("fanmark.servers.tools", args)
     stack.push_async_callback(server.close)

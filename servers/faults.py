@@ -73,14 +73,19 @@ class Fault:
 
 def parse_fault(text: str) -> Fault:
     """`KIND` or `KIND:key=value,key=value`. Raises FaultError."""
+    return fault_from(split_fault(text))
+
+
+def split_fault(text: str) -> dict[str, str]:
+    """The same as names and texts. Raises FaultError."""
     kind, _, rest = text.partition(":")
-    given: dict[str, Any] = {"kind": kind.strip()}
+    given = {"kind": kind.strip()}
     for part in filter(None, (piece.strip() for piece in rest.split(","))):
         key, equals, value = part.partition("=")
         if not equals:
             raise FaultError(f"fault {text!r}: {part!r} is not key=value")
         given[key.strip()] = value.strip()
-    return fault_from(given)
+    return given
 
 
 def fault_from(given: Mapping[str, Any]) -> Fault:

@@ -45,6 +45,10 @@ class Dropped(Exception):
     """A call whose connection is to be reset."""
 
 
+class Broken(Exception):
+    """A call whose answer is to be no JSON."""
+
+
 class Tools(Protocol):
     """What the server offers."""
 
@@ -55,7 +59,7 @@ class Tools(Protocol):
     async def call(
         self, name: str, arguments: Mapping[str, Any], meta: Mapping[str, Any], progress: Progress
     ) -> Mapping[str, Any]:
-        """A tool's result. Raises ProtocolError for a JSON-RPC error, Refused, Dropped."""
+        """A tool's result. Raises ProtocolError for a JSON-RPC error, Refused, Dropped, Broken."""
 
     def metrics(self, sessions: int) -> str:
         """All that is counted, as Prometheus reads it."""
@@ -112,6 +116,8 @@ class McpApp:
         except Refused as e:
             more = {} if e.retry_after_s is None else {"Retry-After": f"{e.retry_after_s:g}"}
             return web.Response(status=e.status, text=str(e), headers=more)
+        except Broken:
+            return web.Response(body=b'{"jsonrpc": "2.0", "result": {', content_type=codec.JSON_TYPE)
         except Dropped:
             if request.transport is not None:
                 request.transport.abort()

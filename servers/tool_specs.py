@@ -7,11 +7,14 @@ latencies and the same results.
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from fanmark.servers.tool_faults import ToolFault
 
 SEED_META = "fanmark/seed"
 RESULT_TOKENS_META = "fanmark/result_tokens"
+QUEUED_META = "fanmark/queued_s"  # in a result's `_meta`: how long the call was kept in the queue
 MAX_RESULT_TOKENS = 1_000_000
 MAX_MEAN_S, MAX_CV = 1e6, 100.0
 
@@ -47,7 +50,7 @@ def _tool(name: str, description: str, properties: Mapping[str, Any], required: 
         "required": list(required),
         "additionalProperties": False,
     }
-    return ToolSpec(name, description + " Synthetic: waits, then returns filler words.", schema)
+    return ToolSpec(name, description + " Offline: own data, or filler words.", schema)
 
 
 def _string(description: str, max_length: int, **more: Any) -> dict[str, Any]:
@@ -162,13 +165,53 @@ TOOLS: tuple[ToolSpec, ...] = (
 )
 
 
+# What shows how a server behaves: progress, and calls whose time and size are the caller's to choose.
+MORE_TOOLS: tuple[ToolSpec, ...] = (
+    _tool(
+        "slow_job",
+        "Run a job that takes a while and tells of its progress.",
+        {
+            "seconds": {
+                "type": "number",
+                "description": "How long it takes",
+                "minimum": 0,
+                "maximum": 3_600,
+                "default": 2,
+            },
+            "steps": _integer("How often it tells of its progress", 1, 1_000, 5),
+        },
+        [],
+    ),
+    _tool(
+        "synthetic",
+        "Wait and return filler words, as long and as many as the server's distributions or the arguments say.",
+        {
+            "latency_s": {"type": "number", "description": "Seconds to wait", "minimum": 0, "maximum": 3_600},
+            "result_tokens": _integer("Words to return", 0, MAX_RESULT_TOKENS, 300),
+        },
+        [],
+    ),
+)
+ALL_TOOLS = (*TOOLS, *MORE_TOOLS)
+
+
 @dataclass(frozen=True)
 class Behaviour:
-    """How the tools answer: latency in seconds (a number or a distribution), length in tokens, seed of the draws."""
+    """How the tools answer: latency in seconds (a number or a distribution), length in tokens (None: a call does its tool's work and has
+    its own length), seed of the draws. `synthetic_...`: of the tool that does nothing but wait and fill; its latency is that of the others
+    where None. At most `concurrency` calls run and `queue` wait for them; None: no limit. `tools`: the names of those there are."""
 
     latency_s: Latency = 0.2
-    result_tokens: int = 300
+    result_tokens: int | None = None
     seed: int = 0
+    synthetic_latency_s: Latency | None = None
+    synthetic_tokens: Latency = field(
+        default_factory=lambda: {"dist": "lognormal", "mean": 300, "cv": 1, "max": 20_000}
+    )
+    concurrency: int | None = None
+    queue: int | None = None
+    tools: Sequence[str] = tuple(spec.name for spec in ALL_TOOLS)
+    faults: Sequence[ToolFault] = ()
 
 
 def _number(spec: Mapping[str, Any], key: str, default: float) -> float:

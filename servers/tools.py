@@ -1,11 +1,10 @@
-"""The embedded MCP server: eight read-only tools over streamable HTTP, in a process of its own.
+"""The MCP server `fanmark serve tools`: read-only tools over streamable HTTP, both eras of the protocol, in a process of its own.
 
-    python -m fanmark.servers.tools [--host H] [--port P] [--latency-s X|JSON] [--result-tokens N] [--seed N] [--parent-pipe]
-
-When it listens, one line of JSON is printed: {"url": "http://127.0.0.1:PORT/mcp", "pid": N}. A tool call waits its
-latency and returns text of exactly N tokens by fanmark.servers.tokenizer. Two keys of a request's `_meta` rule both:
-"fanmark/seed" (what latency and text are drawn from: equal seeds give equal results; left out, a seed per call) and
-"fanmark/result_tokens" (in place of N). Speaks both eras of the protocol.
+When it listens, one line of JSON is printed: {"url": "http://127.0.0.1:PORT/mcp", "pid": N}; /metrics beside it is for Prometheus. A call
+takes one of --concurrency slots, after waiting in --queue for it, and waits its latency. Then a tool does its small offline work; or, where
+a length is asked for (--result-tokens), it returns exactly so many tokens of filler by fanmark.servers.tokenizer, as it does in a run that
+has no tool server of its own. Two keys of a request's `_meta` rule both: "fanmark/seed" (what latency and text are drawn from: equal seeds
+give equal results; left out, a seed per call) and "fanmark/result_tokens" (in place of --result-tokens).
 """
 
 import argparse
@@ -16,14 +15,15 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
-from fanmark.servers.tool_specs import MAX_RESULT_TOKENS, Behaviour, Latency, check_latency
+from fanmark.servers.faults import FaultError
+from fanmark.servers.tool_faults import KINDS, ToolFault, parse_tool_fault
+from fanmark.servers.tool_specs import ALL_TOOLS, MAX_RESULT_TOKENS, Behaviour, Latency, check_latency
 
 KEEP_ALIVE_S = 75  # longer than a client keeps an idle connection, or the server closes one that is being reused
 BACKLOG = 2048
-MAX_SESSIONS = 10_000
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -42,14 +42,14 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 @asynccontextmanager
-async def serving(sock: socket.socket, behaviour: Behaviour) -> AsyncIterator[None]:
+async def serving(sock: socket.socket, behaviour: Behaviour, max_sessions: int = 10_000) -> AsyncIterator[None]:
     """Answers on `sock` while the context lasts."""
     from aiohttp import web
 
     from fanmark.servers.mcp_app import McpApp
     from fanmark.servers.tool_calls import ToolCalls
 
-    app = McpApp(ToolCalls(behaviour), MAX_SESSIONS)
+    app = McpApp(ToolCalls(behaviour), max_sessions)
     server = web.Server(app.handle, access_log=None, handler_cancellation=True, keepalive_timeout=KEEP_ALIVE_S)
     runner = web.ServerRunner(server, shutdown_timeout=0.1)
     await runner.setup()
@@ -60,8 +60,8 @@ async def serving(sock: socket.socket, behaviour: Behaviour) -> AsyncIterator[No
         await runner.cleanup()
 
 
-async def _serve_for_good(sock: socket.socket, host: str, behaviour: Behaviour) -> None:
-    async with serving(sock, behaviour):
+async def _serve_for_good(sock: socket.socket, host: str, behaviour: Behaviour, max_sessions: int) -> None:
+    async with serving(sock, behaviour, max_sessions):
         port = sock.getsockname()[1]
         name = f"[{host}]" if ":" in host else host
         print(json.dumps({"url": f"http://{name}:{port}/mcp", "pid": os.getpid()}), flush=True)
@@ -80,29 +80,12 @@ def _end_with_parent() -> None:
     os._exit(0)
 
 
-def serve_tools(
-    *,
-    host: str = "127.0.0.1",
-    port: int = 0,
-    latency_s: Latency = 0.2,
-    result_tokens: int = 300,
-    seed: int = 0,
-    parent_pipe: bool = False,
-) -> int:
+def serve_tools(behaviour: Behaviour, *, host: str, port: int, max_sessions: int, parent_pipe: bool) -> int:
     """Serve until SIGTERM, SIGINT or, with `parent_pipe`, the end of standard input; those end the process with 0.
 
-    Returns 2, with one line on standard error, where a value is wrong or the port is taken. For a process of its own:
-    it installs signal handlers and never returns otherwise.
+    Returns 2, with one line on standard error, where the port is taken. For a process of its own: it installs signal handlers and never
+    returns otherwise.
     """
-    try:
-        check_latency(latency_s)
-        if not 0 <= result_tokens <= MAX_RESULT_TOKENS:
-            raise ValueError(f"result_tokens = {result_tokens}: it must be from 0 to {MAX_RESULT_TOKENS}")
-        if not 0 <= port <= 65535:
-            raise ValueError(f"port = {port}: it must be from 0 (a free one) to 65535")
-    except ValueError as error:
-        print(f"fanmark serve tools: {error}", file=sys.stderr)
-        return 2
     try:
         sock = listen(host, port)
     except OSError as error:
@@ -120,11 +103,11 @@ def serve_tools(
     else:
         factory = uvloop.new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:
-        runner.run(_serve_for_good(sock, host, Behaviour(latency_s, result_tokens, seed)))
+        runner.run(_serve_for_good(sock, host, behaviour, max_sessions))
     return 0
 
 
-def _latency(text: str) -> Latency:
+def _distribution(text: str) -> Latency:
     try:
         latency: Latency = json.loads(text) if text.lstrip().startswith("{") else float(text)
         check_latency(latency)
@@ -133,19 +116,62 @@ def _latency(text: str) -> Latency:
     return latency
 
 
+def _whole(name: str, low: int, high: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not text.lstrip("-").isdigit() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{name} = {text}: it must be from {low} to {high}")
+        return int(text)
+
+    return read
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names, known = tuple(text.split(",")), [spec.name for spec in ALL_TOOLS]
+    for name in names:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"{name}: there is no such tool, but {', '.join(known)}")
+    return names
+
+
+def _fault(text: str) -> ToolFault:
+    try:
+        return parse_tool_fault(text)
+    except FaultError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line: see the module."""
     # without a usage text, a wrong flag is answered by one line
-    parser = argparse.ArgumentParser(prog="fanmark serve tools", usage=argparse.SUPPRESS)
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
-    parser.add_argument(
-        "--latency-s", type=_latency, default=0.2, help='seconds, or {"dist": "lognormal", "mean": 0.2}'
+    parser = argparse.ArgumentParser(prog="fanmark serve tools", usage=argparse.SUPPRESS, allow_abbrev=False)
+    add, like = parser.add_argument, 'or {"dist": "lognormal", "mean": 0.2, "cv": 1}'
+    add("--host", default="127.0.0.1")
+    add("--port", type=_whole("port", 0, 65_535), default=0, help="0 takes a free one")
+    add("--latency-s", type=_distribution, default=0.2, help=f"seconds, {like}")
+    add(
+        "--result-tokens",
+        type=_whole("result_tokens", 0, MAX_RESULT_TOKENS),
+        help="default: what the tool's work gives",
     )
-    parser.add_argument("--result-tokens", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--parent-pipe", action="store_true", help="end when standard input does")
-    return serve_tools(**vars(parser.parse_args(argv)))
+    add("--synthetic-latency-s", type=_distribution, help="of the tool `synthetic`; default: --latency-s")
+    add("--synthetic-tokens", type=_distribution, default=Behaviour().synthetic_tokens, help=f"a number, {like}")
+    add("--concurrency", type=_whole("concurrency", 1, 1_000_000), help="calls at once; default: no limit")
+    add("--queue", type=_whole("queue", 0, 1_000_000), help="calls that may wait, beyond: 503; default: no limit")
+    add("--tools", type=_names, default=Behaviour().tools, metavar="NAME,...", help="default: all")
+    add(
+        "--fault",
+        dest="faults",
+        type=_fault,
+        action="append",
+        default=[],
+        help=f"KIND:key=value,...; {', '.join(KINDS)}",
+    )
+    add("--max-sessions", type=_whole("max_sessions", 1, 1_000_000), default=10_000, help="of the handshake era")
+    add("--seed", type=int, default=0)
+    add("--parent-pipe", action="store_true", help="end when standard input does")
+    given = vars(parser.parse_args(argv))
+    process = {name: given.pop(name) for name in ("host", "port", "max_sessions", "parent_pipe")}
+    return serve_tools(Behaviour(**given), **process)
 
 
 if __name__ == "__main__":

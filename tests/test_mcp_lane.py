@@ -24,7 +24,7 @@ from fanmark.loadgen.lanes.mcp import (
     ToolTransportError,
     arguments_for,
 )
-from fanmark.servers.tool_specs import TOOLS
+from fanmark.servers.tool_specs import ALL_TOOLS
 from fanmark.servers.vllm import free_port
 
 # Our server, but calls of one tool are turned away by status 503, as an overloaded gateway does.
@@ -122,7 +122,7 @@ async def answer_to(servers: ToolServers, tool: Tool) -> str:
 def test_embedded_server_through_the_lane(tools_url: str) -> None:
     async def use(servers: ToolServers) -> None:
         assert [(t.name, t.input_schema, t.read_only) for t in servers.tools] == [
-            (spec.name, spec.input_schema, True) for spec in TOOLS
+            (spec.name, spec.input_schema, True) for spec in ALL_TOOLS
         ]
         results = await asyncio.gather(
             *(servers.call("search", {"query": "x"}, timeout_s=CALL_S, meta=seeded(i % 40)) for i in range(80))
@@ -142,9 +142,9 @@ def test_two_servers_with_the_same_tools_keep_apart(tools_url: str) -> None:
         names = [t.name for t in servers.tools]
         label = tools_url.removeprefix("http://").removesuffix("/mcp").replace(".", "_").replace(":", "_")
         assert names[0] == "search"
-        assert names[8] == f"{label}__search"
-        assert names[16] == "2__search"
-        assert len(set(names)) == 24
+        assert names[10] == f"{label}__search"
+        assert names[20] == "2__search"
+        assert len(set(names)) == 30
         assert (await servers.call("2__search", {"query": "x"}, timeout_s=CALL_S)).is_error is False
 
     with_servers(use, *[ToolServerSpec(url=tools_url)] * 3)

@@ -21,7 +21,7 @@ from mcp_peers import StartTools
 
 from fanmark.servers.tokenizer import Tokenizer, vocabulary
 from fanmark.servers.tool_arguments import mistake_in
-from fanmark.servers.tool_specs import TOOLS, Behaviour, ToolSpec, check_latency, draw_latency_s, result_text
+from fanmark.servers.tool_specs import ALL_TOOLS, Behaviour, ToolSpec, check_latency, draw_latency_s, result_text
 from fanmark.servers.tools import listen, serving
 
 T = TypeVar("T")
@@ -62,7 +62,7 @@ def test_sdk_client_lists_and_calls_over_http(tools_url: str, mode: str, version
         assert client.protocol_version == version
         tools = (await client.list_tools()).tools
         assert [(t.name, t.description, t.input_schema) for t in tools] == [
-            (spec.name, spec.description, spec.input_schema) for spec in TOOLS
+            (spec.name, spec.description, spec.input_schema) for spec in ALL_TOOLS
         ]
         assert all(t.annotations is not None and t.annotations.read_only_hint for t in tools)
         assert len((await search(client)).split()) == 30
@@ -111,7 +111,7 @@ json_values = st.recursive(
 )
 
 
-@given(st.sampled_from(TOOLS), st.data())
+@given(st.sampled_from(ALL_TOOLS), st.data())
 def test_arguments_are_judged_as_json_schema_does(spec: ToolSpec, data: st.DataObject) -> None:
     names = [*spec.input_schema["properties"], "other"]
     offered = st.sampled_from(["any", "week", "sales", "python", "metric", 1, 1.0, 5, 20, "x"]) | json_values
@@ -206,8 +206,11 @@ def test_answers_leave_at_once() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--port", "70000"], "port = 70000: it must be from 0 (a free one) to 65535"),
+        (["--port", "70000"], "port = 70000: it must be from 0 to 65535"),
         (["--result-tokens", "-1"], "result_tokens = -1: it must be from 0 to 1000000"),
+        (["--concurrency", "0"], "concurrency = 0: it must be from 1 to 1000000"),
+        (["--tools", "search,fly"], "fly: there is no such tool, but search, fetch"),
+        (["--fault", "flood"], "unknown fault 'flood'; there is: error, rpc-error"),
         (["--latency-s", "-1"], "it must be a number >= 0"),
         (["--latency-s", "inf"], "latency_s = inf: it must be at most 1e+06"),
         (["--latency-s", "soon"], "soon: could not convert string to float"),

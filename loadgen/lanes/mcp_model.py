@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 from fanmark.loadgen.errors import CallError, UnreachableError
 
-QUEUED_META = "fanmark/queued_s"  # how long our own server kept a call in its queue, in the result's `_meta`
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.1, 5.0
 KEEP_ALIVE_S = 60  # below the 75 s of our own server: the side that reuses a connection must let go of it first
 MAX_PAGES = 1_000

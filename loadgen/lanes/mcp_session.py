@@ -11,13 +11,13 @@ import msgspec
 
 from fanmark.loadgen.lanes.mcp_model import (
     MAX_PAGES,
-    QUEUED_META,
     RemoteTool,
     ToolProtocolError,
     ToolResult,
     ToolTransportError,
 )
 from fanmark.servers import mcp_codec as codec
+from fanmark.servers.tool_specs import QUEUED_META
 
 CLIENT = {"name": "fanmark", "version": "0.1"}
 
