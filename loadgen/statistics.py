@@ -115,35 +115,32 @@ def ratio_interval(own: tuple[int, float, float], base: tuple[int, float, float]
     return math.exp(log - half), math.exp(log + half)
 
 
-Batches = Sequence[tuple[float, int]]  # of each batch, the sum of its values and their number
+Batched = Mapping[int, tuple[int, float]]  # by query number, the batch that it falls into and its value
 
 
-def by_batches(own: Batches, base: Batches, *, paired: bool) -> tuple[float, float]:
-    """95 % interval of the ratio of two means, each of values that come in batches of different sizes: Student's t on the logarithm of the
-    ratio, its variance by the delta method from what the batches are off their mean. `paired`: batch by batch at the same time, so that
-    what moves both falls out."""
-    (own_mean, own_off), (base_mean, base_off) = _off_mean(own), _off_mean(base)
+def by_batches(own: Batched, base: Batched, count: int) -> tuple[float, float]:
+    """95 % interval of the ratio of two means from `count` batches that both arms have at the same times: Student's t on its logarithm.
+
+    Let x be an arm's values over their mean, less 1. The variance is that of the batches' sums of x in one arm less those in the other, so
+    that what moves both at a time falls out; less what queries of one number have in common though they fell into different batches; and
+    at least what it would be if queries were independent but for their numbers."""
+    own_mean, base_mean = (math.fsum(value for _, value in arm.values()) / len(arm) for arm in (own, base))
+    own_off = {i: (batch, value / own_mean - 1) for i, (batch, value) in own.items()}
+    base_off = {i: (batch, value / base_mean - 1) for i, (batch, value) in base.items()}
+    sums = [0.0] * count
+    for off, sign in ((own_off, 1 / len(own)), (base_off, -1 / len(base))):
+        for batch, x in off.values():
+            sums[batch] += sign * x
+    by_time = math.fsum(x * x for x in sums) * count / (count - 1)
+    common = [(a, b) for i, a in own_off.items() if (b := base_off.get(i)) is not None]
+    pairs = len(own) * len(base)
+    elsewhere = math.fsum(a[1] * b[1] for a, b in common if a[0] != b[0]) / pairs
+    alone = math.fsum(x * x for _, x in own_off.values()) / len(own) ** 2
+    alone += math.fsum(x * x for _, x in base_off.values()) / len(base) ** 2
+    alone -= 2 * math.fsum(a[1] * b[1] for a, b in common) / pairs
+    half = _t(count - 1) * math.sqrt(max(by_time - 2 * elsewhere, by_time / 4, alone))
     middle = math.log(own_mean / base_mean)
-    if paired:
-        variance, freedom = _variance([a - b for a, b in zip(own_off, base_off, strict=True)]), float(len(own) - 1)
-    else:  # Welch and Satterthwaite
-        parts = [(_variance(off), len(off) - 1) for off in (own_off, base_off)]
-        variance = sum(part for part, _ in parts)
-        freedom = variance**2 / sum(part**2 / n for part, n in parts) if variance else 1.0
-    half = _t(freedom) * math.sqrt(variance)
     return math.exp(middle - half), math.exp(middle + half)
-
-
-def _off_mean(batches: Batches) -> tuple[float, list[float]]:
-    """The mean of all values, and how far each batch lies off it: its excess over the mean, as a share of a mean batch's sum."""
-    mean = math.fsum(total for total, _ in batches) / sum(n for _, n in batches)
-    usual = mean * sum(n for _, n in batches) / len(batches)
-    return mean, [(total - mean * n) / usual for total, n in batches]
-
-
-def _variance(off: Sequence[float]) -> float:
-    """Of the mean of what is 0 on average."""
-    return math.fsum(x * x for x in off) / (len(off) * (len(off) - 1))
 
 
 def _t(freedom: float) -> float:

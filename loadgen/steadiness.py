@@ -13,11 +13,11 @@ KV_LEAST = 0.01  # a KV use that differs by less than this share of the whole ca
 LITTLE_OFF = 0.05  # L and lambda x W may differ by so much
 LEAST_LATENCIES = 5.0  # a window is at least so many mean query latencies long
 
-# Over capacity: by the order of their due times latencies rise, by more than chance; those of the later half are longer by more than a
-# trifle; and a part of what arrived in the window is still there at its end, on top of what was there before.
+# Over capacity: by the order of their due times latencies rise, by more than chance; a part of what arrived in the window is still there at
+# its end, on top of what was there before; and that part is large, or the later half's latencies are longer by more than a trifle.
 RISE_Z = 3.0
-RISE_HALVES = 1.25
-LEFT_SHARE = 0.05
+LEFT_SHARE, LARGE_SHARE = 0.05, 0.2
+RISE_HALVES = 1.1
 _LOOKED_AT = 2000  # queries, evenly chosen
 
 
@@ -49,7 +49,7 @@ def judge(
     by_rate = len(counted) / window.seconds * mean_s
     off = in_flight / by_rate - 1 if by_rate else None
     wrong = []
-    over = open_loop and over_capacity(queries, counted, window)
+    over = open_loop and any(over_capacity([q for q in beside if q.arm == arm], window) for arm in window.arms)
     if over:
         wrong.append("over capacity: more arrives than is served, and latency has no mean")
     if window.given_up:
@@ -83,15 +83,20 @@ def judge(
     return Verdict(not wrong, reason, None if off is None else 100.0 * off, over)
 
 
-def over_capacity(queries: Sequence[Query], counted: Sequence[Query], window: Window) -> bool:
-    """Whether more arrived in the window than was served. `counted` are in the order of their due times."""
+def over_capacity(queries: Sequence[Query], window: Window) -> bool:
+    """Whether more of an arm arrived in the window than was served."""
+    counted = sorted((q for q in queries if not q.warmup), key=lambda q: q.due_at)
     there = [sum(q.due_at <= at < q.done_at for q in queries) for at in (window.start_at, window.end_at)]
-    if there[1] - there[0] <= LEFT_SHARE * len(counted):
+    left = there[1] - there[0]
+    if left <= LEFT_SHARE * len(counted):
         return False
     latencies_s = [q.done_at - q.due_at for q in counted]
     middle = len(latencies_s) // 2
     early, late = latencies_s[:middle], latencies_s[middle:]
-    if not early or math.fsum(late) / len(late) <= RISE_HALVES * math.fsum(early) / len(early):
+    if not early:
+        return False
+    grew = math.fsum(late) / len(late) > RISE_HALVES * math.fsum(early) / len(early)
+    if not grew and left <= LARGE_SHARE * len(counted):
         return False
     return rise_z(latencies_s[:: -(-len(latencies_s) // _LOOKED_AT)]) > RISE_Z
 

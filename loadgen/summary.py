@@ -83,7 +83,8 @@ def _window(load: Load, counted: Counted, cut: bool) -> dict[str, Any]:
     if counted.verdicts:
         worst = min(counted.verdicts, key=lambda v: (not v.over_capacity, v.steady is not False, v.steady is not None))
         offs = [v.littles_law_off_pct for v in counted.verdicts if v.littles_law_off_pct is not None]
-        found |= {"steady": worst.steady, "reason": worst.reason}
+        which = f"repeat {counted.verdicts.index(worst) + 1}: " if len(counted.verdicts) > 1 else ""
+        found |= {"steady": worst.steady, "reason": which + worst.reason}
         found["littles_law_off_pct"] = max(offs, key=abs, default=None)
         if cut:
             found |= {"steady": False, "reason": f"the run was cut short; {worst.reason}"}

@@ -103,10 +103,10 @@ UNSTEADY: dict[str, tuple[list[float], Window, list[tuple[float, float]] | None,
     "a short window": (
         [21.0] * 280, WINDOW, None, "the window (100 s) is shorter than 5 mean query latencies (21.0 s each)"),
     "a long lead-in": (
-        [4.0] * 280, Window(repeat=1, arms=[], lead_in_at=-81.0, start_at=20.0, end_at=120.0), None,
+        [4.0] * 280, Window(repeat=1, arms=["single"], lead_in_at=-81.0, start_at=20.0, end_at=120.0), None,
         "the window (100 s) is shorter than its lead-in (101 s)"),
     "a lead-in without an end": (
-        [4.0] * 280, Window(repeat=1, arms=[], lead_in_at=0.0, start_at=20.0, end_at=120.0, given_up=True), None,
+        [4.0] * 280, Window(repeat=1, arms=["single"], lead_in_at=0.0, start_at=20.0, end_at=120.0, given_up=True), None,
         "the lead-in was given up after 20 s, latency kept growing"),
     "Little's law": (  # those before the window were long, those in it are short
         [40.0 if at < 20 else 2.0 for at in DUE], WINDOW, None, "queries in flight, lambda x W = 4"),
