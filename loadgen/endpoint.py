@@ -31,6 +31,11 @@ def role_key(role: str, keys: Container[str]) -> str | None:
     return role if role in keys else plain if plain in keys else None
 
 
+def _without_env(params: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the params needs no environment: all that a target has that nobody is reached at."""
+    return {k: v for k, v in params.items() if not (isinstance(v, dict) and v.keys() == {"env"})}
+
+
 class Lane(Protocol):
     """What carries the calls, as far as records name it."""
 
@@ -49,8 +54,8 @@ class Endpoint(ABC):
         self.max_model_len: int | None = None
         self.notes: list[str] = []
         self.dropped: set[str] = set()
-        self.params = config.params
-        self.role_params = {name: role.params for name, role in config.roles.items()}
+        self.params = _without_env(config.params)
+        self.role_params = {name: _without_env(role.params) for name, role in config.roles.items()}
         self.prompts: Prompts = ChatPrompts(vocabulary(), None, None)
         self.tool_part: Part | None = None
         self.tools: list[dict[str, Any]] = []

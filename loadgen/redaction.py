@@ -5,7 +5,6 @@ import re
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from fanmark.loadgen.errors import CallError
 from fanmark.loadgen.lanes.http import HttpError, Sent
 from fanmark.loadgen.lanes.sse import Reply
 
@@ -13,7 +12,7 @@ REDACTED = "[redacted]"
 _WORD_BELOW = 8  # a shorter value is taken out as a word only: as a part of words it would tear up every text
 _HEAD = 6  # so many characters of a value are looked for at first, and tell it where the end of its text cut it off
 _CUT = re.compile(  # a part of a character, and what closes a text
-    r"(?:%[0-9a-f]{0,2}|\\+[ux]?[0-9a-f]{0,8}|&[a-z#0-9]*)*['\"`)}>. ]*", re.IGNORECASE
+    r"(?:%(?:25)*[0-9a-f]{0,2}|\\+[ux]?[0-9a-f]{0,8}|&[a-z#0-9]*)*['\"`)}>. ]*", re.IGNORECASE
 )
 _ESCAPED = {"\n": "n", "\r": "r", "\t": "t", "\f": "f", "\b": "b"}
 _SECRET_WORDS = frozenset(
@@ -48,10 +47,10 @@ def _written(c: str) -> str:
     python = "".join(rf"{slashes}x{byte:02x}" for byte in c.encode())
     units = c.encode("utf-16-be")
     json = "".join(rf"{slashes}u{units[i : i + 2].hex()}" for i in range(0, len(units), 2))
-    ways = [percent, json, rf"{slashes}u0*{number:x}", rf"{slashes}x{number:02x}", python]
+    ways = [percent, json, rf"{slashes}u0*{number:x}", python, rf"{slashes}x{number:02x}"]
     ways += [rf"{slashes}(?:{re.escape(_ESCAPED.get(c, c))}|{percent})"]
     ways += [rf"&\#(?:0*{number}|x0*{number:x});", re.escape(html.escape(c))]
-    return f"(?:(?i:{'|'.join(ways)})|{re.escape(c)}{'|[+]' if c == ' ' else ''})"
+    return f"(?:(?i:{'|'.join(ways)})|{re.escape(c)}{'|[+]|%(?:25)*2[bB]' if c == ' ' else ''})"
 
 
 class _Value:
@@ -143,7 +142,7 @@ class RedactedLane:
         """As the lane does."""
         try:
             reply = await self._lane.send(url, body, headers, stream=stream, timeout_s=timeout_s, sent=sent)
-        except CallError as e:
+        except Exception as e:
             self._redact(e)
             raise
         if reply.finish not in (None, "stop", "length"):
@@ -154,7 +153,7 @@ class RedactedLane:
         """As the lane does; what a refusal says is redacted."""
         try:
             return self._refusal(await self._lane.get(url, headers, timeout_s=timeout_s))
-        except CallError as e:
+        except Exception as e:
             self._redact(e)
             raise
 
@@ -164,7 +163,7 @@ class RedactedLane:
         """As the lane does; what a refusal says is redacted."""
         try:
             return self._refusal(await self._lane.post(url, body, headers, timeout_s=timeout_s))
-        except CallError as e:
+        except Exception as e:
             self._redact(e)
             raise
 
@@ -176,10 +175,9 @@ class RedactedLane:
         status, body = reply
         return (status, self._secrets.redact(body.decode(errors="replace")).encode()) if status >= 300 else reply
 
-    def _redact(self, error: CallError) -> None:
+    def _redact(self, error: Exception) -> None:
         """In place, as a class of error may hold more than this file knows of. A refusal's body stays whole: parameters are read from it,
         and nothing shows it."""
-        text = str(error)
         if isinstance(error, HttpError):  # its text was cut: a value may stand across the cut
-            text = str(HttpError(error.status, self._secrets.redact(error.body)))
-        error.args = (self._secrets.redact(text),)
+            error.args = (str(HttpError(error.status, self._secrets.redact(error.body))),)
+        error.args = tuple(self._secrets.clean(list(error.args)))

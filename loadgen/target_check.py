@@ -12,6 +12,7 @@ from fanmark.loadgen.redaction import is_secret_name
 from fanmark.loadgen.scenario import Budget, FromEnv, Target
 from fanmark.loadgen.shaping import target_key
 
+_SECRET_PARAM = r"(.*_)?(api_?key|password|secret|access_?token|authorization)"
 _PRIVATE_ENDINGS = ("localhost", "local", "internal", "lan", "home.arpa", "test")
 
 
@@ -108,6 +109,15 @@ def _check_secrets(target: Target, where: str) -> None:
             if isinstance(value, str) and is_secret_name(name):
                 raise ScenarioError(
                     f'{where} {key}.{name}: a secret stands in the scenario (not shown): give {name} = {{ env = "NAME" }}'
+                )
+    for where_, params in [
+        ("params", target.params),
+        *((f"roles.{r}.params", s.params) for r, s in target.roles.items()),
+    ]:
+        for name, value in params.items():
+            if isinstance(value, str) and re.fullmatch(_SECRET_PARAM, name, re.IGNORECASE):
+                raise ScenarioError(
+                    f'{where} {where_}.{name}: a secret stands in the scenario (not shown): give {name} = {{ env = "NAME" }}'
                 )
     for name in [*target.headers, target.auth_header]:
         if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):

@@ -1,6 +1,7 @@
 """A chat endpoint, in a thread of the tests, that says back all it was told, in whatever way it is asked to fail. For tests only."""
 
 import json
+import ssl
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -114,7 +115,7 @@ def _handler(echo: Echo) -> type[BaseHTTPRequestHandler]:
 
 
 @contextmanager
-def echoing(echo: Echo) -> Iterator[Echo]:
+def echoing(echo: Echo, tls: ssl.SSLContext | None = None) -> Iterator[Echo]:
     """The server, listening at `url`; it has ended when the block ends."""
 
     class Server(ThreadingHTTPServer):
@@ -123,7 +124,9 @@ def echoing(echo: Echo) -> Iterator[Echo]:
 
     server = Server(("127.0.0.1", 0), _handler(echo))
     server.daemon_threads = True
-    echo.url = f"http://127.0.0.1:{server.server_port}/v1"
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
+    echo.url = f"{'http' if tls is None else 'https'}://127.0.0.1:{server.server_port}/v1"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:

@@ -3,6 +3,7 @@
 import asyncio
 import html
 import json
+import ssl
 import time
 import tomllib
 from collections import Counter
@@ -15,6 +16,7 @@ import pytest
 from echo_server import Echo, echoing
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lane_server import CERTIFICATE
 
 from fanmark.agents import topologies
 from fanmark.loadgen import scenario_check
@@ -24,6 +26,7 @@ from fanmark.loadgen.minimums import check_roles
 from fanmark.loadgen.redaction import REDACTED, Secrets
 from fanmark.loadgen.scenario import Scenario, Target
 from fanmark.loadgen.shaping import Shape, shaped
+from fanmark.loadgen.simulate import Options, simulate
 from fanmark.loadgen.target import HttpEndpoint, connect
 from fanmark.loadgen.target_check import is_private
 
@@ -145,6 +148,10 @@ TARGET_MISTAKES = {
         f'{URL}headers = {{ Authorization = "Bearer s3cret" }}',
         '[target] headers.Authorization: a secret stands in the scenario (not shown): give Authorization = { env = "NAME" }',
     ),
+    "a key in the params": (
+        f'{URL}params = {{ api_key = "s3cret" }}',
+        '[target] params.api_key: a secret stands in the scenario (not shown): give api_key = { env = "NAME" }',
+    ),
     "a key in the query": (
         f'{URL}query = {{ key = "s3cret" }}',
         '[target] query.key: a secret stands in the scenario (not shown): give key = { env = "NAME" }',
@@ -239,7 +246,7 @@ WRITTEN: dict[str, Callable[[str], str]] = {
 }
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(
     st.text(st.characters(exclude_categories=("Cs",)), min_size=8, max_size=40),
     st.sampled_from(list(WRITTEN)),
@@ -396,3 +403,36 @@ def test_a_role_that_nobody_has_is_told(target: str, arm: str, told: str) -> Non
         asyncio.run(check_roles(scenario, topologies()))
     assert str(caught.value).startswith(f"f.toml: {told}") and "judge" in str(caught.value)
     return None
+
+
+def test_a_server_that_asks_for_the_clients_certificate() -> None:
+    asking = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(CERTIFICATE))
+    asking.load_cert_chain(CERTIFICATE)
+    asking.verify_mode = ssl.CERT_REQUIRED
+
+    async def use(endpoint: HttpEndpoint) -> None:
+        assert endpoint.lane.name == "aiohttp"
+        await ask(endpoint)
+
+    both, none = f'client_cert = "{CERTIFICATE}"', "ready_timeout_s = 0.2"
+    with echoing(Echo(), asking) as echo:
+        url = f'url = "{echo.url}"\n'
+        connected(target(f'{url}ca_file = "{CERTIFICATE}"\n{both}'), use)
+        apart = f'client_cert = {{ cert = "{CERTIFICATE}", key = "{CERTIFICATE}" }}'
+        endpoint = connected(target(f"{url}insecure = true\n{apart}"), use)
+        assert endpoint.notes[0] == "default: insecure = true: whose certificate answers is not checked"
+        for text in (f'ca_file = "{CERTIFICATE}"\n{none}', f"{both}\n{none}"):  # who are you; who is it
+            with pytest.raises(UnreachableError, match="does not answer"):
+                connected(target(url + text), use)
+    assert len(echo.calls) == 2
+
+
+def test_a_simulation_takes_a_target_whose_secrets_are_not_there(tmp_path: Path) -> None:
+    text = (
+        '[target]\nurls = ["http://a/v1", "http://b/v1"]\napi_key_env = "NOT_SET"\nparams = { user = { env = "NOT_SET" } }\n'
+        'query = { sig = { env = "NOT_SET" } }\nroles.agent = { model = "lora", params = { top_p = 0.5, api_key = { env = "NOT_SET" } } }\n'
+        "[load]\nqueries = 2\n[workload]\nanswer = 3\n"
+    )
+    found = simulate(load(text), topologies(), Options(tmp_path, "test", [])).summary
+    assert found["arms"]["single"]["queries"]["completed"] == 2
+    assert found["target"]["url"].startswith("virtual:")

@@ -113,7 +113,8 @@ class VirtualEndpoint(Endpoint):
     """A target that is an engine of its own, by a profile. Takes api, params, prices and call_timeout_s from `config`."""
 
     def __init__(self, name: str, config: Target, profile: Profile) -> None:
-        config = msgspec.structs.replace(config, url=f"virtual:{profile.name}")
+        roles = {role: msgspec.structs.replace(shape, model=None) for role, shape in config.roles.items()}
+        config = msgspec.structs.replace(config, url=f"virtual:{profile.name}", urls=[], roles=roles)
         super().__init__(name, config, profile.model.id, "engine model")
         engine = serving_config(profile)
         words = vocabulary()
