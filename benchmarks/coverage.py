@@ -60,24 +60,24 @@ def simulated(seed: int, load: Mapping[str, Any], slots: int | None = None) -> d
 
 
 class Covered:
-    """How often intervals held the truth, by method, and how wide they were."""
+    """How often intervals held the truth, by method, and how often there was none."""
 
     def __init__(self, true: float) -> None:
         self.true = true
-        self.held: dict[str, list[bool]] = {}
-        self.widths: list[float] = []
+        self.held: dict[str, list[bool | None]] = {}
 
     def add(self, name: str, found: Mapping[str, Any]) -> None:
         """One interval, if there is one."""
-        if found["low"] is None:
-            self.held.setdefault(f"{name}: {found['method']}", [])
-            return
-        self.held.setdefault(name, []).append(found["low"] <= self.true <= found["high"])
+        held = None if found["low"] is None else bool(found["low"] <= self.true <= found["high"])
+        self.held.setdefault(name, []).append(held)
 
     def told(self) -> str:
-        return ", ".join(
-            f"{name} {sum(held) / len(held):.1%} of {len(held)}" if held else name for name, held in self.held.items()
-        )
+        """By method, the share of the intervals that held, and the number of runs that gave one."""
+        parts = []
+        for name, all_held in self.held.items():
+            held = [each for each in all_held if each is not None]
+            parts.append(f"{name} {sum(held) / max(len(held), 1):.1%} of {len(held)}")
+        return ", ".join(parts)
 
 
 def queue() -> None:

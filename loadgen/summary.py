@@ -279,15 +279,21 @@ def validity(
 
 
 def _steady(arms: Mapping[str, Any]) -> tuple[bool | None, str]:
-    """Of the arms' windows: one that is not steady makes the run so."""
-    by_verdict: dict[bool | None, list[str]] = {False: [], None: [], True: []}
+    """Of the arms' windows: one that is not steady makes the run so. A reason that several arms share is told once."""
+    verdicts = {name: arm["window"]["steady"] for name, arm in arms.items()}
+    worst = False if False in verdicts.values() else None if None in verdicts.values() else True
+    if worst:
+        off = max(abs(arm["window"]["littles_law_off_pct"] or 0.0) for arm in arms.values())
+        return True, f"calls in flight are even between the window's halves, L and lambda x W at most {off:.1f} % apart"
+    said: dict[str, list[str]] = {}
     for name, arm in arms.items():
-        by_verdict[arm["window"]["steady"]].append(f"{name}: {arm['window']['reason']}")
-    for verdict, said in by_verdict.items():
-        if said:
-            reasons = {each.partition(": ")[2] for each in said}
-            return verdict, reasons.pop() if len(reasons) == 1 else "; ".join(said)
-    return None, NO_WINDOW
+        if verdicts[name] is worst:
+            for reason in arm["window"]["reason"].split("; "):
+                said.setdefault(reason, []).append(name)
+    whole = [
+        f"{reason}" if len(names) == len(arms) else f"{', '.join(names)}: {reason}" for reason, names in said.items()
+    ]
+    return worst, "; ".join(whole)
 
 
 def _counted(arms: Mapping[str, Any]) -> tuple[bool, str]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fanmark.loadgen.amplification import BATCH_LATENCIES, LEAST_BATCHES, LEAST_REPEATS, NO_INTERVAL
 from fanmark.loadgen.claims import rows as claim_rows
 
 ROWS = (
@@ -67,6 +68,7 @@ def lines(summary: Mapping[str, Any]) -> list[str]:
         "",
         f"per query, and against {baseline!r} (95 % interval where there is one)",
         *columns(_amplification_rows(arms)),
+        *_intervals(arms),
         "",
         "expected (closed form) against measured, per query",
         *columns(_expected_rows(arms)),
@@ -128,6 +130,22 @@ def _amplification_rows(arms: Mapping[str, Any]) -> list[list[str]]:
                 row += [] if arm["baseline"] else [""]
             rows.append(row)
     return [head, *rows]
+
+
+def _intervals(arms: Mapping[str, Any]) -> list[str]:
+    """What the intervals of times rest on; where there are none, what would give them."""
+    found = [arm["amplification"]["latency_s"] for arm in arms.values() if not arm["baseline"]]
+    methods = list(dict.fromkeys(each["method"] for each in found if each is not None))
+    latencies = [arm["per_query"]["latency_s"] for arm in arms.values() if arm["per_query"]["latency_s"] is not None]
+    if not methods or not latencies:
+        return []
+    if methods != [NO_INTERVAL]:
+        return [f"times: {', '.join(methods)}"]
+    long_s = max(each["p90"] or each["max"] for each in latencies)
+    least_s = math.ceil(LEAST_BATCHES * BATCH_LATENCIES * long_s)
+    return [
+        f"times: {NO_INTERVAL} (load.repeats = {LEAST_REPEATS} gives one, or interleaved arms for load.duration = {least_s})"
+    ]
 
 
 def _expected_rows(arms: Mapping[str, Any]) -> list[list[str]]:

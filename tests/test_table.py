@@ -79,6 +79,7 @@ calls in flight          1.21       2.67
 latency: prefill        23.3%      25.0%
 latency: decode         73.3%      75.0%
 latency: client          3.3%       0.0%
+times: one short run, no interval (load.repeats = 5 gives one, or interleaved arms for load.duration = 160)
 
 expected (closed form) against measured, per query
         calls  tool calls  input tokens  output tokens  depth  width  queries  differ

@@ -25,6 +25,7 @@ from fanmark.loadgen.run import Run
 from fanmark.loadgen.scenario import Scenario, Target
 from fanmark.loadgen.simulate import Options, simulate
 from fanmark.loadgen.steadiness import judge, rise_z
+from fanmark.loadgen.summary import summarise_arms, validity
 from fanmark.loadgen.tally import Tally
 from fanmark.loadgen.window import grace_s, lead_in, matched, p90
 from fanmark.servers.profiles import load_profile
@@ -355,3 +356,45 @@ def test_matched_rates_give_all_arms_the_baselines_calls_in_flight(
         {"a": 2.0, "b": 1.0},
         0.0,
     )  # nothing was seen of b
+
+
+@pytest.mark.parametrize(
+    ("at", "reason"), [(1.0, "the run was ended before its window began"), (9.0, "the run was cut short; ")]
+)
+def test_a_run_that_is_ended_early_is_not_steady(tmp_path: Path, at: float, reason: str) -> None:
+    scenario = checked(tmp_path, "duration = 60\nrate = 2\nwarmup = 9")
+    journal = Journal(tmp_path)
+
+    async def main() -> float:
+        endpoint, tally = Busy(0.0), Tally({"single": "single", "debate": "debate"}, "single")
+        now = asyncio.get_running_loop().time
+        run = Run(scenario, topologies(), {"default": endpoint}, None, tally, journal, "r", now)
+        asyncio.get_running_loop().call_later(at, run.stop.ask)
+        assert await run.execute() is not None
+        return now()
+
+    seconds = run_virtually(main())
+    journal.close()
+    assert at <= seconds < at + 6.0  # what had begun has the grace of an interrupt
+    arms = summarise_arms(scenario, read_queries(tmp_path), read_windows(tmp_path), None, seconds)
+    for arm in arms.values():
+        assert arm["window"]["reason"].startswith(reason) and arm["window"]["steady"] is not True
+    for query in read_queries(tmp_path):
+        assert query.due_at <= at
+
+
+def test_a_window_is_shown_in_the_validity(tmp_path: Path) -> None:
+    arms = {
+        "a": {"window": {"steady": False, "reason": "x; y", "littles_law_off_pct": 9.0}},
+        "b": {"window": {"steady": False, "reason": "x", "littles_law_off_pct": None}},
+    }
+    server, client = {"reconciled": True, "alone": True}, {"verdict": "ok", "reasons": []}
+    whole = {"expected": {"mismatches": 0, "approximate": False}, "queries": {"completed": 1}}
+    told = validity({name: {**arm, **whole} for name, arm in arms.items()}, server, client, 0)
+    assert (told["steady"], told["reasons"]["steady"]) == (False, "x; a: y")
+    arms["b"]["window"] |= {"steady": True, "littles_law_off_pct": -3.0}
+    told = validity({name: {**arm, **whole} for name, arm in arms.items()}, server, client, 0)
+    assert (told["steady"], told["reasons"]["steady"]) == (False, "a: x; a: y")
+    arms["a"]["window"] |= {"steady": True, "littles_law_off_pct": 1.0}
+    told = validity({name: {**arm, **whole} for name, arm in arms.items()}, server, client, 0)
+    assert told["steady"] is True and told["reasons"]["steady"].endswith("at most 3.0 % apart")

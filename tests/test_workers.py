@@ -17,6 +17,7 @@ from two_arms import queries
 
 from fanmark.agents import topologies
 from fanmark.loadgen import scenario_check, session
+from fanmark.loadgen.arrivals import open_loop
 from fanmark.loadgen.crew import Alone, share
 from fanmark.loadgen.errors import FanmarkError
 from fanmark.loadgen.tally import Histogram, Tally
@@ -208,3 +209,25 @@ def test_a_guard_that_leaves_a_worker_nothing_is_refused(tmp_path: Path) -> None
     options = session.Options(tmp_path / "run", 0, "x", "test", [], None, 3)
     with pytest.raises(FanmarkError, match=r"--workers 3 with \[load\] max_in_flight = 2: each worker needs"):
         asyncio.run(session.run(scenario, topologies(), options))
+
+
+@pytest.mark.real
+def test_workers_share_one_window(stub: Stub, tmp_path: Path) -> None:
+    """Each sees only its own queries end, and yet all begin and end the window at one instant."""
+    found = run(stub, tmp_path / "run", 2, duration=3, rate=6, queries=None)
+    (window,) = rows(tmp_path / "run", "windows")
+    listed = rows(tmp_path / "run")
+    assert len({(row["arm"], row["query"]) for row in listed}) == len(listed)
+    for row in listed:
+        inside = window["start_at"] <= row["due_at"] < window["end_at"]
+        assert inside == (row["phase"] == "window") == (row["query"] >= 0) == (not row["warmup"])
+    scenario = scenario_check.check(
+        SCENARIO | {"load": {"rate": 6, "duration": 3, "warmup": 2}}, "shared-out.toml", topologies()
+    )
+    for i, name in enumerate(("single", "debate")):
+        offsets_s = list(open_loop(scenario.load, 5, name, i / 2))
+        mine = sorted((row["query"], row["due_at"] - window["start_at"]) for row in listed if row["arm"] == name)
+        assert [at for n, at in mine if n >= 0] == pytest.approx(offsets_s, abs=1e-6)
+        assert found["arms"][name]["window"]["end_at"] == window["end_at"]
+    workers = {call["worker"] for call in rows(tmp_path / "run", "calls") if call["query"] >= 0}
+    assert workers == {0, 1} and found["validity"]["reconciled"] is True
