@@ -39,6 +39,7 @@ WorkersOpt = Annotated[
     str, typer.Option(metavar="N|auto", help="Processes that share the queries out; auto: one per core less one.")
 ]
 LingerOpt = Annotated[float, typer.Option(min=0, metavar="S", help="Keep /metrics up for so long after the run.")]
+GuardOpt = Annotated[int | None, typer.Option(help="Most queries at a time; what that delays is told.")]
 SeedOpt = Annotated[int | None, typer.Option(help="Seed of lengths, texts and arrivals.")]
 SetOpt = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of the scenario.")]
 LabelOpt = Annotated[
@@ -85,6 +86,7 @@ def run(
     duration: DurationOpt = None,
     rate: RateOpt = None,
     concurrency: ConcurrencyOpt = None,
+    max_in_flight: GuardOpt = None,
     workers: WorkersOpt = "1",
     seed: SeedOpt = None,
     set_: SetOpt = None,
@@ -105,7 +107,7 @@ def run(
 
     raw, source = scenario_check.read(scenario)
     scenario_check.override_target(raw, target, model, api, api_key_env, os.environ)
-    scenario_check.override_load(raw, queries, duration, rate, concurrency, seed)
+    scenario_check.override_load(raw, queries, duration, rate, concurrency, seed, max_in_flight)
     scenario_check.override(raw, set_ or [])
     table = with_users(raw, source, topologies())
     checked = scenario_check.check(raw, source, table)
@@ -167,6 +169,7 @@ def simulate(
     duration: DurationOpt = None,
     rate: RateOpt = None,
     concurrency: ConcurrencyOpt = None,
+    max_in_flight: GuardOpt = None,
     seed: SeedOpt = None,
     set_: SetOpt = None,
     label: LabelOpt = None,
@@ -183,7 +186,7 @@ def simulate(
     from fanmark.loadgen.user_topology import with_users
 
     raw, source = scenario_check.read(scenario)
-    scenario_check.override_load(raw, queries, duration, rate, concurrency, seed)
+    scenario_check.override_load(raw, queries, duration, rate, concurrency, seed, max_in_flight)
     scenario_check.override(raw, set_ or [])
     table = with_users(raw, source, topologies())
     checked = scenario_check.check(raw, source, table)

@@ -23,10 +23,14 @@ def good(query: Query, objective: Objective) -> bool:
     return query.outcome == "completed" and query.done_at - query.due_at <= objective.query_seconds
 
 
+HELD_BACK_S = 0.001  # what a guard lets pass starts sooner
+
+
 def operating_point(
     load: Load, objective: Objective | None, queries: Sequence[Query], windows: Sequence[Window]
 ) -> dict[str, Any]:
     """`load` of summary.json: rates are of what ended while the arm was counted, uncounted queries included, for they were load too.
+    `held_back`: queries that the guard, max_in_flight, has delayed.
     `queries` are all of the arm's; without windows only what counts is looked at."""
     counted = [q for q in queries if not q.warmup]
     if not counted:
@@ -46,6 +50,7 @@ def operating_point(
     return {
         "offered_qps": _offered(load, counted, seconds, windows),
         "start_delay_s": distribution([q.started_at - q.due_at for q in counted]),
+        "held_back": sum(q.started_at - q.due_at > HELD_BACK_S for q in counted) if load.max_in_flight else 0,
         "completed_qps": len(ended) / seconds,
         "good_qps": sum(good(q, objective) for q in ended) / seconds if objective else None,
         "calls_per_s": len(done) / seconds,

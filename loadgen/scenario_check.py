@@ -271,6 +271,7 @@ def override_load(
     rate: float | None,
     concurrency: int | None,
     seed: int | None,
+    max_in_flight: int | None = None,
 ) -> None:
     """The load flags: queries and duration clear each other, --rate means an open loop, --concurrency a closed one."""
     if queries is not None and duration is not None:
@@ -285,6 +286,8 @@ def override_load(
     if not isinstance(load, dict):
         return  # for `check` to refuse
     arms = _arms(raw)
+    if max_in_flight is not None:
+        load["max_in_flight"] = max_in_flight
     given = {"queries": queries, "duration": duration, "rate": rate, "concurrency": concurrency}
     for key, value in given.items():
         if value is not None:

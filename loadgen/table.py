@@ -188,6 +188,12 @@ def _checks(summary: Mapping[str, Any]) -> list[str]:
                 found.append(f"{'':<8} {n} x {message}")
             if arm["censored"]:
                 found.append(f"{'':<8} more than 1 % did not complete: latencies are censored")
+        if arm["load"].get("held_back"):
+            delay_s = arm["load"]["start_delay_s"]
+            found.append(
+                f"{name:<8} the guard held {arm['load']['held_back']} of {queries['started']} queries back, {number(delay_s['mean'])} s on "
+                f"average, at most {number(delay_s['max'])} s: their latency counts from when they were due"
+            )
         if arm["stopped"]:
             why = ", ".join(f"{limit} {n}" for limit, n in arm["stopped"].items())
             found.append(

@@ -52,6 +52,7 @@ def test_a_guard_delays_and_says_so(tmp_path: Path) -> None:
     starts, ends = sorted(row["started_at"] for row in rows), sorted(row["done_at"] for row in rows)
     assert starts == pytest.approx([0.0, ends[0], ends[1]])
     assert arm["load"]["start_delay_s"]["max"] == pytest.approx(ends[1])
+    assert arm["load"]["held_back"] == 2
     assert arm["per_query"]["latency_s"]["max"] == pytest.approx(ends[2])
 
 

@@ -1,7 +1,7 @@
 """Scenario files and flags: every mistake a user can make gives one line with file, key, value and mend; the rest loads and comes back."""
 
 import tomllib
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -475,11 +475,12 @@ class Flags:
     rate: float | None = None
     concurrency: int | None = None
     seed: int | None = None
+    max_in_flight: int | None = None
 
 
 def with_flags(text: str, flags: Flags) -> Scenario:
     raw = tomllib.loads(text)
-    scenario_check.override_load(raw, flags.queries, flags.duration, flags.rate, flags.concurrency, flags.seed)
+    scenario_check.override_load(raw, *astuple(flags))
     return scenario_check.check(raw, "f.toml", topologies())
 
 
@@ -512,6 +513,15 @@ def test_load_flags_stand_above_an_arms_own() -> None:
     flagged = with_flags(arm, Flags(duration=30, concurrency=4))
     found = flagged.load_of(flagged.arms[0])
     assert (found.queries, found.duration, found.concurrency, found.mode) == (None, 30, 4, "closed")
+
+
+def test_a_guard_by_a_flag() -> None:
+    assert with_flags(f"[load]\nmax_in_flight = 9\n{SINGLE}", Flags(max_in_flight=2)).load.max_in_flight == 2
+    assert with_flags(SINGLE, Flags()).load.max_in_flight is None
+    with pytest.raises(
+        ScenarioError, match=r"^f.toml: \[load\] max_in_flight = 0: must be a whole number of at least 1"
+    ):
+        with_flags(SINGLE, Flags(max_in_flight=0))
 
 
 def test_load_flags_that_contradict_each_other_are_refused() -> None:

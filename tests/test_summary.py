@@ -61,6 +61,7 @@ def test_load_is_what_ran_between_the_first_due_and_the_last_done() -> None:
     assert single["load"] == {
         "offered_qps": 0.5,
         "start_delay_s": {"mean": 0.0, "p50": 0.0, "p90": None, "p99": None, "max": 0.0, "n": 3},
+        "held_back": 0,
         "completed_qps": 3 / 6,
         "good_qps": 2 / 6,
         "calls_per_s": 3 / 6,
