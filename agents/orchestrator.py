@@ -13,7 +13,7 @@ from fanmark.agents.runtime import Drawn, Expected, Key, Message, Runtime, Topol
 from fanmark.agents.tool_chain import act, reads_of, steps_of
 
 TASK = (
-    "You are worker {} of {}, who share the question below among them; this is wave {}. Take your share of it: look up what is "
+    "You are worker {} of {} in wave {}; the workers share the question below among them. Take your share of it: look up what is "
     "needed with the tools, then report what you found, in short and with sources. The question: {}"
 )
 

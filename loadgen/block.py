@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Coroutine, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from fanmark.loadgen.records import Phase, Query
@@ -12,11 +13,20 @@ class Block:
     """Arms that run at once, and their queries under way. Without a window all but the warm-up counts."""
 
     def __init__(
-        self, arms: Sequence[Arm], repeat: int, counted_from: int, uncounted_from: int, *, windowed: bool
+        self,
+        arms: Sequence[Arm],
+        repeat: int,
+        counted_from: int,
+        uncounted_from: int,
+        session_from: int = 0,
+        *,
+        windowed: bool,
     ) -> None:
         self.arms = arms
         self.repeat = repeat
         self.windowed = windowed
+        self.session_from = session_from
+        self.place_from = max(counted_from, uncounted_from) if windowed else counted_from
         self.start_at: float | None = None
         self.end_at: float | None = None
         self.running: dict[asyncio.Task[Query], Phase] = {}
@@ -46,8 +56,14 @@ async def together(parts: Iterable[Coroutine[Any, Any, None]]) -> None:
             await asyncio.sleep(0)
 
 
-def tell(ended: "asyncio.Future[None]", task: "asyncio.Task[Query]") -> None:
-    """Sets the future when the task is done."""
+async def answered(query: "asyncio.Task[Query]") -> None:
+    """Until the query has ended, whatever became of it."""
+    ended = asyncio.get_running_loop().create_future()  # asyncio.wait takes 1 KB for the same
+    query.add_done_callback(partial(_tell, ended))
+    await ended
+
+
+def _tell(ended: "asyncio.Future[None]", task: "asyncio.Task[Query]") -> None:
     if not ended.done():
         ended.set_result(None)
 

@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
@@ -25,7 +25,8 @@ from fanmark.loadgen.scenario import Arm, Scenario
 from fanmark.loadgen.shaping import target_key
 from fanmark.loadgen.table import claim_lines, columns, number
 from fanmark.loadgen.target_check import carries_key, is_private
-from fanmark.loadgen.walk import Made, walk
+from fanmark.loadgen.users import Session, Turn, expected_with, planned_sessions
+from fanmark.loadgen.walk import Made, walk, walk_turn
 from fanmark.servers.tokenizer import Tokenizer, vocabulary
 
 _SUMS = ("calls", "input_tokens", "output_tokens", "dollars")
@@ -43,7 +44,11 @@ def plan(scenario: Scenario, topologies: Mapping[str, Topology]) -> dict[str, An
     from which fresh tokens are extrapolated."""
     schemas = cache(partial(_schema_tokens, scenario))
     numbers = counted_numbers(scenario)
-    found = {arm.name: _arm(_Arm(scenario, arm, topologies, schemas), numbers[arm.name]) for arm in scenario.arms}
+    places = planned_sessions(scenario, _SAMPLE)
+    found = {
+        arm.name: _arm(_Arm(scenario, arm, topologies, schemas, places[arm.name]), numbers[arm.name])
+        for arm in scenario.arms
+    }
     base = found[scenario.baseline.name]
     for arm in scenario.arms:
         found[arm.name]["claim"] = held(arm, partial(_per_query, found[arm.name], base))
@@ -80,6 +85,24 @@ class _Arm:
     arm: Arm
     topologies: Mapping[str, Topology]
     schemas: Callable[[str], int]
+    session_of: Mapping[int, Session]  # by the place of its queries
+    turns: dict[int, Turn | None] = field(default_factory=dict)  # as they are told again
+
+    def told(self, query: int) -> list[Turn]:
+        """The turns before a query in its session, which are walked through once."""
+        session = self.session_of.get(query)
+        found: list[Turn] = []
+        for place in range(session.first, query) if session is not None else ():
+            if place not in self.turns:
+                self.turns[place] = asyncio.run(walk_turn(self.demand(place), found))
+            turn = self.turns[place]
+            found += [] if turn is None else [turn]
+        return found
+
+    def walk(self, query: int) -> list[Made]:
+        """The calls of a query."""
+        demand = self.demand(query)
+        return asyncio.run(walk(demand.topology, demand, self.told(query)))
 
     def demand(self, query: int) -> Demand:
         drawn = draw_demand(self.scenario, self.arm, self.topologies, query)
@@ -97,8 +120,10 @@ class _Arm:
         for i in numbers:
             demand = self.demand(i)
             assert demand.topology.expected is not None
-            form = demand.topology.expected(demand.params, demand)
-            output, total = expected_tokens(form, demand.lengths, {})
+            told = self.told(i)
+            form = expected_with(demand.topology.expected(demand.params, demand), told)
+            sizes = {message.key: message.tokens for turn in told for message in (turn.question, turn.answer)}
+            output, total = expected_tokens(form, demand.lengths, sizes)
             for key, n in (
                 ("calls", form.calls),
                 ("tool_calls", form.tool_calls),
@@ -115,8 +140,7 @@ class _Arm:
         """Tokens by target, where roles have different ones: by a walk through every query."""
         found: dict[str, dict[str, int]] = {}
         for i in queries:
-            demand = self.demand(i)
-            for made in asyncio.run(walk(demand.topology, demand)):
+            for made in self.walk(i):
                 name = (
                     self.arm.targets.get(role_key(made.role, self.arm.targets) or "default")
                     or self.arm.target
@@ -163,8 +187,7 @@ def _arm(arm: _Arm, numbers: Sequence[int] | None) -> dict[str, Any]:
         return found
     n = queries if queries is not None else _SAMPLE
     sums = arm.sums(numbers if numbers is not None else range(n))
-    drawn = [arm.demand(i) for i in range(min(n, _WALKED))]
-    walked = [asyncio.run(walk(demand.topology, demand)) for demand in drawn]
+    walked = [arm.walk(i) for i in range(min(n, _WALKED))]
     longest = max((made.context_tokens for query in walked for made in query), default=0)
     at_once = load.concurrency if queries is None or load.mode == "closed" else queries // load.repeats
     found |= {"longest_context_tokens": longest, "peak_calls_in_flight": at_once * sums["width"]}

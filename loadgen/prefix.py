@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Any
 
 from fanmark.agents.runtime import Message
+from fanmark.loadgen.users import TOLD
 from fanmark.loadgen.walk import Made
 
 
@@ -48,4 +49,6 @@ class PrefixCache:
 
 
 def _identity(message: Message, query: int) -> Hashable:
+    if message.key[0] == TOLD:  # what a query before asked or answered
+        return (message.key[2:], message.key[1])
     return (message.key, query) if message.per_query or message.source is not None else message.key

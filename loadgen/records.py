@@ -160,6 +160,8 @@ class Query(msgspec.Struct, kw_only=True):
     stopped: str | None = None
     bound: bool = False
     part: str | None = None
+    session: int | None = None
+    turn: int | None = None
 
     @property
     def needed(self) -> list[Call]:
@@ -178,6 +180,8 @@ class Begun(msgspec.Struct, array_like=True):
     due_at: float
     started_at: float
     seed: str
+    session: int | None = None
+    turn: int | None = None
 
 
 class Window(msgspec.Struct, frozen=True, kw_only=True):

@@ -18,11 +18,13 @@ from fanmark.loadgen.endpoint import Endpoint, role_key
 from fanmark.loadgen.errors import CallError, Stopped
 from fanmark.loadgen.gate import Gate
 from fanmark.loadgen.records import Begun, Outcome, Phase, Query, Window
-from fanmark.loadgen.runtime import QueryRuntime, ToolUse, World
+from fanmark.loadgen.runtime import QueryRuntime
 from fanmark.loadgen.scenario import Arm, Scenario
 from fanmark.loadgen.schedule import Schedule, Start
 from fanmark.loadgen.tally import Tally
+from fanmark.loadgen.users import Session, expected_with, place_of
 from fanmark.loadgen.walk import walk
+from fanmark.loadgen.world import ToolUse, World
 
 GRACE_S = 5.0  # what running queries get after the first interrupt
 DRAIN_S = 30.0  # how long arms that run apart wait for the server to be empty
@@ -213,9 +215,9 @@ class Run:
                     return
                 await asyncio.sleep(DRAIN_LOOK_S * self._time_scale)
 
-    async def _ready(self, arm: Arm, number: int, phase: Phase, repeat: int) -> Start:
+    async def _ready(self, arm: Arm, number: int, phase: Phase, repeat: int, session: Session | None = None) -> Start:
         """A query with its own texts made before it is due, so that its first call does not wait for them."""
-        runtime = QueryRuntime(self._world_of(repeat), self._demand(arm, number))
+        runtime = QueryRuntime(self._world_of(repeat), self._demand(arm, number), session)
         endpoints = {self._endpoint(arm.name, role) for role in arm.targets} or {self._endpoint(arm.name, "")}
         await runtime.prepare(endpoints, [runtime.system, runtime.question])
 
@@ -251,7 +253,9 @@ class Run:
             self._tally.query_started(arm.name)
         started_at = self._now()
         demand = runtime.demand
-        self._journal.begin(Begun(demand.query, arm.name, phase, repeat, due_at, started_at, demand.seed))
+        session, turn = place_of(runtime.session)
+        begun = Begun(demand.query, arm.name, phase, repeat, due_at, started_at, demand.seed, session, turn)
+        self._journal.begin(begun)
         try:
             async with self._slots or nullcontext():
                 started_at = self._now()
@@ -285,13 +289,33 @@ class Run:
             retried=runtime.retried,
             stopped=stopped,
             part=demand.part,
+            session=session,
+            turn=turn,
         )
         await self._account(query, runtime)
-        self._forget(runtime)
+        self._forget(query, runtime)
         self._journal.write(query)
         if counted:
             self._tally.query_finished(query)
         return query
+
+    def _forget(self, query: Query, runtime: QueryRuntime) -> None:
+        """A query is over: its tool sessions, its own texts and its traffic go, but for what later turns of its session read."""
+        session, over = runtime.session, [query.query]
+        if self._world.tools is not None:
+            self._world.tools.end((query.arm, query.query))
+        if session is not None:
+            turn = runtime.as_turn() if query.outcome == "completed" else None
+            if turn is not None:
+                session.told.append(turn)
+            if session.turn < session.turns and turn is not None:
+                return
+            over += [turn.query for turn in session.told] if session.turn == session.turns else []
+        for endpoint in self._endpoints.values():
+            for number in over:
+                endpoint.prompts.forget(f"{self.scenario.seed}/{number}")
+        if self.scenario.workload.cache != "run" and (session is None or session.turn == session.turns):
+            self._explained.forget((query.arm, query.query if session is None else session.first))
 
     async def _account(self, query: Query, runtime: QueryRuntime) -> None:
         """What the query cost, and where that differs from its closed form."""
@@ -304,16 +328,6 @@ class Run:
             exact = self._world.forced and not any("ignore_eos" in e.dropped for e in self._endpoints.values())
             query.mismatches = mismatches(query, exact_output=exact)
         self.drift.unexplained += runtime.unexplained_tokens
-
-    def _forget(self, runtime: QueryRuntime) -> None:
-        """A query is over: its own texts, its traffic and its tool sessions go."""
-        demand = runtime.demand
-        for endpoint in self._endpoints.values():
-            endpoint.prompts.forget(demand.seed)
-        if self.scenario.workload.cache != "run":
-            self._explained.forget((demand.arm, demand.query))
-        if self._world.tools is not None:
-            self._world.tools.end((demand.arm, demand.query))
 
     async def _answer(self, arm: Arm, runtime: QueryRuntime) -> str | None:
         """Runs the topology; gives the arm's limit that ended it early, if one did."""
@@ -339,7 +353,7 @@ class Run:
         topology = runtime.demand.topology
         if topology.expected is None:
             return {}, False
-        form = topology.expected(runtime.demand.params, runtime)
+        form = expected_with(topology.expected(runtime.demand.params, runtime), runtime.told)
         for key, times in form.reads.items():
             base = key[1:] if key[0] == "quoted" else key
             if times and runtime.sizes.get(key) is None and base in runtime.replies:

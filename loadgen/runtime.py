@@ -5,85 +5,36 @@ import time
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
 from fanmark.agents.runtime import Author, Key, Message
 from fanmark.loadgen import retries
-from fanmark.loadgen.contamination import Explained, Prompt
+from fanmark.loadgen.contamination import Prompt
 from fanmark.loadgen.demand import SYSTEM, Demand, unquoted
 from fanmark.loadgen.endpoint import Endpoint
 from fanmark.loadgen.errors import CallError, Stopped
-from fanmark.loadgen.gate import Gate
 from fanmark.loadgen.lanes.http import HttpError, Sent
 from fanmark.loadgen.lanes.mcp_model import Trip
 from fanmark.loadgen.lanes.sse import Reply
 from fanmark.loadgen.prompts import Part, Text
 from fanmark.loadgen.records import Call
-from fanmark.loadgen.scenario import Arm
 from fanmark.loadgen.trace_headers import call_headers, tool_headers
+from fanmark.loadgen.users import Session, Turn, text_seed, turn_of, with_told, written_last
+from fanmark.loadgen.world import World
 
 _TEMPLATE_TOKENS = 256  # what a chat template may add of its own, at most
-
-
-class ToolUse(Protocol):
-    """The tools that a query may call, as the composer hands them."""
-
-    async def call(self, seed: str, n: int, result_tokens: int, trip: Trip) -> "ToolOutcome":
-        """Tool call number `n` of a query. Raises CallError for transport and protocol errors."""
-
-    def end(self, query: Hashable) -> None:
-        """A query is over: its own sessions end."""
-
-
-@dataclass(frozen=True, slots=True)
-class ToolOutcome:
-    """What a tool said, and whether that was its own error; its size, and how long the server kept the call waiting (None: not told)."""
-
-    text: str
-    is_error: bool
-    bytes: int
-    queued_s: float | None
-
-
-class Tally(Protocol):
-    """Told of every call as it starts and ends; live view and metrics read it."""
-
-    def call_started(self, call: Call) -> None: ...
-
-    def call_finished(self, call: Call) -> None: ...
-
-    def call_retried(self, call: Call) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class World:
-    """What all queries of a run share. `salts` gives a call's cache salt from (run id, arm, query, call), None for a warm cache; `now` runs
-    `time_scale` times slower than seconds."""
-
-    run_id: str
-    seed: int
-    now: Callable[[], float]
-    forced: bool
-    salts: Callable[[str, str, int, int], str | None]
-    endpoint: Callable[[str, str], Endpoint]
-    tools: ToolUse | None
-    explained: Explained
-    tally: Tally
-    gate: Gate
-    time_scale: float = 1.0
-    worker: int = 0
-    arms: Mapping[str, Arm] = field(default_factory=dict)
 
 
 @dataclass
 class QueryRuntime:
     """One query under way. `calls` fills as its calls start, `retried` with their attempts that were not the last; `sizes` and `replies`
-    tell how long its messages really were."""
+    tell how long its messages really were. The query is the turn that its `session` is at."""
 
     world: World
     demand: Demand
+    session: Session | None = None
     calls: list[Call] = field(default_factory=list)
     retried: list[Call] = field(default_factory=list)
     sizes: dict[Key, int | None] = field(default_factory=dict)
@@ -93,6 +44,26 @@ class QueryRuntime:
     unexplained_tokens: int = 0
     _ids: dict[Key, list[int] | None] = field(default_factory=dict)
     _free_at: float = 0.0  # when the next call may leave
+
+    def __post_init__(self) -> None:
+        for turn in self.told:
+            if turn.answered_by is not None:
+                self.replies[turn.answer.key] = (turn.answered_by, "assistant", turn.answer.text)
+            self._ids[turn.answer.key] = turn.ids
+
+    @property
+    def told(self) -> Sequence[Turn]:
+        """The session's turns before this query."""
+        return self.session.told if self.session is not None else ()
+
+    def as_turn(self) -> Turn | None:
+        """The query as the session's later turns tell it: with the reply that was there last; None where there is none."""
+        last = written_last(self.calls, self.numbers)
+        if last is None:
+            return None
+        endpoint, author, text = self.replies[last]
+        answer = Message(last, author, text, self.written[last])
+        return turn_of(self.demand.query, self.question, answer, endpoint, self._ids[last])
 
     @cached_property
     def system(self) -> Message:
@@ -119,7 +90,7 @@ class QueryRuntime:
     async def prepare(self, endpoints: Iterable[Endpoint], prompt: Sequence[Message]) -> None:
         """Makes a prompt's own texts ahead; replies have none."""
         for endpoint in endpoints:
-            await self._parts(endpoint, [m for m in prompt if m.source is None], False, "")
+            await self._parts(endpoint, with_told((m for m in prompt if m.source is None), self.told), False, "")
 
     async def infer(
         self,
@@ -136,7 +107,7 @@ class QueryRuntime:
     ) -> Message:
         await self._stagger()
         self._check_limits()
-        messages = list(prompt)
+        messages = with_told(prompt, self.told)
         endpoint = self.world.endpoint(self.demand.arm, role)
         call = self._start("call", role, round, [*messages, *after], target=endpoint.name, lane=endpoint.lane.name)
         try:
@@ -173,7 +144,12 @@ class QueryRuntime:
             raise CallError("tool_protocol", "this arm has no tools")
         call = self._start("tool_call", role, round, [request])
         n = sum(1 for earlier in self.calls if earlier.kind == "tool_call") - 1
-        trip = Trip((self.demand.arm, self.demand.query), role, tool_headers(self.world.run_id, call), self.world.now)
+        trip = Trip(
+            (self.demand.arm, self.demand.query),
+            role,
+            tool_headers(self.world.run_id, call, self.session),
+            self.world.now,
+        )
         try:
             outcome = await self.world.tools.call(self.demand.seed, n, self.demand.lengths["tool_result"], trip)
         except BaseException as e:
@@ -273,7 +249,7 @@ class QueryRuntime:
         """Sends a call when budget and limits let it through, and sends it again as the target's retries allow."""
         gate = self.world.gate
         while True:
-            sent, headers = Sent(), call_headers(self.world.run_id, call)
+            sent, headers = Sent(), call_headers(self.world.run_id, call, self.session)
             ticket = await gate.admit(endpoint, call, body, prompt_tokens, sent) if gate.guards(endpoint) else None
             try:
                 if ticket is None:
@@ -328,14 +304,15 @@ class QueryRuntime:
         """The prompt's messages as they go over the wire; those of length 0 do not exist."""
         prompt: list[tuple[Key, Author, Part]] = []
         for message in messages:
-            if message.source is not None:
-                part = await endpoint.prompts.reply_part(message.author, message.text, self._reply_ids(message))
+            if message.source is not None or message.key in self.replies:
+                part = await endpoint.prompts.reply_part(
+                    message.author, message.text, self._ids.get(unquoted(message.key))
+                )
                 if part.size is not None:
                     self.sizes[message.key] = part.size
             elif message.tokens > 0:
                 first = not prompt
-                owner = self.demand.seed if message.per_query else self.world.seed
-                seed = "/".join(map(str, (owner, *message.key)))
+                seed = text_seed(message, self.world.seed, self.demand.seed)
                 text = Text(message.author, message.text, message.tokens, seed, first, opening if first else "")
                 part = await endpoint.prompts.part(text)
                 self.sizes[message.key] = part.size
@@ -348,9 +325,6 @@ class QueryRuntime:
                 place = 1 if prompt and prompt[0][0] == ("system",) else 0
                 prompt.insert(place, (("tools",), "system", endpoint.tool_part))
         return prompt
-
-    def _reply_ids(self, message: Message) -> list[int] | None:
-        return self._ids.get(unquoted(message.key))
 
     def _traffic(
         self,
@@ -369,12 +343,10 @@ class QueryRuntime:
         if tools is not None and not any(key == ("tools",) for key, _, _ in prompt):
             listed.append(("tools", tools.size or 0))
         first_own = next((i for i, (key, _, _) in enumerate(prompt) if key in own), len(prompt)) + len(listed)
-        if salt not in (
-            self.world.run_id,
-            f"{self.world.run_id}-{self.demand.arm}",
-        ):  # a salt of this query, or of this call
-            first_own = 0
-        query = self.demand.query if salt == self.world.run_id else (self.demand.arm, self.demand.query)
+        if salt not in (self.world.run_id, f"{self.world.run_id}-{self.demand.arm}"):
+            first_own = 0  # a salt of this query, or of this call
+        owner = self.demand.query if self.session is None else self.session.first
+        query = owner if salt == self.world.run_id else (self.demand.arm, owner)
         for _, _, part in prompt:
             listed.append((str(part.content), len(part.content) if part.size is None else part.size))
         return self.world.explained.sent(salt, query, listed, first_own)

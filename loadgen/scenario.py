@@ -176,7 +176,9 @@ class Load(Table, frozen=True):
     gamma process; `arrivals` are start times, or the file that they are read from. At most `max_in_flight` queries run at a time: what
     that delays is told apart. A query that takes longer than `query_timeout_s` is given up. The run ends when so large a share of the last
     20 calls failed as `abort_on_errors` says (false: never). All is done `repeats` times.
-    With `match` "calls" a pilot sets the arms' rates so that all have as many calls in flight as the baseline at its rate."""
+    With `match` "calls" a pilot sets the arms' rates so that all have as many calls in flight as the baseline at its rate. `users` is the
+    `concurrency` of a closed loop whose queries are the turns of sessions: so many `turns` each, and `think_s` between two queries of a
+    user; an arm's own `concurrency` is then its users."""
 
     mode: Literal["open", "closed"] = "open"
     rate: Positive = 0.5
@@ -188,6 +190,9 @@ class Load(Table, frozen=True):
     query_timeout_s: Positive | None = None
     abort_on_errors: bool | Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5
     concurrency: Annotated[int, msgspec.Meta(ge=1)] = 1
+    users: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    turns: Annotated[int, msgspec.Meta(ge=1)] | Dist = 1
+    think_s: NotNegative | Dist = 0.0
     queries: Annotated[int, msgspec.Meta(ge=1)] | None = None
     duration: Positive | None = None
     warmup: Count = 2

@@ -32,6 +32,7 @@ from fanmark.loadgen.target_check import check_budget, check_targets
 _CLEARS = {  # what --set KEY=VALUE puts out of force
     "load.queries": "load.duration",
     "load.duration": "load.queries",
+    "load.users": "load.concurrency",
     "target.api_key_file": "target.api_key_env",
     "target.urls": "target.url",
 }
@@ -94,7 +95,7 @@ def check(raw: Mapping[str, Any], source: str, topologies: Mapping[str, Topology
     _check_tools(file.tools, source)
     arms = [arm_of(raw_arm, i, source, topologies) for i, raw_arm in enumerate(file.arm)]
     check_arms(arms, targets, source)
-    load = _load(file.load, source)
+    load = _load(_of_users(file.load, raw, source), source)
     scenario = Scenario(
         name=file.name,
         seed=file.seed,
@@ -155,6 +156,30 @@ def _load(load: Load, source: str) -> Load:
         seconds = sum(stage.seconds for stage in load.stages)
         return msgspec.structs.replace(load, **({"duration": seconds} if seconds else {"queries": 20}))
     return load
+
+
+def _of_users(load: Load, raw: Mapping[str, Any], source: str) -> Load:
+    """The load with its users as a closed loop. `raw` tells what is written from what is a default."""
+    if load.users is None:
+        for key, given in (("turns", load.turns), ("think_s", load.think_s)):
+            if key in raw.get("load", {}) and given != getattr(Load(), key):
+                shown = show(msgspec.to_builtins(given))
+                raise ScenarioError(f"{source}: [load] {key} = {shown}: sessions are of users: give users = N as well")
+        return load
+    if raw["load"].get("mode") == "open" or load.process == "replay" or load.stages:
+        raise ScenarioError(
+            f"{source}: [load] users = {load.users}: that is a closed loop: leave mode, arrivals and stages out"
+        )
+    if load.concurrency not in (1, load.users):
+        raise ScenarioError(
+            f"{source}: [load] users = {load.users} and concurrency = {load.concurrency}: they are the same: give users alone"
+        )
+    if isinstance(load.turns, Dist) and round(load.turns.min) < 1:
+        shown = show(msgspec.to_builtins(load.turns))
+        raise ScenarioError(
+            f"{source}: [load] turns = {shown}: a session has at least 1: give the distribution min = 1"
+        )
+    return msgspec.structs.replace(load, mode="closed", concurrency=load.users)
 
 
 def _arrivals(given: str | list[float], source: str) -> list[float]:
@@ -286,6 +311,11 @@ def override_load(
     if not isinstance(load, dict):
         return  # for `check` to refuse
     arms = _arms(raw)
+    users = load.get("users")
+    if rate is not None and users is not None:
+        raise ScenarioError(
+            f"--rate {rate:g}: [load] users = {users} is a closed loop: give --concurrency, for other users"
+        )
     if max_in_flight is not None:
         load["max_in_flight"] = max_in_flight
     given = {"queries": queries, "duration": duration, "rate": rate, "concurrency": concurrency}
@@ -300,6 +330,8 @@ def override_load(
         load.pop("queries", None)
         for table in arms:
             table.pop("queries", None)
+    if concurrency is not None and users is not None:
+        load["users"] = concurrency
     if rate is not None:
         load.pop("stages", None)
     if rate is not None or concurrency is not None:

@@ -5,6 +5,8 @@ Rules of the file:
 2. With a duration a block is counted by a window (window.py), one for all its arms. Otherwise all queries count but the warm-up.
 3. What all workers must do alike is decided after a meeting, from what all said there; so all meet equally often.
 4. Counted queries have numbers from 0 on, the same in every arm and none twice in a run; uncounted ones have negative numbers.
+5. With users (users.py) a query's place in the order of all sessions, the same in every arm, is its number if it counts, else the place
+   counted down from -1. A session goes on from one phase into the next; warm-up queries are no session's.
 """
 
 import asyncio
@@ -14,14 +16,16 @@ from array import array
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count
+from typing import Protocol
 
 import msgspec
 
 from fanmark.loadgen.arrivals import of_arm, of_repeat
-from fanmark.loadgen.block import Block, ended, tell, together
+from fanmark.loadgen.block import Block, answered, ended, together
 from fanmark.loadgen.crew import Crew, Met
 from fanmark.loadgen.records import Phase, Query, Window
 from fanmark.loadgen.scenario import Arm, Load, Scenario
+from fanmark.loadgen.users import Session, own_sessions, think_s
 from fanmark.loadgen.window import Seen, grace_s, lead_in, matched
 
 TICK_S = 0.25  # between two looks at where a lead-in or a lead-out stands
@@ -38,7 +42,14 @@ AGREED = 0.03  # where calls in flight are as near to each other, a pilot ends
 AHEAD_S = 0.1  # from the decision that a window begins to its start: its first queries are made ready
 
 Start = Callable[[float], "asyncio.Task[Query]"]  # starts a query that is ready, given its due time
-Ready = Callable[[Arm, int, Phase, int], Awaitable[Start]]  # makes one ready: arm, number, phase, repeat
+
+
+class Ready(Protocol):
+    """Makes a query ready."""
+
+    def __call__(
+        self, arm: Arm, number: int, phase: Phase, repeat: int, session: Session | None = None
+    ) -> Awaitable[Start]: ...
 
 
 class _Stopped(Exception):
@@ -73,6 +84,7 @@ class Schedule:
             "d"
         )  # of queries that ended since the last meeting, as Seen takes them; an array, for they may be many
         self._highest, self._lowest = -1, 0  # of the numbers given
+        self._last_session = -1
 
     async def run(self) -> None:
         """All repeats. Returns when all queries have ended, or, where the run was asked to end, those that had begun."""
@@ -86,13 +98,14 @@ class Schedule:
         left = self._scenario.load.repeats * len(self._blocks(1))
         for repeat in range(1, self._scenario.load.repeats + 1):
             try:
-                said = (await self._meet((self._highest, self._lowest))).said
+                said = (await self._meet((self._highest, self._lowest, self._last_session))).said
             except _Stopped:
                 return
             for arms in self._blocks(repeat):
                 loads = [self._scenario.load_of(arm) for arm in arms]
                 windowed = all(load.duration is not None and not load.stages for load in loads)
-                block = Block(arms, repeat, int(max(said[::2])) + 1, -int(min(said[1::2])), windowed=windowed)
+                froms = int(max(said[::3])) + 1, -int(min(said[1::3])), int(max(said[2::3])) + 1
+                block = Block(arms, repeat, *froms, windowed=windowed)
                 try:
                     await self._run_block(block)
                 except* _Stopped:
@@ -175,7 +188,10 @@ class Schedule:
         mine = range(self._crew.index, self._scenario.load_of(arm).warmup, self._crew.count)
         starts = [await self._ready(arm, block.number("lead-in", i), "lead-in", block.repeat) for i in mine]
         await ended(
-            [self._begin(block, arm, "lead-in", i, start, self._now()) for i, start in zip(mine, starts, strict=True)]
+            [
+                self._begin(block, arm, "lead-in", block.number("lead-in", i), start, self._now())
+                for i, start in zip(mine, starts, strict=True)
+            ]
         )
 
     async def _all(self, block: Block, arm: Arm) -> None:
@@ -269,13 +285,17 @@ class Schedule:
             start = await self._ready(arm, block.number(phase, i), phase, block.repeat)
             if await self._stopped_before(due_at) or (phase == "lead-in" and block.phase(due_at) != phase):
                 return
-            self._begin(block, arm, phase, i, start, due_at)
+            self._begin(block, arm, phase, block.number(phase, i), start, due_at)
 
     async def _closed(self, block: Block, arm: Arm, phases: Sequence[Phase], end_at: float) -> None:
         """A closed loop's users, as far as they are this worker's."""
         load = self._scenario.load_of(arm)
-        numbers = {phase: self._own_numbers(load, end_at) for phase in phases}
         users = range(self._crew.index, load.concurrency, self._crew.count)
+        if load.users is not None:
+            mine = own_sessions(load, self._scenario.seed, block.place_from, block.session_from, self._crew)
+            await together(self._converse(block, arm, mine, end_at) for _ in users)
+            return
+        numbers = {phase: self._own_numbers(load, end_at) for phase in phases}
         await together(self._user(block, arm, numbers) for _ in users)
 
     def _own_numbers(self, load: Load, end_at: float) -> Iterator[int]:
@@ -286,6 +306,31 @@ class Schedule:
             if i % load.concurrency % self._crew.count == self._crew.index:
                 yield i
 
+    async def _converse(self, block: Block, arm: Arm, mine: Iterator[Session], end_at: float) -> None:
+        """One of the users of sessions: turn after turn and session after session, with a pause before each query but the first."""
+        load, answered_at = self._scenario.load_of(arm), -math.inf
+        for session in mine:
+            self._last_session = max(self._last_session, session.index)
+            for place in range(session.first, session.first + session.turns):
+                due_at = max(self._now(), answered_at + think_s(load, self._scenario.seed, place))
+                if due_at >= end_at or not await self._turn(block, arm, session, place, due_at):
+                    return
+                answered_at = self._now()
+
+    async def _turn(self, block: Block, arm: Arm, session: Session, place: int, due_at: float) -> bool:
+        """One query of a session, made ready while its user thinks; False where the run was asked to end before."""
+        session.turn += 1
+        phase: Phase | None = None
+        while phase != block.phase(due_at):  # else the window began or ended meanwhile
+            phase = block.phase(due_at)
+            number = place if phase == "window" else -1 - place
+            start = await self._ready(arm, number, phase, block.repeat, session)
+            if await self._stopped_before(due_at):
+                return False
+            due_at = max(due_at, self._now())
+        await answered(self._begin(block, arm, phase, number, start, due_at))
+        return True
+
     async def _user(self, block: Block, arm: Arm, numbers: dict[Phase, Iterator[int]]) -> None:
         """One of a closed loop's users: the next query as soon as the last one is answered."""
         while (phase := block.phase(self._now())) in numbers and (i := next(numbers[phase], None)) is not None:
@@ -293,14 +338,11 @@ class Schedule:
             if self._asked.is_set():
                 return
             if block.phase(self._now()) == phase:  # else the window began or ended while its texts were made
-                ended = asyncio.get_running_loop().create_future()  # asyncio.wait takes 1 KB for the same
-                self._begin(block, arm, phase, i, start, self._now()).add_done_callback(partial(tell, ended))
-                await ended
+                await answered(self._begin(block, arm, phase, block.number(phase, i), start, self._now()))
 
     def _begin(
-        self, block: Block, arm: Arm, phase: Phase, i: int, start: Start, due_at: float
+        self, block: Block, arm: Arm, phase: Phase, number: int, start: Start, due_at: float
     ) -> "asyncio.Task[Query]":
-        number = block.number(phase, i)
         self._highest, self._lowest = max(self._highest, number), min(self._lowest, number)
         task = start(due_at)
         block.running[task] = phase

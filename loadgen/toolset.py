@@ -7,9 +7,9 @@ from typing import Any, Protocol
 from fanmark.loadgen.endpoint import Endpoint
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.lanes.mcp_model import Trip
-from fanmark.loadgen.runtime import ToolOutcome
 from fanmark.loadgen.scenario import Tools
 from fanmark.loadgen.tool_report import Listing
+from fanmark.loadgen.world import ToolOutcome
 
 
 class ToolLike(Protocol):

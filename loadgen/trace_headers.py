@@ -4,19 +4,21 @@ import hashlib
 from urllib.parse import quote
 
 from fanmark.loadgen.records import Call
+from fanmark.loadgen.users import Session
 
 
-def call_headers(run_id: str, call: Call) -> dict[str, str]:
-    """X-Request-Id and X-Session-Id for servers and routers, traceparent for traces: the trace is the query."""
+def call_headers(run_id: str, call: Call, session: Session | None = None) -> dict[str, str]:
+    """X-Request-Id, X-Session-Id (the session, or the query that is no session's), and traceparent: the trace is the query."""
     query = f"{run_id}-{call.arm}-{call.query}"
     trace_id = hashlib.blake2b(query.encode(), digest_size=16).hexdigest()
     name = f"{query}-{call.call}" if call.attempt == 1 else f"{query}-{call.call}-{call.attempt}"
     span_id = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
-    return {"X-Request-Id": name, "X-Session-Id": query, "traceparent": f"00-{trace_id}-{span_id}-01"}
+    group = query if session is None else f"{run_id}-{call.arm}-{session.index}"
+    return {"X-Request-Id": name, "X-Session-Id": group, "traceparent": f"00-{trace_id}-{span_id}-01"}
 
 
-def tool_headers(run_id: str, call: Call) -> dict[str, str]:
+def tool_headers(run_id: str, call: Call, session: Session | None = None) -> dict[str, str]:
     """The same for a tool call, and in the baggage who makes it."""
     told = {"run": run_id, "arm": call.arm, "query": str(call.query), "role": call.role}
     baggage = ",".join(f"fanmark.{name}={quote(value, safe='')}" for name, value in told.items())
-    return {**call_headers(run_id, call), "baggage": baggage}
+    return {**call_headers(run_id, call, session), "baggage": baggage}

@@ -227,7 +227,7 @@ def salvaged(folder: Path, error: str, lost_at: float) -> list[Query]:
             query=each.query, arm=each.arm, warmup=each.phase != "window", phase=each.phase, repeat=each.repeat,
             due_at=each.due_at, started_at=each.started_at,
             done_at=max(lost_at, each.started_at), outcome="abandoned", resources={}, expected={}, mismatches=[],
-            seed=each.seed, error=error,
+            seed=each.seed, error=error, session=each.session, turn=each.turn,
         )
         for each in read_begun(folder)
     ]  # fmt: skip
