@@ -38,7 +38,12 @@ ConcurrencyOpt = Annotated[int | None, typer.Option(help="Queries at a time of e
 WorkersOpt = Annotated[
     str, typer.Option(metavar="N|auto", help="Processes that share the queries out; auto: one per core less one.")
 ]
-LingerOpt = Annotated[float, typer.Option(min=0, metavar="S", help="Keep /metrics up for so long after the run.")]
+HoldOpt = Annotated[
+    float | None,
+    typer.Option(
+        min=0, metavar="S", help="Keep /metrics up for so long after the run; two scrapes, where there were any."
+    ),
+]
 GuardOpt = Annotated[int | None, typer.Option(help="Most queries at a time; what that delays is told.")]
 SeedOpt = Annotated[int | None, typer.Option(help="Seed of lengths, texts and arrivals.")]
 SetOpt = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of the scenario.")]
@@ -93,7 +98,7 @@ def run(
     label: LabelOpt = None,
     out: OutOpt = None,
     metrics_port: Annotated[int, typer.Option(help="Port of /metrics; 0 takes a free one.")] = 0,
-    metrics_linger: LingerOpt = 0.0,
+    metrics_hold: HoldOpt = None,
     json: JsonOpt = False,
     strict: StrictOpt = False,
     quiet: Annotated[bool, typer.Option(help="No progress.")] = False,
@@ -130,7 +135,7 @@ def run(
         progress=None if quiet else sys.stderr,
         workers=_workers(workers),
         labels=labels_of(label or []),
-        metrics_linger_s=metrics_linger,
+        metrics_hold_s=0.0 if metrics_hold is None and os.environ.get("CI") else metrics_hold,
     )
     return _told(_run_async(session.run(checked, table, options)), folder, json, strict)
 

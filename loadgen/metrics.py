@@ -1,20 +1,18 @@
-"""The run's sums as Prometheus metrics, made when they are scraped: nothing here is on the hot path."""
+"""The run's sums as Prometheus metrics, made when they are scraped: the run itself writes only to its own tally."""
 
-import threading
+import re
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
-from fanmark.loadgen.errors import ScenarioError
+from fanmark.loadgen.exposition import CLASSIC, OPENMETRICS, Bars, Exposition, Value, labels
 from fanmark.loadgen.health import WORDS, worst
 from fanmark.loadgen.records import bucket_gap_s
-from fanmark.loadgen.tally import GAPS_S, ArmTally, Histogram, Tally
+from fanmark.loadgen.tally import GAPS_S, LEAST_QUERIES, SECONDS, TOKEN_KINDS, ArmTally, Histogram, Tally
+from fanmark.loadgen.trace_headers import trace_id
 
-if TYPE_CHECKING:
-    from prometheus_client.core import Metric
-
-_STOP_WITHIN_S = 0.05  # the server looks so often whether it is to end
 AMPLIFIED = (
     "calls",
     "tool_calls",
@@ -25,213 +23,258 @@ AMPLIFIED = (
     "latency_s",
     "work_s",
 )
+EXPECTED = ("calls", "tool_calls", "input_tokens", "output_tokens")
+QUERY_OUTCOMES = ("completed", "failed", "abandoned")
+CALL_OUTCOMES = (
+    "completed",
+    *("connect", "timeout", "http_429", "http_4xx", "http_5xx", "stream_cut", "bad_reply", "budget", "cancelled"),
+)
+TOOL_OUTCOMES = ("completed", "tool_error", "tool_transport", "tool_protocol", "budget", "cancelled")
+MOST_VALUES = 32  # of roles, and of tools, of an arm: what comes after them is "other"
 
 
-def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
-    total, found = 0, []
-    for bound, count in zip([*map(float, histogram.bounds), float("inf")], histogram.counts, strict=True):
-        total += count
-        found.append(("+Inf" if bound == float("inf") else repr(bound), float(total)))
-    return found
+@dataclass
+class Told:
+    """What a run tells beside its sums. `info` are the labels of fanmark_run_info; `roles` and `tools` are, by arm, those known before it
+    starts, whose series begin at 0. `began_at` and `ended_at` are Unix time, `stages_s` how long after the count's start stages start."""
+
+    run_id: str
+    info: Mapping[str, str] = field(default_factory=dict)
+    targets: Sequence[str] = ("default",)
+    roles: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    tools: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    began_at: Callable[[], float | None] = lambda: None
+    stages_s: Sequence[float] = ()
+    time_scale: float = 1.0
+    ended_at: float | None = None
+
+    def marks(self, begun: Sequence[float], now: float) -> dict[str, float]:
+        """The instants that have come, by name: `begun` are those of the run's time at which arms began to be counted."""
+        began_at = self.began_at()
+        if began_at is None:
+            return {}
+        found = {"start": began_at}
+        for block, at in enumerate(begun, start=1):
+            name = f"count {block}" if len(begun) > 1 else "count"
+            found[name] = began_at + at * self.time_scale
+            for stage, offset_s in enumerate(self.stages_s, start=1):
+                found[f"{name}, stage {stage}"] = began_at + (at + offset_s) * self.time_scale
+        return {mark: at for mark, at in found.items() if at <= now} | ({"end": self.ended_at} if self.ended_at else {})
 
 
-class Collector:
-    """Reads a Tally at each scrape."""
+def role_label(role: str) -> str:
+    """A role without its number: agent-12 is an agent."""
+    return re.sub(r"-\d+$", "", role) or "?"
 
-    def __init__(self, tally: Tally) -> None:
+
+class Metrics:
+    """The scrapes of one run. `beside` gives the texts of servers that belong to it, in the classic format."""
+
+    def __init__(
+        self,
+        tally: Tally,
+        told: Told,
+        beside: Callable[[], Sequence[str]] = lambda: (),
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._now = now
         self._tally = tally
+        self._told = told
+        self._beside = beside
 
-    def collect(self) -> Iterator["Metric"]:
-        """All metric families of a run."""
-        yield from self._counters()
-        yield from self._gauges()
-        yield from self._histograms()
-        yield from self._client()
+    def scrape(self, accept: str) -> tuple[str, bytes]:
+        """Content type and text, in the format that the request's Accept header asks for."""
+        openmetrics = "application/openmetrics-text" in accept
+        out = Exposition(openmetrics=openmetrics)
+        self._run(out)
+        self._queries(out)
+        self._expected(out)
+        self._calls(out)
+        self._tools(out)
+        self._client(out)
+        for text in self._beside():
+            out.classic(text)
+        return (OPENMETRICS if openmetrics else CLASSIC), out.text().encode()
 
-    def _each(self) -> list[tuple[str, ArmTally]]:
-        return list(self._tally.arms.items())
+    def _arms(self) -> Iterator[tuple[str, ArmTally, str]]:
+        """Each arm with its two labels."""
+        for name, arm in list(self._tally.arms.items()):
+            yield name, arm, labels({"arm": name, "topology": arm.topology})
 
-    def _counters(self) -> Iterator["Metric"]:
-        from prometheus_client.core import CounterMetricFamily
+    def _run(self, out: Exposition) -> None:
+        info = labels({"run": self._told.run_id, **self._told.info})
+        out.gauge("fanmark_run_info", "The run, as labels", [(info, 1)])
+        marks = [
+            (labels({"mark": mark}), at) for mark, at in self._told.marks(list(self._tally.begun), self._now()).items()
+        ]
+        out.gauge("fanmark_run_mark_timestamp_seconds", "Unix time of the run's start, of its stages and end", marks)
+        ticks = [(labels({"tick": tick}), int(ok)) for tick, ok in self._tally.validity.items()]
+        out.gauge("fanmark_validity", "Whether a validity tick holds; set at the end, absent where unknown", ticks)
 
-        def family(name: str, text: str, labels: list[str], rows: Callable[[ArmTally], Any]) -> CounterMetricFamily:
-            found = CounterMetricFamily(name, text, labels=["arm", "topology", *labels])
-            for arm, tally in self._each():
-                for values, count in rows(tally):
-                    found.add_metric([arm, tally.topology, *values], count)
-            return found
-
-        yield family("fanmark_queries_started", "Queries started", [], lambda t: [((), t.started)])
-        yield family(
+    def _queries(self, out: Exposition) -> None:
+        arms = list(self._arms())
+        out.counter("fanmark_queries_started", "Queries started", [(label, arm.started) for _, arm, label in arms])
+        out.counter(
             "fanmark_queries_finished",
             "Queries finished, by outcome",
-            ["outcome"],
-            lambda t: [((o,), t.finished[o]) for o in ("completed", "failed", "abandoned")],
+            [(f'{label},outcome="{o}"', arm.finished[o]) for _, arm, label in arms for o in QUERY_OUTCOMES],
         )
-        yield family("fanmark_calls", "Calls ended, by outcome", ["role", "outcome"], lambda t: list(t.calls.items()))
-        yield family("fanmark_call_retries", "Attempts of calls that were sent again", [], lambda t: [((), t.retries)])
-        yield family(
-            "fanmark_tool_calls", "Tool calls ended", ["tool", "outcome"], lambda t: list(t.tool_calls.items())
-        )
-        yield family(
-            "fanmark_tool_result_bytes",
-            "Bytes of tools' results",
-            ["tool"],
-            lambda t: [((tool,), n) for tool, n in list(t.tool_bytes.items())],
-        )
-        yield family(
-            "fanmark_tokens",
-            "Tokens of ended calls",
-            ["kind"],
-            lambda t: [((k,), n) for k, n in list(t.tokens.items())],
-        )
-
-    def _gauges(self) -> Iterator["Metric"]:
-        from prometheus_client.core import GaugeMetricFamily
-
-        labels = ["arm", "topology"]
-        in_flight = GaugeMetricFamily("fanmark_calls_in_flight", "Calls and tool calls in flight", labels=labels)
-        queries = GaugeMetricFamily("fanmark_queries_in_flight", "Queries in flight", labels=labels)
-        expected = GaugeMetricFamily(
-            "fanmark_expected_calls", "Calls a query by the closed form, mean so far", labels=labels
-        )
-        ratio = GaugeMetricFamily(
-            "fanmark_amplification_ratio",
-            "Mean per query divided by the baseline's, so far",
-            labels=[*labels, "resource"],
-        )
-        for arm, tally in self._each():
-            in_flight.add_metric([arm, tally.topology], tally.calls_in_flight)
-            queries.add_metric([arm, tally.topology], tally.in_flight)
-            if tally.completed:
-                expected.add_metric([arm, tally.topology], tally.expected_calls / tally.completed)
-            for resource in AMPLIFIED:
-                value = self._tally.amplification(arm, resource)
-                if value is not None:
-                    ratio.add_metric([arm, tally.topology, resource], value)
-        valid = GaugeMetricFamily(
-            "fanmark_validity", "Whether a validity tick holds; set at the end, absent where unknown", labels=["tick"]
-        )
-        for tick, ok in self._tally.validity.items():
-            valid.add_metric([tick], float(ok))
-        yield from (in_flight, queries, expected, ratio, valid)
-
-    def _histograms(self) -> Iterator["Metric"]:
-        from prometheus_client.core import HistogramMetricFamily
-
-        def family(
-            name: str, text: str, labels: list[str], rows: Callable[[ArmTally], list[tuple[tuple[str, ...], Histogram]]]
-        ) -> HistogramMetricFamily:
-            found = HistogramMetricFamily(name, text, labels=["arm", "topology", *labels])
-            for arm, tally in self._each():
-                for values, h in rows(tally):
-                    found.add_metric([arm, tally.topology, *values], buckets=_buckets(h), sum_value=h.sum)
-            return found
-
-        yield family("fanmark_query_duration_seconds", "Query latency", [], lambda t: [((), t.query_s)])
-        yield family("fanmark_query_calls", "Calls of a query", [], lambda t: [((), t.query_calls)])
-        yield family(
+        flying = [(label, arm.in_flight) for _, arm, label in arms]
+        out.gauge("fanmark_queries_in_flight", "Queries in flight", flying)
+        traces = {name: partial(trace_id, self._told.run_id, name) for name, _, _ in arms}
+        latency: list[Bars] = [(label, arm.query_s, traces[name]) for name, arm, label in arms]
+        out.histogram("fanmark_query_duration_seconds", "Query latency", latency)
+        out.histogram("fanmark_query_calls", "Calls of a query", [(lb, a.query_calls, None) for _, a, lb in arms])
+        tool_calls: list[Bars] = [(label, arm.query_tool_calls, None) for _, arm, label in arms]
+        out.histogram("fanmark_query_tool_calls", "Tool calls of a query", tool_calls)
+        out.histogram(
             "fanmark_query_tokens",
             "Tokens of a query, by kind",
-            ["kind"],
-            lambda t: [((k,), h) for k, h in t.query_tokens.items()],
+            [(f'{label},kind="{kind}"', h, None) for _, arm, label in arms for kind, h in arm.query_tokens.items()],
         )
-        yield family("fanmark_call_duration_seconds", "Time from send to last token", [], lambda t: [((), t.call_s)])
-        yield family("fanmark_call_ttft_seconds", "Time from send to first token", [], lambda t: [((), t.ttft_s)])
-        yield family("fanmark_call_itl_seconds", "Gaps between chunks with tokens", [], lambda t: [((), t.itl_s)])
-        yield family(
-            "fanmark_tool_call_duration_seconds",
-            "Tool call duration",
-            ["tool"],
-            lambda t: [((tool,), h) for tool, h in list(t.tool_s.items())],
+
+    def _expected(self, out: Exposition) -> None:
+        arms = list(self._arms())
+        for resource in EXPECTED:
+            rows = [
+                (label, arm.expected[resource] / arm.completed)
+                for _, arm, label in arms
+                if arm.completed and resource in arm.expected
+            ]
+            words = resource.replace("_", " ")
+            out.gauge(f"fanmark_expected_{resource}", f"{words.capitalize()} a query by the closed form, mean", rows)
+        differ = [(label, arm.mismatched) for _, arm, label in arms]
+        out.counter("fanmark_query_mismatches", "Completed queries that differ from their closed form", differ)
+        ratios: list[Value] = []
+        bounds: dict[str, list[Value]] = {"low": [], "high": []}
+        base = self._tally.arms[self._tally.baseline]
+        for name, arm, label in arms:
+            if min(arm.completed, base.completed) < LEAST_QUERIES:
+                continue
+            for resource in AMPLIFIED:
+                value = self._tally.amplification(name, resource)
+                if value is not None:
+                    ratios.append((f'{label},resource="{resource}"', value))
+                if (interval := self._tally.interval(name, resource)) is not None:
+                    for bound, end in zip(bounds, interval, strict=True):
+                        bounds[bound].append((f'{label},resource="{resource}"', end))
+        text = f"Mean per query divided by the baseline's, so far; absent below {LEAST_QUERIES} queries"
+        out.gauge("fanmark_amplification_ratio", text, ratios)
+        for bound, rows in bounds.items():
+            out.gauge(f"fanmark_amplification_ratio_{bound}", f"Its 95 % interval, {bound} end", rows)
+
+    def _calls(self, out: Exposition) -> None:
+        arms = list(self._arms())
+        out.counter("fanmark_calls", "Calls ended, by outcome", [v for n, a, lb in arms for v in self._ended(n, a, lb)])
+        out.counter("fanmark_call_retries", "Attempts that were sent again", [(lb, a.retries) for _, a, lb in arms])
+        flying = [(label, arm.calls_in_flight) for _, arm, label in arms]
+        out.gauge("fanmark_calls_in_flight", "Calls and tool calls in flight", flying)
+        out.counter(
+            "fanmark_tokens",
+            "Tokens of ended calls, by kind; absent where no server told of it",
+            [
+                (f'{label},kind="{kind}"', arm.tokens[kind])
+                for _, arm, label in arms
+                for kind in TOKEN_KINDS
+                if kind in arm.tokens
+            ],
         )
-        yield family(
-            "fanmark_tool_queue_seconds",
-            "Time of tool calls in their server's queue, where it tells",
-            ["tool"],
-            lambda t: [((tool,), h) for tool, h in list(t.tool_queued_s.items())],
-        )
-        yield family(
-            "fanmark_tool_session_start_seconds",
-            "Time that tool calls took to start their session, where they had to",
-            [],
-            lambda t: [((), t.tool_session_s)],
-        )
+        times: list[tuple[str, str, tuple[float, ...], bool]] = [
+            ("call_s", "fanmark_call_duration_seconds", SECONDS, True),
+            ("ttft_s", "fanmark_call_ttft_seconds", SECONDS, True),
+            ("itl_s", "fanmark_call_itl_seconds", GAPS_S, False),
+        ]
+        texts = ("Time from send to last token", "Time from send to first token", "Gaps between chunks with tokens")
+        for (attribute, name, bounds, traced), text in zip(times, texts, strict=True):
+            rows: list[Bars] = []
+            for arm_name, arm, label in arms:
+                trace = partial(trace_id, self._told.run_id, arm_name) if traced else None
+                by_target = {target: Histogram(bounds) for target in self._told.targets} | getattr(arm, attribute)
+                rows += [(f"{label},{labels({'target': target})}", h, trace) for target, h in by_target.items()]
+            out.histogram(name, text, rows)
+
+    def _ended(self, name: str, arm: ArmTally, label: str) -> list[Value]:
+        """Calls by role, target and outcome: those known from the start, and what else came."""
+        found = Counter[tuple[str, str, str]]()
+        roles = [role_label(role) for role in self._told.roles.get(name, ())]
+        for role in roles:
+            for target in self._told.targets:
+                found.update(dict.fromkeys(((role, target, outcome) for outcome in CALL_OUTCOMES), 0))
+        known = set(roles)
+        for (role, target, outcome), times in list(arm.calls.items()):
+            found[_bounded(role_label(role), known), target, outcome] += times
+        return [
+            (f"{label},{labels({'role': role, 'target': target, 'outcome': outcome})}", times)
+            for (role, target, outcome), times in found.items()
+        ]
+
+    def _tools(self, out: Exposition) -> None:
+        calls: list[Value] = []
+        sizes: list[Value] = []
+        times: dict[str, list[Bars]] = {"tool_s": [], "tool_queued_s": []}
+        sessions: list[Bars] = []
+        for name, arm, label in self._arms():
+            known = set(self._told.tools.get(name, ()))
+            ended = Counter(
+                {(tool, outcome): 0 for tool in self._told.tools.get(name, ()) for outcome in TOOL_OUTCOMES}
+            )
+            for (tool, outcome), n in list(arm.tool_calls.items()):
+                ended[_bounded(tool, known), outcome] += n
+            calls += [(f"{label},{labels({'tool': tool, 'outcome': o})}", n) for (tool, o), n in ended.items()]
+            bytes_of = Counter(dict.fromkeys(known, 0))
+            for tool, n in list(arm.tool_bytes.items()):
+                bytes_of[_bounded(tool, known)] += n
+            sizes += [(f"{label},{labels({'tool': tool})}", n) for tool, n in bytes_of.items()]
+            trace = partial(trace_id, self._told.run_id, name)
+            for attribute, rows in times.items():
+                merged = {tool: Histogram(SECONDS) for tool in self._told.tools.get(name, ())}
+                for tool, histogram in list(getattr(arm, attribute).items()):
+                    merged.setdefault(_bounded(tool, known), Histogram(SECONDS)).merge(histogram)
+                rows += [(f"{label},{labels({'tool': tool})}", h, trace) for tool, h in merged.items()]
+            sessions.append((label, arm.tool_session_s, None))
+        out.counter("fanmark_tool_calls", "Tool calls ended, by outcome", calls)
+        out.counter("fanmark_tool_result_bytes", "Bytes of tools' results", sizes)
+        out.histogram("fanmark_tool_call_duration_seconds", "Tool call duration", times["tool_s"])
+        text = "Time of tool calls in their server's queue, where it tells"
+        out.histogram("fanmark_tool_queue_seconds", text, times["tool_queued_s"])
+        text = "Time that tool calls took to start their session, where they had to"
+        out.histogram("fanmark_tool_session_start_seconds", text, sessions)
+
+    def _client(self, out: Exposition) -> None:
+        """The client's own delays, CPU and memory by worker, how many chunks it read together, and its verdict as of now."""
+        states = dict(self._tally.clients)
         lag: Counter[int] = Counter()
-        for state in list(self._tally.clients.values()):
+        for state in states.values():
             lag.update(dict(state.loop_lag))  # a copy: the run goes on in another thread
-        for name, text, counts in (
+        delays = (
             ("fanmark_client_loop_lag_seconds", "Lateness of the client's event loop", lag),
             (
                 "fanmark_client_send_delay_seconds",
                 "From due to sent, of a call, less connecting",
                 self._tally.send_delay,
             ),
-        ):
+        )
+        for name, text, counts in delays:
             histogram = Histogram(GAPS_S)
             for bucket, times in dict(counts).items():
                 histogram.add(bucket_gap_s(bucket), times)
-            found = HistogramMetricFamily(name, text, labels=[])
-            found.add_metric([], buckets=_buckets(histogram), sum_value=histogram.sum)
-            yield found
-
-    def _client(self) -> Iterator["Metric"]:
-        """The client's own CPU and memory by worker, how many chunks it read together, and its verdict as of now."""
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-
-        cpu = CounterMetricFamily("fanmark_client_cpu_seconds", "CPU time of the client", labels=["worker"])
-        memory = GaugeMetricFamily("fanmark_client_memory_bytes", "Largest resident memory so far", labels=["worker"])
-        verdict = GaugeMetricFamily(
-            "fanmark_client_verdict", "1 for the verdict on the client as it is now", labels=["verdict"]
-        )
-        states = dict(self._tally.clients)
-        for worker, state in states.items():
-            cpu.add_metric([str(worker)], state.cpu_s)
-            memory.add_metric([str(worker)], state.rss_mb * 2**20)
+            out.histogram(name, text, [("", histogram, None)])
+        worker = {name: labels({"worker": str(name)}) for name in states}
+        cpu = [(worker[name], state.cpu_s) for name, state in states.items()]
+        out.counter("fanmark_client_cpu_seconds", "CPU time of the client", cpu)
+        memory = [(worker[name], state.rss_mb * 2**20) for name, state in states.items()]
+        out.gauge("fanmark_client_memory_bytes", "Largest resident memory so far", memory)
         word = worst([state.verdict for state in states.values()])
-        for each in WORDS:
-            verdict.add_metric([each], float(each == word))
-        yield from (cpu, memory, verdict)
-        for name, text, value in (
-            ("fanmark_client_chunks", "Chunks with tokens that were read", self._tally.chunks),
-            ("fanmark_client_coalesced_chunks", "Chunks that came together with the one before", self._tally.coalesced),
-        ):
-            yield CounterMetricFamily(name, text, value=value)
+        verdicts = [(labels({"verdict": each}), int(each == word)) for each in WORDS]
+        out.gauge("fanmark_client_verdict", "1 for the verdict on the client as it is now", verdicts)
+        out.counter("fanmark_client_chunks", "Chunks with tokens that were read", [("", self._tally.chunks)])
+        text = "Chunks that came together with the one before"
+        out.counter("fanmark_client_coalesced_chunks", text, [("", self._tally.coalesced)])
 
 
-def serve(tally: Tally, port: int) -> tuple[int, Callable[[], None]]:
-    """Serves /metrics on loopback from a thread; gives the port and what ends it. Raises ScenarioError where the port is taken."""
-    from socketserver import ThreadingMixIn
-    from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
-
-    class Silent(WSGIRequestHandler):
-        def log_message(self, format: str, *args: Any) -> None:
-            """Logs nothing."""
-
-    class Threading(ThreadingMixIn, WSGIServer):
-        daemon_threads = True
-
-    @cache
-    def app() -> Callable[..., Any]:  # made at the first scrape: most short runs see none
-        from prometheus_client import CollectorRegistry, make_wsgi_app
-
-        registry = CollectorRegistry()
-        registry.register(Collector(tally))
-        return make_wsgi_app(registry)
-
-    try:
-        server = make_server("127.0.0.1", port, lambda *request: app()(*request), Threading, Silent)
-    except OSError as e:
-        raise ScenarioError(
-            f"--metrics-port {port}: {e.strerror}: choose another, or leave it out for a free one"
-        ) from None
-
-    thread = threading.Thread(target=server.serve_forever, args=(_STOP_WITHIN_S,), daemon=True)
-    thread.start()
-
-    def stop() -> None:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-    return server.server_port, stop
+def _bounded(value: str, known: set[str]) -> str:
+    """The label for a role or tool: itself while there are few; `known` grows."""
+    if value not in known and len(known) >= MOST_VALUES:
+        return "other"
+    known.add(value)
+    return value

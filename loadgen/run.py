@@ -198,6 +198,7 @@ class Run:
             self._drained,
             self._journal.window,
             self._time_scale,
+            self._tally.begun.append,
         )
         await schedule.run()
 

@@ -70,7 +70,9 @@ class Schedule:
         drained: Callable[[], Awaitable[None]],
         told: Callable[[Window], None],
         time_scale: float,
+        begun: Callable[[float], None] = lambda at: None,
     ) -> None:
+        self._begun = begun
         self._scenario = scenario
         self._ready = ready
         self._crew = crew
@@ -181,6 +183,7 @@ class Schedule:
             return
         await together(self._warm_up(block, arm) for arm in block.arms)
         block.start_at = (await self._meet()).at
+        self._begun(block.start_at)
         await together(self._all(block, arm) for arm in block.arms)
 
     async def _warm_up(self, block: Block, arm: Arm) -> None:
@@ -211,6 +214,7 @@ class Schedule:
             seen = Seen()
             start_at, given_up = await self._lead_in(block, lead_in_at, duration_s, seen)
             block.start_at, block.end_at = start_at, start_at + duration_s
+            self._begun(block.start_at)
             rates = {arm.name: self._rate(arm) for arm in block.arms}
             self._told(
                 Window(

@@ -4,7 +4,7 @@ import asyncio
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -23,7 +23,8 @@ from fanmark.loadgen.execute import carry_out, going_on, open_connections
 from fanmark.loadgen.health import Health, client_part
 from fanmark.loadgen.link import Ended
 from fanmark.loadgen.live import Progress, tell
-from fanmark.loadgen.metrics import serve
+from fanmark.loadgen.metrics import Metrics
+from fanmark.loadgen.metrics_server import Scrapes, hold, serve, texts_of
 from fanmark.loadgen.reach import Reached, reach, settle
 from fanmark.loadgen.records import Journal, read_queries, read_windows
 from fanmark.loadgen.results import assemble, so_far, write_summary
@@ -35,12 +36,14 @@ from fanmark.loadgen.shaping import target_key
 from fanmark.loadgen.tally import Tally
 from fanmark.loadgen.target import HttpEndpoint
 from fanmark.loadgen.toolset import listing
+from fanmark.loadgen.watched import own_metrics, told_of
 from fanmark.loadgen.workers import Workers
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line adds to the scenario. `run_id` is unique to the run: it salts the prefix cache."""
+    """What the command line adds to the scenario. `run_id` is unique to the run: it salts the prefix cache. `metrics_hold_s` None: for as
+    long as a scraper needs to see the run's end, where there is one."""
 
     out: Path
     metrics_port: int
@@ -50,7 +53,7 @@ class Options:
     progress: TextIO | None
     workers: int = 1
     labels: Mapping[str, str] = field(default_factory=dict)
-    metrics_linger_s: float = 0.0
+    metrics_hold_s: float | None = 0.0
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,9 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
         reached = await reach(scenario, topologies, place, clock.now, stack)
         endpoints = reached.endpoints
         tally = Tally({arm.name: arm.topology for arm in scenario.arms}, scenario.baseline.name)
-        port, stop_metrics = serve(tally, options.metrics_port)
+        watched = await told_of(scenario, topologies, reached, options.run_id, options.version, clock)
+        scrapes = Scrapes(Metrics(tally, watched, texts_of(own_metrics(scenario, place))).scrape)
+        port, stop_metrics = serve({"/metrics": scrapes}, options.metrics_port)
         stack.callback(stop_metrics)
         before = await server_side.read_all(endpoints)
         server_side.name_servers(endpoints, before)
@@ -115,19 +120,19 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
             found = endpoint.shape.secrets.clean(found)
         write_summary(options.out, found)
         tally.validity = {tick: ok for tick, ok in found["validity"].items() if isinstance(ok, bool)}
-        await _linger(options.metrics_linger_s)
+        watched.ended_at = time.time()
+        await _hold(scrapes.hold_s if options.metrics_hold_s is None else options.metrics_hold_s, options.progress)
         return Result(found)
 
 
-async def _linger(seconds: float) -> None:
+async def _hold(seconds: float, progress: TextIO | None) -> None:
     """Leaves the metrics up, so that the run's last state can be scraped, until a signal ends that."""
     if not seconds:
         return
+    tell(f"metrics  up for {seconds:.0f} s more, so that the run's end is scraped; Ctrl-C ends that", progress)
     enough = asyncio.Event()
     async with _signals(enough.set):
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await enough.wait()
+        await hold(seconds, enough)
 
 
 async def _surroundings(

@@ -10,8 +10,8 @@ from fanmark.loadgen.health import ClientState
 from fanmark.loadgen.records import Call, Query, bucket_gap_s, gap_bucket
 from fanmark.loadgen.statistics import ratio_interval
 
-SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
-GAPS_S = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)
+GAPS_S = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 60, 600)
 CALLS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TOKENS = (100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5, 1e6, 1e7)
 LEAST_QUERIES = 10  # of an arm, for an interval while the run goes on
@@ -25,24 +25,38 @@ TOKEN_KINDS = {
 
 
 class Histogram:
-    """Counts by upper bound, as Prometheus wants them."""
+    """Counts by upper bound, as Prometheus wants them. `exemplars` are the last value of each bucket and the query that it is of."""
 
-    def __init__(self, bounds: Sequence[float]) -> None:
+    __slots__ = ("bounds", "counts", "exemplars", "sum")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
         self.bounds = bounds
         self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
+        self.exemplars: dict[int, tuple[float, int]] = {}
 
-    def add(self, value: float, times: int = 1) -> None:
-        self.counts[bisect.bisect_left(self.bounds, value)] += times
+    def add(self, value: float, times: int = 1, query: int | None = None) -> None:
+        i = bisect.bisect_left(self.bounds, value)
+        self.counts[i] += times
         self.sum += value * times
+        if query is not None:
+            self.exemplars[i] = (value, query)
 
     def merge(self, other: "Histogram") -> None:
         """Takes in the counts of another with the same bounds."""
         self.counts = [mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)]
         self.sum += other.sum
+        self.exemplars |= other.exemplars
 
 
-def _histograms(bounds: Sequence[float], names: Sequence[str]) -> dict[str, Histogram]:
+def _of(found: dict[str, Histogram], key: str, bounds: tuple[float, ...]) -> Histogram:
+    histogram = found.get(key)
+    if histogram is None:
+        histogram = found[key] = Histogram(bounds)
+    return histogram
+
+
+def _histograms(bounds: tuple[float, ...], names: Sequence[str]) -> dict[str, Histogram]:
     return {name: Histogram(bounds) for name in names}
 
 
@@ -54,7 +68,7 @@ class ArmTally:
     started: int = 0
     finished: Counter[str] = field(default_factory=Counter)
     calls_in_flight: int = 0
-    calls: Counter[tuple[str, str]] = field(default_factory=Counter)  # (role, outcome)
+    calls: Counter[tuple[str, str, str]] = field(default_factory=Counter)  # (role, target, outcome)
     retries: int = 0
     tool_calls: Counter[tuple[str, str]] = field(default_factory=Counter)  # (tool, outcome)
     tokens: Counter[str] = field(default_factory=Counter)
@@ -62,13 +76,15 @@ class ArmTally:
     squares: Counter[str] = field(default_factory=Counter)  # of the same
     ttft: Counter[int] = field(default_factory=Counter)  # of calls, by log bucket (records.gap_bucket), as the next
     latency: Counter[int] = field(default_factory=Counter)  # of completed queries
-    expected_calls: float = 0.0
+    expected: Counter[str] = field(default_factory=Counter)  # by the closed form, of completed queries
+    mismatched: int = 0
     query_s: Histogram = field(default_factory=lambda: Histogram(SECONDS))
     query_calls: Histogram = field(default_factory=lambda: Histogram(CALLS))
+    query_tool_calls: Histogram = field(default_factory=lambda: Histogram(CALLS))
     query_tokens: dict[str, Histogram] = field(default_factory=lambda: _histograms(TOKENS, list(TOKEN_KINDS)))
-    call_s: Histogram = field(default_factory=lambda: Histogram(SECONDS))
-    ttft_s: Histogram = field(default_factory=lambda: Histogram(SECONDS))
-    itl_s: Histogram = field(default_factory=lambda: Histogram(GAPS_S))
+    call_s: dict[str, Histogram] = field(default_factory=dict)  # by target, as the next two
+    ttft_s: dict[str, Histogram] = field(default_factory=dict)
+    itl_s: dict[str, Histogram] = field(default_factory=dict)
     tool_s: dict[str, Histogram] = field(default_factory=dict)
     tool_bytes: Counter[str] = field(default_factory=Counter)
     tool_queued_s: dict[str, Histogram] = field(default_factory=dict)
@@ -79,11 +95,24 @@ class ArmTally:
         tool = call.tool or "?"
         self.tool_calls[tool, outcome] += 1
         self.tool_bytes[tool] += call.bytes or 0
-        self.tool_s.setdefault(tool, Histogram(SECONDS)).add(call.seconds)
+        _of(self.tool_s, tool, SECONDS).add(call.seconds, query=call.query)
         if call.queued_s is not None:
-            self.tool_queued_s.setdefault(tool, Histogram(SECONDS)).add(call.queued_s)
+            _of(self.tool_queued_s, tool, SECONDS).add(call.queued_s)
         if call.opened_session and call.session_s is not None:
             self.tool_session_s.add(call.session_s)
+
+    def add_tokens(self, call: Call) -> None:
+        """What the server told of a call that ended."""
+        tokens, read, cached = self.tokens, call.input_tokens, call.cached_tokens
+        if read is not None:
+            tokens["input"] += read
+            if cached is not None:
+                tokens["cached"] += cached
+                tokens["fresh"] += read - cached
+        if call.output_tokens is not None:
+            tokens["output"] += call.output_tokens
+        if call.reasoning_tokens is not None:
+            tokens["reasoning"] += call.reasoning_tokens
 
     def merge(self, other: "ArmTally") -> None:
         """Takes in the sums of another worker's."""
@@ -119,6 +148,7 @@ class Tally:
         self.ttft: Counter[int] = Counter()
         self.chunks = self.coalesced = 0  # a call's first chunk included
         self.clients: dict[int, ClientState] = {}
+        self.begun: list[float] = []  # when arms began to be counted, block after block, in the run's time
         self.validity: dict[str, bool] = {}  # the ticks that are known, set at the run's end
 
     def replace(self, workers: Sequence["Tally"]) -> None:
@@ -133,6 +163,7 @@ class Tally:
         self.ttft = sum((worker.ttft for worker in workers), Counter())
         self.chunks = sum(worker.chunks for worker in workers)
         self.coalesced = sum(worker.coalesced for worker in workers)
+        self.begun = max((worker.begun for worker in workers), key=len)  # the workers begin at one instant
 
     def call_started(self, call: Call) -> None:
         self.arms[call.arm].calls_in_flight += 1
@@ -146,24 +177,26 @@ class Tally:
         if call.kind == "tool_call":
             arm.add_tool_call(call, outcome)
             return
-        arm.calls[call.role, outcome] += 1
-        tokens = {kind: getattr(call, name, None) for kind, name in TOKEN_KINDS.items()}
-        if call.input_tokens is not None and call.cached_tokens is not None:
-            tokens["fresh"] = call.input_tokens - call.cached_tokens
-        arm.tokens.update({kind: n for kind, n in tokens.items() if n is not None})
-        if call.sent_at is None or call.send_delay_s is None:
+        target = call.target or "?"
+        arm.calls[call.role, target, outcome] += 1
+        arm.add_tokens(call)
+        delay_s = call.send_delay_s
+        if call.sent_at is None or delay_s is None:
             return
-        self.send_delay[gap_bucket(call.send_delay_s)] += 1
+        self.send_delay[gap_bucket(delay_s)] += 1
         self.chunks += 1 + sum(call.gaps.values())
         self.coalesced += call.coalesced
-        arm.call_s.add(call.seconds)
+        _of(arm.call_s, target, SECONDS).add(call.seconds, query=call.query)
         if call.first_at is not None:
-            arm.ttft_s.add(call.first_at - call.sent_at)
-            bucket = gap_bucket(call.first_at - call.sent_at)
+            ttft_s = call.first_at - call.sent_at
+            _of(arm.ttft_s, target, SECONDS).add(ttft_s, query=call.query)
+            bucket = gap_bucket(ttft_s)
             arm.ttft[bucket] += 1
             self.ttft[bucket] += 1
-        for bucket, times in call.gaps.items():
-            arm.itl_s.add(bucket_gap_s(bucket), times)
+        if call.gaps:
+            gaps = _of(arm.itl_s, target, GAPS_S)
+            for bucket, times in call.gaps.items():
+                gaps.add(bucket_gap_s(bucket), times)
 
     def call_retried(self, call: Call) -> None:
         """An attempt failed and the call will be sent again; it stays in flight meanwhile."""
@@ -178,10 +211,12 @@ class Tally:
         arm.finished[query.outcome] += 1
         if query.outcome != "completed":
             return
-        arm.query_s.add(query.resources["latency_s"] or 0.0)
+        arm.query_s.add(query.resources["latency_s"] or 0.0, query=query.query)
         arm.latency[gap_bucket(query.resources["latency_s"] or 0.0)] += 1
         arm.query_calls.add(query.resources["calls"] or 0)
-        arm.expected_calls += query.expected.get("calls") or 0
+        arm.query_tool_calls.add(query.resources.get("tool_calls") or 0)
+        arm.expected.update({name: value for name, value in query.expected.items() if value is not None})
+        arm.mismatched += bool(query.mismatches)
         for name, value in query.resources.items():
             if value is not None:
                 arm.sums[name] += value  # type: ignore[assignment]  # a Counter of floats

@@ -59,6 +59,11 @@ class ToolSet:
         self.listed = [_openai_form(tool) for tool in listed]
         self._callable = _callable(listed, config.call)
 
+    @property
+    def names(self) -> list[str]:
+        """The tools that the script may call."""
+        return [tool.name for tool in self._callable]
+
     async def call(self, seed: str, n: int, result_tokens: int, trip: Trip) -> ToolOutcome:
         """Tool call number `n` of the query with this seed. Raises CallError for transport and protocol errors."""
         from fanmark.loadgen.lanes.arguments import arguments_for

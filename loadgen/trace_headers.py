@@ -7,14 +7,19 @@ from fanmark.loadgen.records import Call
 from fanmark.loadgen.users import Session
 
 
+def trace_id(run_id: str, arm: str, query: int) -> str:
+    """The trace of a query."""
+    return hashlib.blake2b(f"{run_id}-{arm}-{query}".encode(), digest_size=16).hexdigest()
+
+
 def call_headers(run_id: str, call: Call, session: Session | None = None) -> dict[str, str]:
     """X-Request-Id, X-Session-Id (the session, or the query that is no session's), and traceparent: the trace is the query."""
     query = f"{run_id}-{call.arm}-{call.query}"
-    trace_id = hashlib.blake2b(query.encode(), digest_size=16).hexdigest()
     name = f"{query}-{call.call}" if call.attempt == 1 else f"{query}-{call.call}-{call.attempt}"
     span_id = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
     group = query if session is None else f"{run_id}-{call.arm}-{session.index}"
-    return {"X-Request-Id": name, "X-Session-Id": group, "traceparent": f"00-{trace_id}-{span_id}-01"}
+    traceparent = f"00-{trace_id(run_id, call.arm, call.query)}-{span_id}-01"
+    return {"X-Request-Id": name, "X-Session-Id": group, "traceparent": traceparent}
 
 
 def tool_headers(run_id: str, call: Call, session: Session | None = None) -> dict[str, str]:

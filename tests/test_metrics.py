@@ -1,20 +1,25 @@
 """A scrape of a known tally: every metric that is promised, and its values."""
 
 import socket
+import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 import two_arms
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 
 from fanmark.loadgen.errors import ScenarioError
+from fanmark.loadgen.exposition import Exposition, labels
 from fanmark.loadgen.health import ClientState
-from fanmark.loadgen.metrics import Collector, serve
-from fanmark.loadgen.records import gap_bucket
+from fanmark.loadgen.metrics import CALL_OUTCOMES, Metrics, Told
+from fanmark.loadgen.metrics_server import Scrapes, serve
+from fanmark.loadgen.records import Query, gap_bucket
 from fanmark.loadgen.tally import Histogram, Tally
+from fanmark.loadgen.trace_headers import trace_id
+from fanmark.servers.vllm_metrics import Engine, EngineMetrics
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -24,12 +29,16 @@ PROMISED = {
     "fanmark_query_duration_seconds": {"arm", "topology"},
     "fanmark_query_calls": {"arm", "topology"},
     "fanmark_query_tokens": {"arm", "topology", "kind"},
-    "fanmark_amplification_ratio": {"arm", "topology", "resource"},
-    "fanmark_call_duration_seconds": {"arm", "topology"},
-    "fanmark_call_ttft_seconds": {"arm", "topology"},
-    "fanmark_call_itl_seconds": {"arm", "topology"},
+    "fanmark_query_tool_calls": {"arm", "topology"},
+    "fanmark_query_mismatches": {"arm", "topology"},
+    "fanmark_expected_tool_calls": {"arm", "topology"},
+    "fanmark_expected_input_tokens": {"arm", "topology"},
+    "fanmark_expected_output_tokens": {"arm", "topology"},
+    "fanmark_call_duration_seconds": {"arm", "topology", "target"},
+    "fanmark_call_ttft_seconds": {"arm", "topology", "target"},
+    "fanmark_call_itl_seconds": {"arm", "topology", "target"},
     "fanmark_calls_in_flight": {"arm", "topology"},
-    "fanmark_calls": {"arm", "topology", "role", "outcome"},
+    "fanmark_calls": {"arm", "topology", "role", "target", "outcome"},
     "fanmark_tokens": {"arm", "topology", "kind"},
     "fanmark_tool_call_duration_seconds": {"arm", "topology", "tool"},
     "fanmark_tool_calls": {"arm", "topology", "tool", "outcome"},
@@ -69,10 +78,17 @@ def tally() -> Tally:
     return found
 
 
-def text(tally: Tally) -> str:
-    registry = CollectorRegistry()
-    registry.register(Collector(tally))
-    return generate_latest(registry).decode()
+TOLD = Told(
+    run_id="r1",
+    info={"scenario": "two", "version": "1.2", "seed": "7", "baseline": "single"},
+    targets=["t"],
+    roles={"single": ["agent"], "debate": ["agent-1", "judge"]},
+    tools={"debate": ["now"]},
+)
+
+
+def text(tally: Tally, told: Told = TOLD, accept: str = "") -> str:
+    return Metrics(tally, told, now=lambda: 200.0).scrape(accept)[1].decode()
 
 
 def scrape(tally: Tally) -> Samples:
@@ -90,9 +106,9 @@ def value(samples: Samples, name: str, **labels: str) -> float | None:
 
 def test_every_promised_metric_is_there_with_its_labels(tally: Tally) -> None:
     families = {family.name: family for family in text_string_to_metric_families(text(tally))}
-    for name, labels in PROMISED.items():
+    for name, promised in PROMISED.items():
         found = {key for sample in families[name].samples for key in sample.labels} - {"le"}
-        assert found == labels, name
+        assert found == promised, name
     assert all(name.startswith("fanmark_") for name in families)
     for family in families.values():
         if family.type == "counter":
@@ -101,7 +117,7 @@ def test_every_promised_metric_is_there_with_its_labels(tally: Tally) -> None:
 
 def test_every_family_is_declared_before_anything_has_run() -> None:
     families = {family.name for family in text_string_to_metric_families(text(Tally({"a": "single"}, "a")))}
-    assert families >= set(PROMISED)
+    assert families >= {*PROMISED, "fanmark_amplification_ratio_low", "fanmark_amplification_ratio_high"}
 
 
 def test_counters(tally: Tally) -> None:
@@ -113,10 +129,10 @@ def test_counters(tally: Tally) -> None:
         for o in ("completed", "failed", "abandoned")
     }
     assert finished == {"completed": 2, "failed": 1, "abandoned": 0}
-    assert value(found, "fanmark_calls_total", arm="debate", role="agent-1", outcome="completed") == 3
-    assert value(found, "fanmark_calls_total", arm="debate", role="agent-2", outcome="completed") == 2
-    assert value(found, "fanmark_calls_total", arm="debate", role="agent-2", outcome="http_5xx") == 1
-    assert value(found, "fanmark_calls_total", arm="single", role="agent", outcome="completed") == 3
+    assert value(found, "fanmark_calls_total", arm="debate", role="agent", target="t", outcome="completed") == 5
+    assert value(found, "fanmark_calls_total", arm="debate", role="judge", target="t", outcome="completed") == 2
+    assert value(found, "fanmark_calls_total", arm="debate", role="agent", target="t", outcome="http_5xx") == 1
+    assert value(found, "fanmark_calls_total", arm="single", role="agent", target="t", outcome="completed") == 3
     assert value(found, "fanmark_tool_calls_total", arm="debate", tool="now", outcome="completed") == 2
     tokens = {
         kind: value(found, "fanmark_tokens_total", arm="debate", kind=kind)
@@ -135,14 +151,36 @@ def test_gauges(tally: Tally) -> None:
     assert value(found, "fanmark_expected_calls", arm="debate") == 3
     assert value(found, "fanmark_expected_calls", arm="single") == 1
 
-    def ratio(resource: str) -> float | None:
-        return value(found, "fanmark_amplification_ratio", arm="debate", resource=resource)
+    assert value(found, "fanmark_expected_input_tokens", arm="debate") == 400
+    assert value(found, "fanmark_query_mismatches_total", arm="debate") == 0
+    assert not any(name.startswith("fanmark_amplification") for name, _ in found)  # below 10 queries there is none
 
-    # so far, over completed queries alone
-    assert (ratio("calls"), ratio("input_tokens"), ratio("latency_s")) == (3.0, 4.0, 8 / 2.5)
-    assert ratio("output_tokens") == pytest.approx(83 / (58 / 3))
-    assert ratio("tool_calls") is None  # the baseline has none
-    assert value(found, "fanmark_amplification_ratio", arm="single", resource="calls") == 1.0
+
+def test_ratios_from_ten_queries_of_both_arms_on_with_their_bounds() -> None:
+    found = Tally({"single": "single", "debate": "debate"}, "single")
+    wrote = (10, 20)  # of alternate queries
+    for arm, calls, queries in (("single", 1, 10), ("debate", 3, 9)):
+        for i in range(queries):
+            found.query_finished(answered(arm, i, calls, wrote[i % 2]))
+    assert value(scrape(found), "fanmark_amplification_ratio", arm="debate", resource="calls") is None
+    found.query_finished(answered("debate", 9, 3, wrote[1]))
+    samples = scrape(found)
+
+    def ratio(arm: str, resource: str, end: str = "") -> float | None:
+        return value(samples, f"fanmark_amplification_ratio{end}", arm=arm, resource=resource)
+
+    assert [ratio("debate", "calls", end) for end in ("_low", "", "_high")] == pytest.approx([3.0] * 3)
+    low, high = ratio("debate", "output_tokens", "_low"), ratio("debate", "output_tokens", "_high")
+    assert ratio("debate", "output_tokens") == 3.0 and low is not None and high is not None and low < 3.0 < high
+    assert low * high == pytest.approx(9.0)  # the interval is on the logarithm
+    assert (ratio("debate", "latency_s"), ratio("debate", "latency_s", "_low")) == (4.0, None)
+    assert ratio("debate", "tool_calls") is None  # the baseline has none
+    assert ratio("single", "calls") == 1.0
+
+
+def answered(arm: str, number: int, calls: int, wrote: int) -> Query:
+    made = [two_arms.call(i + 1, (0.0, 0.5, 1.0), (100, 0, wrote)) for i in range(calls)]
+    return two_arms.query(arm, number, made, 0.0, {"single": 1.0, "debate": 4.0}[arm])
 
 
 def histogram(samples: Samples, name: str, **labels: str) -> dict[float, float]:
@@ -172,11 +210,13 @@ def test_histograms(tally: Tally) -> None:
     assert histogram(found, "fanmark_query_tokens", arm="debate", kind="output") == {100: 2}
     assert value(found, "fanmark_query_tokens_sum", arm="debate", kind="fresh") == 480
     # the failed query's calls are calls: 3, 4, 4, 2, 4, 4, 1 and the one that broke off after 2 s
-    assert histogram(found, "fanmark_call_duration_seconds", arm="debate") == {1: 1, 2: 2, 5: 5}
-    assert value(found, "fanmark_call_duration_seconds_sum", arm="debate") == 24
-    assert histogram(found, "fanmark_call_ttft_seconds", arm="debate") == {0.5: 1, 1: 6}
+    assert histogram(found, "fanmark_call_duration_seconds", arm="debate", target="t") == {1: 1, 2: 2, 5: 5}
+    assert value(found, "fanmark_call_duration_seconds_sum", arm="debate", target="t") == 24
+    assert histogram(found, "fanmark_call_ttft_seconds", arm="debate", target="t") == {0.5: 1, 1: 6}
     assert histogram(found, "fanmark_tool_call_duration_seconds", arm="debate", tool="now") == {0.5: 1, 1: 1}
-    assert histogram(found, "fanmark_call_itl_seconds", arm="single") == {0.2: 30}  # 0.1015 s, each ten times
+    assert histogram(found, "fanmark_call_itl_seconds", arm="single", target="t") == {
+        0.2: 30
+    }  # 0.1015 s, each ten times
     assert histogram(found, "fanmark_client_loop_lag_seconds") == {0.002: 1}
     assert histogram(found, "fanmark_client_send_delay_seconds") == {0.001: 11}
 
@@ -212,7 +252,7 @@ def test_warm_up_calls_show_only_while_they_are_in_flight() -> None:
     found.call_finished(warm)
     samples = scrape(found)
     assert value(samples, "fanmark_calls_in_flight", arm="single") == 0
-    assert not any(name == "fanmark_calls_total" for name, _ in samples)
+    assert {n for (name, _), n in samples.items() if name == "fanmark_calls_total"} == {0}
 
 
 def test_a_tools_own_error_is_an_outcome() -> None:
@@ -239,20 +279,107 @@ def taken() -> Iterator[int]:
         yield holder.getsockname()[1]
 
 
+def test_every_series_that_can_be_known_is_there_from_the_start_at_nought() -> None:
+    samples = scrape(Tally({"single": "single", "debate": "debate"}, "single"))
+    for role in ("agent", "judge"):
+        for outcome in CALL_OUTCOMES:
+            assert value(samples, "fanmark_calls_total", arm="debate", role=role, target="t", outcome=outcome) == 0
+    assert value(samples, "fanmark_calls_total", arm="single", role="judge", target="t", outcome="completed") is None
+    assert value(samples, "fanmark_tool_calls_total", arm="debate", tool="now", outcome="tool_error") == 0
+    assert value(samples, "fanmark_tool_call_duration_seconds_count", arm="debate", tool="now") == 0
+    assert value(samples, "fanmark_call_ttft_seconds_bucket", arm="single", target="t", le="600.0") == 0
+
+
+@pytest.mark.parametrize("roles", [40, 400])
+def test_labels_are_bounded_whatever_roles_a_topology_makes_up(roles: int) -> None:
+    found = Tally({"debate": "debate"}, "debate")
+    for i in range(roles):
+        call = two_arms.call(1, (0.0, 0.5, 1.0), (1, 0, 1), role=f"voice {i}")
+        two_arms.query("debate", i, [call], 0.0, 1.0)
+        found.call_started(call)
+        found.call_finished(call)
+    counts = {
+        dict(given)["role"]: n for (name, given), n in scrape(found).items() if name == "fanmark_calls_total" and n
+    }
+    assert len(counts) == 32 - 2 + 1 and sum(counts.values()) == roles  # agent and judge are known
+    assert counts["other"] == roles - 30
+
+
+def test_the_run_is_a_label_set_and_its_marks_are_instants() -> None:
+    told = Told("r1", TOLD.info, began_at=lambda: 100.0, stages_s=[0.0, 10.0, 500.0], time_scale=2.0)
+    found = Tally({"single": "single"}, "single")
+    assert scrape(found)["fanmark_run_info", frozenset({"run": "r1", **TOLD.info}.items())] == 1
+
+    def marks() -> dict[str, float]:
+        families = text_string_to_metric_families(text(found, told))
+        family = next(f for f in families if f.name == "fanmark_run_mark_timestamp_seconds")
+        return {sample.labels["mark"]: sample.value for sample in family.samples}
+
+    assert marks() == {"start": 100.0}
+    found.begun.append(3.0)
+    stages = {"count, stage 1": 106.0, "count, stage 2": 126.0}  # the third is still to come
+    assert marks() == {"start": 100.0, "count": 106.0, **stages}
+    told.ended_at = 150.0
+    assert marks()["end"] == 150.0
+
+
+def test_openmetrics_carries_the_trace_of_a_query_in_each_bucket(tally: Tally) -> None:
+    kind, body = Metrics(tally, TOLD).scrape("application/openmetrics-text;version=1.0.0,text/plain;q=0.5")
+    assert kind.startswith("application/openmetrics-text; version=1.0.0")
+    families = {family.name: family for family in openmetrics_families(body.decode())}
+    assert set(PROMISED) <= set(families)
+    seen = {
+        sample.labels["le"]: (sample.exemplar.labels["trace_id"], sample.exemplar.value)
+        for sample in families["fanmark_query_duration_seconds"].samples
+        if sample.exemplar is not None and sample.labels["arm"] == "single"
+    }
+    assert seen == {"2.0": (trace_id("r1", "single", 1), 1.5), "5.0": (trace_id("r1", "single", 2), 4.0)}
+    assert "trace_id" not in text(tally)
+
+
+def test_another_servers_classic_text_is_made_openmetrics() -> None:
+    metrics = EngineMetrics("tiny", 4096, {"a": "b"}, 1.0)
+    metrics.totals.prompt = 7
+    out, classic = Exposition(openmetrics=True), metrics.render(Engine(running=3))
+    out.classic(classic)
+    families = {family.name: family for family in openmetrics_families(out.text())}
+    assert {f.name for f in text_string_to_metric_families(classic) if not f.name.endswith("_created")} == set(families)
+    assert [s.value for s in families["vllm:prompt_tokens"].samples] == [7]
+    assert [s.value for s in families["vllm:num_requests_running"].samples] == [3]
+
+
+def test_label_values_are_escaped() -> None:
+    assert labels({"arm": 'a "b"\\c\n'}) == r'arm="a \"b\"\\c\n"'
+
+
+@pytest.mark.parametrize(
+    ("times", "seconds"), [([], 0), ([1.0], 0), ([1.0, 6.0], 10), ([1.0, 6.0, 7.0], 10), ([0.0, 600.0], 90)]
+)
+def test_the_pages_are_held_for_two_scrapes_where_somebody_scrapes(times: list[float], seconds: float) -> None:
+    clock = iter(times)
+    scrapes = Scrapes(lambda accept: ("", b""), lambda: next(clock))
+    for _ in times:
+        scrapes("")
+    assert scrapes.hold_s == seconds
+
+
 def test_metrics_are_served_on_a_free_port_until_stopped(tally: Tally) -> None:
-    port, stop = serve(tally, 0)
+    port, stop = serve({"/metrics": Metrics(tally, TOLD, now=lambda: 200.0).scrape}, 0)
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
             assert reply.read().decode() == text(tally)
+            assert reply.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/other", timeout=10)
     finally:
         stop()
-    again, stop = serve(tally, port)  # the port is free again
+    again, stop = serve({"/metrics": Metrics(tally, TOLD, now=lambda: 200.0).scrape}, port)  # the port is free again
     stop()
     assert again == port
 
 
 def test_a_port_that_is_taken_is_told_with_the_mend(tally: Tally, taken: int) -> None:
     with pytest.raises(ScenarioError) as caught:
-        serve(tally, taken)
+        serve({"/metrics": Metrics(tally, TOLD, now=lambda: 200.0).scrape}, taken)
     mend = "choose another, or leave it out for a free one"
     assert str(caught.value) == f"--metrics-port {taken}: Address already in use: {mend}"

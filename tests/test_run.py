@@ -185,24 +185,23 @@ def test_a_run_against_a_server_that_did_more_is_not_alone(tmp_path: Path) -> No
 
 
 def test_metrics_while_it_runs(tmp_path: Path) -> None:
-    with started(tmp_path / "run", "--queries", "4", "--rate", "3", *BRIEF) as process:
+    """Of a run of ten queries all is there at its end, while it is held; the servers that it started tell at the same address."""
+    with started(tmp_path / "run", "--queries", "10", "--concurrency", "5", "--metrics-hold", "60", *BRIEF) as process:
         assert process.stderr is not None
         url = next(m[0] for line in process.stderr if (m := re.search(r"http://\S+/metrics", line)))
-        text = ""
-        while process.poll() is None:
-            try:
-                scrape = urllib.request.urlopen(url, timeout=5).read().decode()
-            except OSError:  # it ended in between
-                break
-            text = scrape
-            if text.count("fanmark_expected_calls{") == 3:  # each arm has completed a query
-                break
+        text, give_up_at = "", time.monotonic() + 60
+        while 'mark="end"' not in text:
+            assert process.poll() is None and time.monotonic() < give_up_at
+            text = urllib.request.urlopen(url, timeout=5).read().decode()
             time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
         assert process.returncode == 0
-        assert 'fanmark_amplification_ratio{arm="debate",resource="calls",topology="debate"} 9.0' in text
-        assert 'fanmark_expected_calls{arm="mcp-chain",topology="tool-chain"} 3.0' in text
-        assert 'fanmark_query_calls_bucket{arm="debate",le="8.0",topology="debate"} 0.0' in text
+    assert 'fanmark_amplification_ratio{arm="debate",topology="debate",resource="calls"} 9.0\n' in text
+    assert 'fanmark_expected_calls{arm="mcp-chain",topology="tool-chain"} 3.0\n' in text
+    assert 'fanmark_query_calls_bucket{arm="debate",topology="debate",le="8.0"} 0\n' in text
+    assert "vllm:generation_tokens_total{" in text
+    assert sum(float(n) for n in re.findall(r'fanmark_tools_calls_total\{\S*outcome="completed"\S* (\S+)', text)) == 20
 
 
 @pytest.mark.parametrize("twice", [False, True])

@@ -18,7 +18,7 @@ TITLES = ("counted", "reconciled", "alone", "steady", "uncontaminated", "client 
 
 @pytest.mark.real
 def test_ticks_stand_above_the_table_in_the_summary_and_in_the_metrics(tmp_path: Path) -> None:
-    flags = ["--queries", "2", "--rate", "4", "--metrics-linger", "60", *BRIEF]
+    flags = ["--queries", "2", "--rate", "4", "--metrics-hold", "60", *BRIEF]
     with started(tmp_path / "run", *flags) as process:
         assert process.stderr is not None
         url = next(m[0] for line in process.stderr if (m := re.search(r"http://\S+/metrics", line)))
@@ -28,7 +28,7 @@ def test_ticks_stand_above_the_table_in_the_summary_and_in_the_metrics(tmp_path:
             assert time.monotonic() < give_up_at and process.poll() is None
             time.sleep(0.05)
             text = urllib.request.urlopen(url, timeout=5).read().decode()
-        process.send_signal(signal.SIGINT)  # enough of lingering: the run itself was whole
+        process.send_signal(signal.SIGINT)  # enough of holding: the run itself was whole
         table, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     validity = json.loads((tmp_path / "run" / "summary.json").read_text())["validity"]
