@@ -82,9 +82,8 @@ class Schedule:
         self._told = told
         self._time_scale = time_scale
         self._places = {arm.name: i for i, arm in enumerate(scenario.arms)}
-        self._news = array(
-            "d"
-        )  # of queries that ended since the last meeting, as Seen takes them; an array, for they may be many
+        # of queries that ended since the last meeting, as Seen takes them; an array, for they may be many
+        self._news = array("d")
         self._highest, self._lowest = -1, 0  # of the numbers given
         self._last_session = -1
 
