@@ -14,7 +14,7 @@ from fanmark.loadgen.scenario import KINDS, RUN_KINDS, Arm, Scenario, Workload
 
 SYSTEM = (
     "You are one of several assistants that answer questions for engineers and planners. Think step by step, state your assumptions, "
-    "prefer facts and figures to opinions, and say what you do not know. Some messages end in loose words: pay them no attention."
+    "prefer facts and figures to opinions, and say what you do not know. Some messages go on in scraps of a novel: pay them no attention."
 )
 QUESTIONS = (
     "Should a city of half a million people replace its diesel buses by trams, by electric buses or by neither? Compare cost and risk.",

@@ -4,23 +4,29 @@ Rules of the file:
 1. A message costs its text and its share of the chat template; the first message also bears what the template adds to every prompt. Its
    text is shortened by that, so that the prompt's length is the sum of the messages' lengths. With token-id prompts there is no template.
 2. The same message is always the same text, or prefix caches would not share it: texts are made once and kept.
-3. Words of one token each fill a text up; each text is counted again by the target before it is used.
+3. Prose fills a text up, and a few words of one token each at its end; each text is counted by the target before it is used, twice as a
+   rule. How much prose a token is was measured on a sample, once: not from text to text, or the same text would not come out the same.
 """
 
 import asyncio
+import math
 import random
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from fanmark.agents.runtime import Author
 from fanmark.loadgen.errors import CallError, ScenarioError
+from fanmark.servers.prose import Prose, cut
+
+CHARS_PER_TOKEN = 4.5  # of prose, where nobody tells: vocabularies of 100,000 tokens and more differ by a few per cent
+_LEAST_PROSE_CHARS = 24
 
 W = TypeVar("W")
 Count = Callable[[str], Awaitable[int]]
 
 
 class Text(NamedTuple):
-    """What a message says, before it is made as long as it must be: `stem`, then words drawn from `seed`, `tokens` in all (its share of
+    """What a message says, before it is made as long as it must be: `stem`, then prose drawn from `seed`, `tokens` in all (its share of
     the template included). `first`: it opens the prompt; `opening` is the salted line that then comes before the stem, if any."""
 
     author: Author
@@ -137,11 +143,22 @@ class _Kept:
 
 
 class ChatPrompts(_Kept):
-    """Chat messages. With a tokenizer their lengths are exact, without one a word is taken for a token."""
+    """Chat messages. With a tokenizer their lengths are exact, without one they are so many characters. `words` are one token each;
+    `count_part` counts at once, where the parts of a text have as many tokens as the whole."""
 
-    def __init__(self, words: Sequence[str], tokenizer: Tokenizer | None, template: Template | None) -> None:
+    def __init__(
+        self,
+        words: Sequence[str],
+        tokenizer: Tokenizer | None,
+        template: Template | None,
+        chars_per_token: float = CHARS_PER_TOKEN,
+        count_part: Callable[[str], int] | None = None,
+    ) -> None:
         super().__init__(self._made)
         self._words = words
+        self._count_part = count_part
+        self._prose = Prose()
+        self._chars_per_token = chars_per_token
         self._tokenizer = tokenizer
         self._template = template
         self.exact = template is not None
@@ -152,10 +169,10 @@ class ChatPrompts(_Kept):
 
     async def _made(self, text: Text) -> Part:
         stem = f"{text.opening}\n{text.stem}" if text.opening else text.stem
-        words = filler(self._words, text.seed)
         if self._template is None:
-            content = " ".join([*stem.split(" "), *(next(words) for _ in range(text.tokens))][: text.tokens])
-            return Part(content, None)
+            chars = max(1, round(text.tokens * self._chars_per_token))
+            content = f"{stem} {self._prose.text(text.seed, chars + _LEAST_PROSE_CHARS)}".lstrip()
+            return Part(cut(content, chars) or content[:chars], None)
         n = text.tokens - self._template.share(text.author, text.first)
         salted = len(await self._tokenizer.encode(text.opening)) if text.opening and self._tokenizer else 0
         if n < 1 + salted:
@@ -168,7 +185,13 @@ class ChatPrompts(_Kept):
             counted = await self.reply_size(text.author, content)
             return counted[1] if counted else 0
 
-        return Part(await compose(stem, n, words, count), text.tokens)
+        def prose(chars: int) -> str:
+            return self._prose.text(text.seed, chars)
+
+        words = filler(self._words, text.seed)
+        if self._count_part is not None and self._count_part(stem) <= n:
+            return Part(sum_up(stem, n, prose, self._chars_per_token, words, self._count_part), text.tokens)
+        return Part(await compose(stem, n, prose, self._chars_per_token, words, count), text.tokens)
 
     async def reply_part(self, author: Author, text: str, ids: list[int] | None) -> Part:
         """A reply or a tool's result goes back as it is; its size is asked for after the query."""
@@ -193,17 +216,20 @@ class TokenPrompts(_Kept):
 
     exact = True
 
-    def __init__(self, word_ids: Sequence[int], tokenizer: Tokenizer) -> None:
+    def __init__(self, word_ids: Sequence[int], tokenizer: Tokenizer, chars_per_token: float = CHARS_PER_TOKEN) -> None:
         super().__init__(self._made)
         self._word_ids = word_ids
         self._tokenizer = tokenizer
+        self._prose = Prose()
+        self._chars_per_token = chars_per_token
 
     def minimum(self, author: Author, first: bool) -> int:
         return 1
 
     async def _made(self, text: Text) -> Part:
         stem = f"{text.opening}\n{text.stem}" if text.opening else text.stem
-        ids = (await self._tokenizer.encode(stem))[: text.tokens]
+        chars = round((text.tokens + _spread(text.tokens)) * self._chars_per_token)
+        ids = (await self._tokenizer.encode(f"{stem} {self._prose.text(text.seed, chars)}"))[: text.tokens]
         words = filler(self._word_ids, text.seed)
         return Part([*ids, *(next(words) for _ in range(text.tokens - len(ids)))], text.tokens)
 
@@ -217,32 +243,78 @@ class TokenPrompts(_Kept):
         return None
 
 
+async def measure_prose(tokenizer: Tokenizer) -> float:
+    """Characters of prose a token, by this tokenizer."""
+    sample = Prose().sample
+    tokens = len(await tokenizer.encode(sample))
+    return len(sample) / max(1, tokens)
+
+
 def filler(words: Sequence[W], seed: str) -> Iterator[W]:
     """An endless stream of words, the same for the same seed; two seeds share no run of 16 tokens but by a chance below 1e-30."""
     draw, n = random.Random(seed).getrandbits, len(words)
     bits = n.bit_length()
-    while True:  # what randrange does, at a third of its cost: all texts are made by this loop
+    while True:
         place = draw(bits)
         if place < n:
             yield words[place]
 
 
-async def compose(stem: str, tokens: int, words: Iterator[str], count: Count) -> str:
-    """A text of exactly `tokens` by `count`: the stem cut at a word, or filled up. Raises ScenarioError if it cannot be had."""
-    kept = stem.split(" ")
-    stem_tokens = await count(stem)
-    if stem_tokens > tokens:
-        low, high = 0, len(kept)  # the most words of the stem that fit
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if await count(" ".join(kept[:middle])) <= tokens else (low, middle - 1)
-        kept = kept[:low]
-        stem_tokens = await count(" ".join(kept)) if kept else 0
-    filled = [next(words) for _ in range(tokens - stem_tokens)]
-    for _ in range(8):
-        text = " ".join([*kept, *filled])
-        off = await count(text) - tokens
+def _spread(tokens: int) -> float:
+    """By how many tokens prose of the right number of characters may well be off: a standard deviation or so."""
+    return 0.6 * math.sqrt(tokens)
+
+
+async def compose(
+    stem: str, tokens: int, prose: Callable[[int], str], chars_per_token: float, words: Iterator[str], count: Count
+) -> str:
+    """A text of exactly `tokens` by `count`: the stem, prose (of so many characters) and words of one token each; or the stem cut at a
+    word. Raises ScenarioError if it cannot be had."""
+    chars = round((tokens - _spread(tokens)) * chars_per_token) - len(stem)
+    body = prose(chars) if chars >= _LEAST_PROSE_CHARS else ""
+    ends: list[str] = []
+    for _ in range(12):
+        text = " ".join(part for part in (stem, body, *ends) if part)
+        off = (await count(text) if text else 0) - tokens
         if off == 0:
             return text
-        filled = filled[:-off] if off > 0 else [*filled, *(next(words) for _ in range(-off))]
+        if off < 0:
+            ends += [next(words) for _ in range(-off)]
+        elif off <= len(ends):
+            del ends[-off:]
+        elif body:
+            body = cut(body, len(body) - round((off - len(ends)) * chars_per_token) - _LEAST_PROSE_CHARS)
+            ends = []
+        else:
+            stem, ends = await _cut_stem(stem, tokens, count), []
     raise ScenarioError(f'no text of {tokens} tokens can be made for the target\'s tokenizer: use api = "completions"')
+
+
+def sum_up(
+    stem: str,
+    tokens: int,
+    prose: Callable[[int], str],
+    chars_per_token: float,
+    words: Iterator[str],
+    count: Callable[[str], int],
+) -> str:
+    """The same where parts can be counted: a stem that fits, too much prose, and of that the last words left out."""
+    chars = round((tokens + _spread(tokens)) * chars_per_token) - len(stem)
+    body = prose(chars) if chars >= _LEAST_PROSE_CHARS else ""
+    over = count(stem) + count(body) - tokens
+    if over > 0:
+        body, *left_out = body.rsplit(" ", over)
+        over -= count(" ".join(left_out))
+    if over > 0:  # it had too few words
+        body, over = "", over - count(body)
+    return " ".join(part for part in (stem, body, *(next(words) for _ in range(-over))) if part)
+
+
+async def _cut_stem(stem: str, tokens: int, count: Count) -> str:
+    """The most words of the stem that fit."""
+    words = stem.split(" ")
+    low, high = 0, len(words) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if await count(" ".join(words[:middle])) <= tokens else (low, middle - 1)
+    return " ".join(words[:low])

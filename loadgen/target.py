@@ -17,7 +17,7 @@ from fanmark.loadgen.errors import CallError, FanmarkError, ScenarioError, Unrea
 from fanmark.loadgen.lanes import fast
 from fanmark.loadgen.lanes.http import HttpLane, Sent
 from fanmark.loadgen.lanes.sse import Reply
-from fanmark.loadgen.prompts import ChatPrompts, TokenPrompts, measure_template
+from fanmark.loadgen.prompts import ChatPrompts, TokenPrompts, measure_prose, measure_template
 from fanmark.loadgen.redaction import RedactedLane
 from fanmark.loadgen.scenario import Target
 from fanmark.loadgen.shaping import Shape, shaped, target_key, tls_of
@@ -84,19 +84,23 @@ class HttpEndpoint(Endpoint):
         """Finds out how exactly lengths can be had: template shares and words of one token each, by /tokenize."""
         remote = RemoteTokenizer(self.lane, self.root, self.model, self._headers)
         words = vocabulary()
+        count_part: Callable[[str], int] | None = None
         try:
             await remote.encode("word")
             self._tokenizer = remote
             if self.server.startswith("fanmark-stub"):
                 local = StubTokenizer(words)
                 tokenizer: LocalTokenizer | RemoteTokenizer = LocalTokenizer(local)
+                count_part = local.count
                 ids = {word: i for i, word in enumerate(words)}
             else:
                 tokenizer, ids = remote, await one_token_words(remote, words)
+            chars = await measure_prose(tokenizer)
             if self.config.api == "completions":
-                self.prompts = TokenPrompts(list(ids.values()), tokenizer)
+                self.prompts = TokenPrompts(list(ids.values()), tokenizer, chars)
             else:
-                self.prompts = ChatPrompts(list(ids), tokenizer, await measure_template(tokenizer))
+                template = await measure_template(tokenizer)
+                self.prompts = ChatPrompts(list(ids), tokenizer, template, chars, count_part)
         except (CallError, ScenarioError) as e:
             if self.config.api == "completions":
                 raise ScenarioError(f'{self.urls[0]}: api = "completions" needs /tokenize: {e}') from None

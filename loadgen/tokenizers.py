@@ -55,6 +55,10 @@ class LocalTokenizer:
     def __init__(self, tokenizer: StubTokenizer) -> None:
         self._tokenizer = tokenizer
 
+    def count(self, text: str) -> int:
+        """Tokens of a bare text; the parts of a text have as many as the whole."""
+        return self._tokenizer.count(text)
+
     async def encode(self, text: str) -> list[int]:
         """Token ids of a bare text."""
         return self._tokenizer.encode(text)

@@ -14,6 +14,7 @@ from zlib import crc32
 
 _PIECE = re.compile(r"[A-Za-z]{1,12}|[0-9]{1,3}|[^\sA-Za-z0-9]{1,2}")
 _HASHED_IDS = 1 << 20
+_REMEMBERED_PIECES = 100_000
 
 
 def vocabulary() -> list[str]:
@@ -21,28 +22,43 @@ def vocabulary() -> list[str]:
     return files("fanmark.servers").joinpath("words.txt").read_text().split()
 
 
+class _Ids(dict[str, int]):
+    """Ids by piece; one outside the vocabulary gets a hashed id above it, and is remembered while there is room."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        super().__init__((word, i) for i, word in enumerate(words))
+        self._first_hashed = len(words)
+
+    def __missing__(self, piece: str) -> int:
+        found = self._first_hashed + crc32(piece.encode()) % _HASHED_IDS
+        if len(self) < _REMEMBERED_PIECES:
+            self[piece] = found
+        return found
+
+
 class Tokenizer:
     """Turns text into token ids and answers back into text; remembers the ids of the texts it met last."""
 
     def __init__(self, words: Sequence[str], *, remembered_texts: int = 20_000) -> None:
         self.words = list(words)
-        self._ids = {word: i for i, word in enumerate(self.words)}
+        self._ids = _Ids(self.words)
         self._remembered: dict[str, list[int]] = {}
         self._limit = remembered_texts
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of one text; a piece outside the vocabulary gets a hashed id above it. Do not change the list."""
+        """Token ids of one text. Do not change the list."""
         ids = self._remembered.get(text)
         if ids is None:
-            known, first_hashed = self._ids, len(self.words)
-            ids = [
-                known[piece] if piece in known else first_hashed + crc32(piece.encode()) % _HASHED_IDS
-                for piece in _PIECE.findall(text)
-            ]
+            known = self._ids
+            ids = [known[piece] for piece in _PIECE.findall(text)]
             if len(self._remembered) >= self._limit:
                 self._remembered.clear()
             self._remembered[text] = ids
         return ids
+
+    def count(self, text: str) -> int:
+        """How many tokens a text has."""
+        return len(_PIECE.findall(text))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids, one space between; ids outside the vocabulary have no text and read as `?`."""

@@ -4,6 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from typing import Any, TypeVar
 
 import pytest
@@ -12,10 +13,23 @@ from hypothesis import strategies as st
 
 from fanmark.agents.runtime import Author
 from fanmark.loadgen.errors import CallError, ScenarioError
-from fanmark.loadgen.prompts import ChatPrompts, Template, Text, TokenPrompts, filler, measure_template
+from fanmark.loadgen.prompts import (
+    ChatPrompts,
+    Template,
+    Text,
+    TokenPrompts,
+    filler,
+    measure_prose,
+    measure_template,
+)
+from fanmark.loadgen.tokenizers import LocalTokenizer
+from fanmark.servers.prose import Prose
+from fanmark.servers.tokenizer import Tokenizer as StubTokenizer
+from fanmark.servers.tokenizer import vocabulary
 
 T = TypeVar("T")
 
+PROSE = Prose()
 WORDS = ["tree", "river", "stone", "of", "seven", "night", "and", "paper", "door", "wind", "salt", "lamp"] + [
     a + b for a in "bcdfgklmnprst" for b in ("ale", "ode", "in", "ust", "ark", "oom")
 ]
@@ -224,13 +238,35 @@ def test_what_a_reply_adds_to_a_prompt_is_asked_from_the_server(name: str, autho
         assert found[0] == server.count([{"role": author, "content": text}, *after]) - server.shares["user"] - 1
 
 
-def test_without_a_tokenizer_a_word_is_taken_for_a_token() -> None:
+@pytest.mark.parametrize("tokens", [1, 2, 5, 20, 300])
+def test_without_a_tokenizer_four_and_a_half_characters_are_taken_for_a_token(tokens: int) -> None:
     prompts = ChatPrompts(WORDS, None, None)
     assert not prompts.exact and prompts.minimum("system", True) == 1
-    for tokens in (1, 5, 300):
-        part = run(prompts.part(Text("user", STEMS[1], tokens, "s")))
-        assert part.size is None and len(str(part.content).split(" ")) == tokens
+    for stem in STEMS:
+        part = run(prompts.part(Text("user", stem, tokens, "s")))
+        content = str(part.content)
+        assert part.size is None and content and 4.5 * tokens - 24 <= len(content) <= 4.5 * tokens + 1
+        assert content.startswith(stem) or stem.startswith(content)
     assert run(prompts.reply_size("user", "a b")) is None
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_a_text_costs_few_counts(name: str) -> None:
+    server = SERVERS[name]()
+    prompts = ChatPrompts(["tree"], server, run(measure_template(server)), run(measure_prose(server)))
+    before, texts = server.asked, [Text("user", STEMS[0], 200, f"7/{i}/question") for i in range(60)]
+    for text in texts:
+        part = run(prompts.part(text))
+        assert len(str(part.content).split("tree")) < 40  # of 200: the rest is prose
+    assert (server.asked - before) / len(texts) <= 2.5
+
+
+@given(st.integers(1, 60) | st.integers(1, 900), st.sampled_from(STEMS), st.integers(0, 10**6), st.floats(3, 6))
+def test_texts_by_counting_parts_are_exact_and_prose(tokens: int, stem: str, seed: int, chars: float) -> None:
+    local = StubTokenizer(vocabulary())
+    counted = (Template(0, 0, 0, 0, 0), chars, local.count)
+    part = run(ChatPrompts(vocabulary(), LocalTokenizer(local), *counted).part(Text("user", stem, tokens, f"{seed}")))
+    assert isinstance(part.content, str) and local.count(part.content) == tokens == part.size
 
 
 @given(st.integers(0, 400), st.sampled_from(STEMS), st.sampled_from(["", "[3f9a]"]))
@@ -241,7 +277,8 @@ def test_token_prompts_have_any_length(tokens: int, stem: str, opening: str) -> 
     assert isinstance(part.content, list) and part.size == len(part.content) == tokens
     head = server.tokens(f"{opening}\n{stem}" if opening else stem)
     n = min(len(head), tokens)
-    assert part.content[:n] == head[:n] and all(1000 <= i < 1256 for i in part.content[n:])
+    assert part.content[:n] == head[:n]
+    assert sum(1000 <= i < 1256 for i in part.content[n:]) <= len(part.content) / 3 + 10  # the rest is prose
 
 
 def test_token_prompts_take_a_replys_own_ids() -> None:
@@ -257,16 +294,40 @@ def runs_of(words: list[Any], n: int) -> set[tuple[Any, ...]]:
     return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
 
 
+seeds_of_texts = st.lists(st.text("abc/7", min_size=1, max_size=8), min_size=2, max_size=4, unique=True)
+
+
 @settings(max_examples=20)
-@given(st.lists(st.text("abc/7", min_size=1, max_size=8), min_size=2, max_size=4, unique=True))
-def test_texts_of_different_seeds_share_no_16_words(seeds: list[str]) -> None:
-    texts = [[next(words) for _ in range(800)] for words in (filler(WORDS, seed) for seed in seeds)]
+@given(seeds_of_texts, st.sampled_from(["prose", "words"]))
+def test_texts_of_different_seeds_share_no_16_tokens(seeds: list[str], kind: str) -> None:
+    local = StubTokenizer(vocabulary())
+
+    def tokens(seed: str) -> list[Any]:
+        words = filler(WORDS, seed)
+        return local.encode(PROSE.text(seed, 4_000)) if kind == "prose" else [next(words) for _ in range(800)]
+
     seen: set[tuple[Any, ...]] = set()
-    for words in texts:
-        assert not seen & runs_of(words, 16)
-        seen |= runs_of(words, 16)
-    again = filler(WORDS, seeds[0])
-    assert texts[0] == [next(again) for _ in range(800)]
+    for seed in seeds:
+        assert len(tokens(seed)) >= 800 and not seen & runs_of(tokens(seed), 16)
+        seen |= runs_of(tokens(seed), 16)
+    assert tokens(seeds[0]) == tokens(seeds[0])
+
+
+@given(st.text(max_size=8), st.integers(0, 3_000), st.integers(0, 3_000))
+def test_a_longer_prose_begins_as_the_shorter(seed: str, chars: int, more: int) -> None:
+    short, long = PROSE.text(seed, chars), PROSE.text(seed, chars + more)
+    assert long.startswith(short) and chars - 24 <= len(short) <= chars
+
+
+def test_prose_is_spans_of_the_novel() -> None:
+    novel = " " + " ".join((files("fanmark.servers") / "prose.txt").read_text().split()) + " "
+    words, spans = PROSE.text("7/0/question", 1_000).split(" "), 0
+    while words:
+        n = 1
+        while n < len(words) and f" {' '.join(words[: n + 1])} " in novel:
+            n += 1
+        words, spans = words[n:], spans + 1
+    assert 24 <= spans <= 36  # of 31 characters on average, the space before each included
 
 
 def test_the_same_text_is_made_once_and_is_always_the_same() -> None:

@@ -35,6 +35,7 @@ from fanmark.servers.engine.request import Request
 from fanmark.servers.openai_api import Ask, Limits, check_context, parse_chat, parse_completions
 from fanmark.servers.profiles import Profile
 from fanmark.servers.prompts import message_texts, tools_text
+from fanmark.servers.prose import Prose
 from fanmark.servers.replica_of import replica_of, serving_config
 from fanmark.servers.tokenizer import Tokenizer, vocabulary
 
@@ -126,11 +127,12 @@ class VirtualEndpoint(Endpoint):
         self._limits = Limits(self.model, engine.max_model_len)
         self._tokenizer = Tokenizer(words)
         self._speaker = Speaker(self._tokenizer, Lengths(), engine.max_model_len)
-        local = LocalTokenizer(self._tokenizer)
+        local, sample = LocalTokenizer(self._tokenizer), Prose().sample
+        chars = len(sample) / len(self._tokenizer.encode(sample))
         self.prompts = (
-            TokenPrompts(range(len(words)), local)
+            TokenPrompts(range(len(words)), local, chars)
             if config.api == "completions"
-            else ChatPrompts(words, local, Template(0, 0, 0, 0, 0))
+            else ChatPrompts(words, local, Template(0, 0, 0, 0, 0), chars, self._tokenizer.count)
         )
         self._encoded: dict[str, tuple[list[int], bytes]] = {}  # a text's ids, and the same as crc32 takes them
         self._asks: dict[bytes, Ask] = {}  # requests as read, by all that is not text

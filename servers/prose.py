@@ -1,0 +1,46 @@
+"""Prose to fill texts with: short spans of a public-domain novel (prose.txt) at seeded places, one after another.
+
+Rules of the file:
+1. Equal seeds give equal prose, and a longer text begins as the shorter one does.
+2. A span has at most 36 characters, so that no 16 tokens come out of one span: two seeds must meet in two spans that follow each other
+   to share a block of a prefix cache. Of 10 million pairs of texts of 800 tokens none shared 16 tokens in a row.
+"""
+
+from functools import cached_property
+from hashlib import shake_128
+from importlib.resources import files
+from struct import unpack
+
+_LOOKED_AT = 38  # characters from a span's place on; the words at both ends are cut
+_SPAN_CHARS = 30  # a span and the space before it, a little less than on average
+
+
+class Prose:
+    """The novel, read when it is first asked for."""
+
+    @cached_property
+    def _novel(self) -> str:
+        text = files("fanmark.servers").joinpath("prose.txt").read_text()
+        return text.replace("\n\n", " ").replace("\n", " ")
+
+    @property
+    def sample(self) -> str:
+        """Enough of it to see how many tokens it takes."""
+        return self.text("sample", 4_000)
+
+    def text(self, seed: str, chars: int) -> str:
+        """Prose of at most `chars` characters, of which a word at most is missing."""
+        novel = self._novel
+        end, spans = len(novel) - _LOOKED_AT, 2 + chars // _SPAN_CHARS
+        while True:
+            places = unpack(f"<{spans}I", shake_128(seed.encode()).digest(4 * spans))
+            looked_at = [novel[(at := place % end) : at + _LOOKED_AT] for place in places]
+            found = " ".join([each[each.find(" ") + 1 : each.rfind(" ")] for each in looked_at])
+            if len(found) >= chars:
+                return cut(found, chars)
+            spans += 1 + spans // 16
+
+
+def cut(text: str, chars: int) -> str:
+    """The text's first `chars` characters, as far as whole words go."""
+    return text if len(text) <= chars else text[: max(0, chars) + 1].rpartition(" ")[0]
