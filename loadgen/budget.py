@@ -4,12 +4,14 @@ Rules of the file:
 1. A call is held at its worst case before it is sent: its whole prompt as not cached, and every token that it may write. What it really
    cost takes the place of that when its reply is there. So spent + held never exceeds a cap, whatever is in flight.
 2. What a call cost whose reply did not say is its worst case, unless it never went out or was refused.
-3. A call that fits only once others have given back what they hold waits for them; one that no longer fits at all is not sent.
+3. What the calls of a query that has begun will cost by its closed form is promised to it, and no query begins on what is promised to
+   others: so queries that have begun are answered, as far as the closed form knows their cost.
+4. A call that fits only once others have given back what they hold waits for them; one that no longer fits at all is not sent.
 """
 
 import math
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from fanmark.loadgen.errors import CallError
@@ -36,6 +38,19 @@ class Cost(NamedTuple):
             self.tokens + sign * other.tokens,
             self.dollars + sign * other.dollars,
         )
+
+    def at_most(self, other: "Cost") -> "Cost":
+        """The smaller of the two in each."""
+        return Cost(min(self.calls, other.calls), min(self.tokens, other.tokens), min(self.dollars, other.dollars))
+
+
+NOTHING = Cost()
+
+
+def planned_cost(calls: int, read: int, written: int, prices: Iterable[Prices | None]) -> Cost:
+    """What a query costs by its closed form, at the dearest of its targets' prices."""
+    dollars = (worst_case({"max_tokens": written}, read, each).dollars for each in prices)
+    return Cost(calls, read + written, max(dollars, default=0.0))
 
 
 def worst_case(body: Mapping[str, Any], prompt_tokens: int, prices: Prices | None) -> Cost:
@@ -79,12 +94,15 @@ class Purse:
         self._shared = of > 1
         self.spent = Cost()
         self.held = Cost()
+        self.promised = Cost()
 
-    def room(self, cost: Cost) -> Literal["now", "later", "never"]:
-        """Whether a call of this cost can be sent: at once, perhaps when others have ended, or not any more."""
-        if self._beyond(self.spent.plus(cost)):
+    def room(self, cost: Cost, beside: Cost = NOTHING) -> Literal["now", "later", "never"]:
+        """Whether a call of this cost, or a query, fits: at once, perhaps when others have ended, or not any more. `beside`: what is
+        kept for others on top of what they hold. A call counts as one whatever it costs, so no calls are given back."""
+        all_held = self.held.plus(beside)
+        if self._beyond(self.spent.plus(Cost(calls=all_held.calls)).plus(cost)):
             return "never"
-        return "later" if self._beyond(self.spent.plus(self.held).plus(cost)) else "now"
+        return "later" if self._beyond(self.spent.plus(all_held).plus(cost)) else "now"
 
     def hold(self, cost: Cost) -> None:
         """Sets a call's worst case aside."""
@@ -97,12 +115,14 @@ class Purse:
 
     def told(self, cost: Cost) -> str:
         """Which cap a call of this cost would exceed."""
-        name = self._beyond(self.spent.plus(cost)) or "calls"
+        name = self._beyond(self.spent.plus(cost)) or "calls"  # else those of others are what is left
         cap, spent, next_ = self._caps[name], getattr(self.spent, name), getattr(cost, name)
         mine = " (this worker's share)" if self._shared else ""
+        aside = getattr(self.held.plus(self.promised), name)
+        kept = f", {_amount(name, aside)} set aside for what is under way" if aside > 0 else ""
         return (
-            f"[budget] {name} = {_amount(name, cap)}{mine} is reached: {_amount(name, spent)} spent, the next call may take "
-            f"{_amount(name, next_)}"
+            f"[budget] {name} = {_amount(name, cap)}{mine} is reached: {_amount(name, spent)} spent{kept}, and the next "
+            f"{'query' if cost.calls > 1 else 'call'} may take {_amount(name, next_)}"
         )
 
     def _beyond(self, cost: Cost) -> str | None:
@@ -115,6 +135,27 @@ def _part(cap: int | None, part: int, of: int) -> float:
 
 def _amount(name: str, value: float) -> str:
     return f"{value:.6g}" if name == "dollars" else f"{value:,.0f}"
+
+
+class Promise:
+    """What a query that has begun may still take of the purse."""
+
+    def __init__(self, purse: Purse | None, planned: Cost) -> None:
+        self._purse = purse
+        self._left = planned
+        if purse is not None:
+            purse.promised = purse.promised.plus(planned)
+
+    def take(self, cost: Cost) -> None:
+        """One of its calls is let through: what it holds is promised no longer."""
+        if self._purse is not None:
+            taken = self._left.at_most(cost)
+            self._left = self._left.plus(taken, -1)
+            self._purse.promised = self._purse.promised.plus(taken, -1)
+
+    def end(self) -> None:
+        """The query has ended."""
+        self.take(self._left)
 
 
 class Entry:

@@ -2,12 +2,26 @@
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from types import TracebackType
 from typing import Any, Literal
 
-from fanmark.loadgen.budget import Cost, Entry, Failures, Limiter, Purse, real_cost, untold_cost, worst_case
+from fanmark.agents.runtime import Drawn
+from fanmark.loadgen.budget import (
+    NOTHING,
+    Cost,
+    Entry,
+    Failures,
+    Limiter,
+    Promise,
+    Purse,
+    planned_cost,
+    real_cost,
+    untold_cost,
+    worst_case,
+)
 from fanmark.loadgen.crew import Crew
+from fanmark.loadgen.demand import Demand, expected_tokens
 from fanmark.loadgen.endpoint import Endpoint
 from fanmark.loadgen.errors import CallError
 from fanmark.loadgen.lanes.http import Sent
@@ -63,10 +77,28 @@ class Gate:
             for name, endpoint in endpoints.items()
             if endpoint.config.limits is not None
         }
+        self._over: str | None = None  # why no query begins any more
         self._turns = {name: asyncio.Lock() for name in endpoints}
         self._changed = asyncio.Event()
         share = float(scenario.load.abort_on_errors)
         self._failures = Failures(0.5 if scenario.load.abort_on_errors is True else share) if share else None
+
+    async def begin(self, demand: Demand, drawn: Drawn, endpoints: Collection[Endpoint]) -> Promise:
+        """Waits until a query fits beside those that have begun, by its closed form and what is `drawn` for it. Raises CallError of
+        the class "budget" where it will not."""
+        purse, planned = self._purse, NOTHING
+        if purse is not None:
+            planned = _planned(demand, drawn, endpoints)
+            while (room := purse.room(planned, purse.promised)) != "now" or self._over is not None:
+                if room == "never" or self._over is not None:
+                    self._refuse(self._over or purse.told(planned))
+                await self._change_within(math.inf)
+        return Promise(purse, planned)
+
+    def finish(self, promise: Promise) -> None:
+        """A query has ended: what it did not take is for others."""
+        promise.end()
+        self._changed.set()
 
     def guards(self, endpoint: Endpoint) -> bool:
         """Whether calls to this target pass here at all."""
@@ -79,6 +111,7 @@ class Gate:
         body: Mapping[str, Any],
         prompt_tokens: Callable[[], Awaitable[int]],
         sent: Sent,
+        promise: Promise,
     ) -> Ticket:
         """Waits until the call may go out; those to one target go in the order in which they came. The time is told in `limited_s`.
         Raises CallError of the class "budget" where it may not any more."""
@@ -89,6 +122,7 @@ class Gate:
                 while (wait_s := self._wait_s(endpoint, cost)) > 0:
                     await self._change_within(wait_s)
                 if self._purse is not None:
+                    promise.take(cost)
                     self._purse.hold(cost)
                 limiter = self._limiters.get(endpoint.name)
                 entry = limiter.admit(cost.tokens, self._now()) if limiter is not None else None
@@ -109,6 +143,8 @@ class Gate:
         return math.inf if room == "later" else limiter.wait_s(cost.tokens, self._now()) if limiter is not None else 0.0
 
     def _refuse(self, why: str) -> None:
+        self._over = self._over or why
+        self._changed.set()
         self._end("budget", why)
         raise CallError("budget", why)
 
@@ -135,3 +171,13 @@ class Gate:
             return
         if self._failures.add(call.error):
             self._end("errors", self._failures.told(call.message or ""))
+
+
+def _planned(demand: Demand, drawn: Drawn, endpoints: Collection[Endpoint]) -> Cost:
+    """What a query will cost by its closed form; nothing where there is none."""
+    if demand.topology.expected is None:
+        return NOTHING
+    form = demand.topology.expected(demand.params, drawn)
+    tools = next((e.tool_part.size for e in endpoints if e.tool_part is not None), 0)
+    written, read = expected_tokens(form, demand.lengths, {("tools",): tools or 0})
+    return planned_cost(form.calls, read or 0, written, [e.config.prices for e in endpoints])

@@ -219,8 +219,7 @@ class Run:
     async def _ready(self, arm: Arm, number: int, phase: Phase, repeat: int, session: Session | None = None) -> Start:
         """A query with its own texts made before it is due, so that its first call does not wait for them."""
         runtime = QueryRuntime(self._world_of(repeat), self._demand(arm, number), session)
-        endpoints = {self._endpoint(arm.name, role) for role in arm.targets} or {self._endpoint(arm.name, "")}
-        await runtime.prepare(endpoints, [runtime.system, runtime.question])
+        await runtime.prepare(self._endpoints_of(arm), [runtime.system, runtime.question])
 
         return partial(self._start, arm, runtime, phase, repeat)
 
@@ -233,6 +232,9 @@ class Run:
     def _world_of(self, repeat: int) -> World:
         """Each repeat is a run of its own to the servers: its salts are new, so that it starts as cold as the first."""
         return self._world if repeat == 1 else replace(self._world, run_id=f"{self._world.run_id}.{repeat}")
+
+    def _endpoints_of(self, arm: Arm) -> set[Endpoint]:
+        return {self._endpoint(arm.name, role) for role in arm.targets} or {self._endpoint(arm.name, "")}
 
     def _demand(self, arm: Arm, query: int) -> Demand:
         return draw_demand(self.scenario, arm, self._topologies, query)
@@ -259,6 +261,7 @@ class Run:
         self._journal.begin(begun)
         try:
             async with self._slots or nullcontext():
+                runtime.promise = await self._world.gate.begin(runtime.demand, runtime, self._endpoints_of(arm))
                 started_at = self._now()
                 async with asyncio.timeout(self._query_timeout_s):
                     stopped = await self._answer(arm, runtime)
@@ -293,6 +296,7 @@ class Run:
             session=session,
             turn=turn,
         )
+        self._world.gate.finish(runtime.promise)
         await self._account(query, runtime)
         self._forget(query, runtime)
         self._journal.write(query)

@@ -11,6 +11,7 @@ import msgspec
 
 from fanmark.agents.runtime import Author, Key, Message
 from fanmark.loadgen import retries
+from fanmark.loadgen.budget import Cost, Promise
 from fanmark.loadgen.contamination import Prompt
 from fanmark.loadgen.demand import SYSTEM, Demand, unquoted
 from fanmark.loadgen.endpoint import Endpoint
@@ -41,6 +42,7 @@ class QueryRuntime:
     replies: dict[Key, tuple[Endpoint, Author, str]] = field(default_factory=dict)
     numbers: dict[Key, int] = field(default_factory=dict)
     written: dict[Key, int] = field(default_factory=dict)
+    promise: Promise = field(default_factory=lambda: Promise(None, Cost()))
     unexplained_tokens: int = 0
     _ids: dict[Key, list[int] | None] = field(default_factory=dict)
     _free_at: float = 0.0  # when the next call may leave
@@ -250,7 +252,8 @@ class QueryRuntime:
         gate = self.world.gate
         while True:
             sent, headers = Sent(), call_headers(self.world.run_id, call, self.session)
-            ticket = await gate.admit(endpoint, call, body, prompt_tokens, sent) if gate.guards(endpoint) else None
+            guarded = gate.guards(endpoint)
+            ticket = await gate.admit(endpoint, call, body, prompt_tokens, sent, self.promise) if guarded else None
             try:
                 if ticket is None:
                     return await endpoint.send(body, headers, sent)

@@ -246,7 +246,7 @@ def test_dollars_hold_at_two_hundred_calls_in_flight_with_limits_beside_them(tmp
         if row["arm"] == "single" and row["outcome"] == "completed":
             r = row["resources"]
             assert r["latency_s"] == pytest.approx(r["limited_s"] + r["work_s"] + r["client_s"], abs=1e-9)
-            assert r["client_s"] < 0.05
+            assert r["client_s"] - (row["started_at"] - row["due_at"]) < 0.05
 
 
 @pytest.mark.parametrize(
@@ -274,6 +274,18 @@ def test_a_budget_of_what_the_dry_run_says_is_just_enough(tmp_path: Path, name: 
     found = simulated(scenario(load, budget={name: round(planned[name] or 0) - short}), tmp_path)
     assert (found["partial"], exit_code(found, False)) == ((True, 4) if short else (False, 0))
     assert (getattr(spent(tmp_path, PRICES), name) == planned[name]) is not bool(short)
+
+
+def test_queries_that_have_begun_are_answered(tmp_path: Path) -> None:
+    """What is left goes to those under way: a run that ends at its budget has whole queries to show, of all arms."""
+    found = simulated(scenario({"rate": 20, "queries": 40, "warmup": 0}, budget={"calls": 90}), tmp_path)
+    rows = lines(tmp_path / "queries.jsonl")
+    assert {arm: [r["outcome"] for r in rows if r["arm"] == arm].count("completed") > 2 for arm in found["arms"]} == {
+        arm: True for arm in found["arms"]
+    }
+    assert all(row["resources"]["calls"] == 0 for row in rows if row["outcome"] == "failed")
+    assert len(rows) < 40 and found["ended"]["why"] == "budget"
+    assert 90 - 8 < spent(tmp_path, PRICES).calls <= 90
 
 
 def test_a_call_that_no_minute_has_room_for_ends_the_run(tmp_path: Path) -> None:
