@@ -104,6 +104,16 @@ def reconcile(
     return _judge(apart, sums, _unheard(calls)) | pairs
 
 
+def draft_acceptance(before: Mapping[str, float] | None, after: Mapping[str, float] | None) -> float | None:
+    """The share of the tokens guessed ahead that were accepted; None where the server guesses none, or tells of none."""
+    if before is None or after is None:
+        return None
+    drafted, accepted = (
+        after.get(name, 0.0) - before.get(name, 0.0) for name in ("draft_tokens", "accepted_draft_tokens")
+    )
+    return accepted / drafted if drafted > 0 and "accepted_draft_tokens" in after else None
+
+
 def _judge(apart: Mapping[str, float], sums: Mapping[str, int | None], unheard: Sequence[Call]) -> dict[str, Any]:
     """`apart` is how much more the server counted than this client did."""
     most = sum(call.samples for call in unheard)  # so many requests may be this client's though it was told of none

@@ -38,6 +38,10 @@ def assemble(
 ) -> dict[str, Any]:
     """The whole of summary.json."""
     arms = summary.summarise_arms(scenario, queries, windows, kv, run_part["seconds"] if ending is not None else None)
+    forced = scenario.workload.lengths == "forced"
+    ends_early = not forced or any("ignore_eos" in e.dropped for e in endpoints.values())
+    for arm in arms.values():
+        arm["expected"]["output_at_most"] |= ends_early
     counted = [c for q in queries if not q.warmup for c in q.calls if c.kind == "call" and c.sent_at is not None]
     client = client_report(counted)
     knowable = scenario.workload.cache != "warm" and any(c.cached_tokens is not None for c in counted)
@@ -57,6 +61,9 @@ def assemble(
             "the target reports no cached tokens (vLLM: --enable-prompt-tokens-details): cached and fresh are unknown"
             + "".join(_servers_mean(part, len(scenario.arms)) for part in parts)
         )
+    if not forced:
+        notes.append('lengths = "natural": replies end by themselves, so that the expected output tokens are a bound')
+    notes += [_degenerate(part["draft_acceptance"]) for part in parts if forced and part.get("draft_acceptance")]
     if scenario.load.match == "calls":
         notes.append(_matched(scenario, arms))
     if all(_constant(scenario, arm.name) for arm in scenario.arms):
@@ -78,6 +85,13 @@ def assemble(
         "retokenized_pct": 100.0 * (drift.read - drift.written) / drift.written if drift.written else None,
         "notes": notes,
     }
+
+
+def _degenerate(acceptance: float) -> str:
+    return (
+        f"the server guesses tokens ahead ({acceptance:.1%} of them accepted) and forced lengths are degenerate: text that goes on behind its "
+        'end is guessed as no answer is, and its times are no answer\'s: lengths = "natural"'
+    )
 
 
 def _servers_mean(server: Mapping[str, Any], arms: int) -> str:

@@ -48,7 +48,8 @@ def account(
     calls = [call for query in queries for call in (*query.retried, *query.calls) if call.target in names]
     asked = len({(call.arm, call.query) for call in calls})
     first, last = (None if reading is None else reading.values for reading in (before, after))
-    return reconcile.reconcile(first, last, calls) | cache_account(first, last, calls, asked)
+    found = reconcile.reconcile(first, last, calls) | cache_account(first, last, calls, asked)
+    return found | {"draft_acceptance": reconcile.draft_acceptance(first, last)}
 
 
 async def reconciled(endpoints: Mapping[str, Endpoint], before: Readings, queries: Sequence[Query]) -> dict[str, Any]:

@@ -187,14 +187,15 @@ def _per_call(calls: Sequence[Call]) -> dict[str, Any]:
 
 
 def _expected(queries: Sequence[Query]) -> dict[str, Any]:
-    """Means of the closed form over completed queries; an unknown one is None and `approximate` is then true. `at_most`: it is a bound."""
+    """Means of the closed form over completed queries; an unknown one is None and `approximate` is then true. `at_most`: it is a bound,
+    with `output_at_most` of output tokens alone."""
     found: dict[str, Any] = {}
     for name in EXPECTED:
         values = [query.expected.get(name) for query in queries]
         known = [value for value in values if value is not None]
         found[name] = math.fsum(known) / len(known) if known and len(known) == len(values) else None
     found["mismatches"] = sum(bool(query.mismatches) for query in queries)
-    found["at_most"] = any(query.bound for query in queries)
+    found["at_most"] = found["output_at_most"] = any(query.bound for query in queries)
     found["approximate"] = bool(queries) and found["input_tokens"] is None
     return found
 

@@ -152,9 +152,11 @@ def _expected_rows(arms: Mapping[str, Any]) -> list[list[str]]:
     keys = ("calls", "tool_calls", "input_tokens", "output_tokens", "depth", "width")
     rows = [["", *(key.replace("_", " ") for key in keys), "queries", "differ"]]
     for name, arm in arms.items():
-        row, at_most = [name], "<= " if arm["expected"]["at_most"] else ""
+        row, form = [name], arm["expected"]
         for key in keys:
             measured = arm["per_query"][key]
+            bound = form["output_at_most" if key == "output_tokens" else "at_most"]
+            at_most = "<= " if bound else ""
             row.append(f"{at_most}{number(arm['expected'][key])} / {number(measured['mean'] if measured else None)}")
         rows.append([*row, number(arm["queries"]["completed"]), number(arm["expected"]["mismatches"])])
     return rows
@@ -235,6 +237,9 @@ def _server(name: str, server: Mapping[str, Any]) -> list[str]:
         written, capacity = number(server["kv_written_tokens"]), number(server["kv_capacity_tokens"])
         bound = ": the hit rate is an upper bound" if server["kv_turnover"] < 1 else ""
         found.append(f"{'':<8} KV written {written} of {capacity} tokens ({server['kv_turnover']:.2f}x){bound}")
+    if server.get("draft_acceptance") is not None:
+        drafted = number(server["draft_tokens"]["server"])
+        found.append(f"{'':<8} guessed ahead {drafted} tokens, {server['draft_acceptance']:.1%} of them accepted")
     if "engine_busy_s" in server:
         joules = "" if server["engine_joules"] is None else f", {number(server['engine_joules'])} J"
         found.append(f"{'':<8} engine busy {number(server['engine_busy_s'])} s{joules}")

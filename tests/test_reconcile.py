@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from fanmark.loadgen.cache_account import cache_account
-from fanmark.loadgen.reconcile import client_sums, reconcile
+from fanmark.loadgen.reconcile import client_sums, draft_acceptance, reconcile
 from fanmark.loadgen.records import Call
 
 
@@ -184,3 +184,21 @@ def test_no_cached_tokens_at_all_are_unknown_and_not_none() -> None:
     after = without(ACCOUNT, "prompt_tokens_cached")
     found = cache_account({}, after, [call((100, None, 20))], queries=1)
     assert (found["kv_written_tokens"], found["cached_tokens_per_query"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "share"),
+    [
+        ({"draft_tokens": 90.0, "accepted_draft_tokens": 60.0}, {"draft_tokens": 290.0, "accepted_draft_tokens": 110.0}, 0.25),
+        ({}, {"draft_tokens": 8.0, "accepted_draft_tokens": 0.0}, 0.0),  # all guesses were wrong
+        ({"draft_tokens": 90.0, "accepted_draft_tokens": 60.0}, {"draft_tokens": 90.0, "accepted_draft_tokens": 60.0}, None),
+        ({}, {"draft_tokens": 8.0}, None),  # it does not tell what it accepted
+        ({}, {"prompt_tokens": 8.0}, None),
+        (None, {"draft_tokens": 8.0, "accepted_draft_tokens": 4.0}, None),
+        ({}, None, None),
+    ],
+)  # fmt: skip
+def test_what_share_of_guessed_tokens_was_accepted_during_the_run(
+    before: dict[str, float] | None, after: dict[str, float] | None, share: float | None
+) -> None:
+    assert draft_acceptance(before, after) == share

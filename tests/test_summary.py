@@ -173,7 +173,13 @@ def test_an_unknown_cost_of_the_baseline_leaves_no_ratio() -> None:
 
 def test_expected_is_the_mean_of_the_closed_form() -> None:
     found = arms()
-    assert found["debate"]["expected"] == {**two_arms.EXPECTED, "mismatches": 0, "at_most": False, "approximate": False}
+    assert found["debate"]["expected"] == {
+        **two_arms.EXPECTED,
+        "mismatches": 0,
+        "at_most": False,
+        "output_at_most": False,
+        "approximate": False,
+    }
     assert found["single"]["expected"]["output_tokens"] == pytest.approx(58 / 3)
     queries = two_arms.queries()
     queries[4].mismatches = ["calls", "depth"]
