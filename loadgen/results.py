@@ -89,8 +89,8 @@ def assemble(
 
 def _degenerate(acceptance: float) -> str:
     return (
-        f"the server guesses tokens ahead ({acceptance:.1%} of them accepted) and forced lengths are degenerate: text that goes on behind its "
-        'end is guessed as no answer is, and its times are no answer\'s: lengths = "natural"'
+        f"the server guesses tokens ahead ({acceptance:.1%} of them accepted), and forced lengths are degenerate: text that goes on "
+        'behind its end is guessed as no answer is, and its times are no answer\'s: lengths = "natural"'
     )
 
 
