@@ -38,8 +38,7 @@ def assemble(
 ) -> dict[str, Any]:
     """The whole of summary.json."""
     arms = summary.summarise_arms(scenario, queries, windows, kv, run_part["seconds"] if ending is not None else None)
-    forced = scenario.workload.lengths == "forced"
-    ends_early = not forced or any("ignore_eos" in e.dropped for e in endpoints.values())
+    ends_early = scenario.workload.lengths != "forced" or any("ignore_eos" in e.dropped for e in endpoints.values())
     for arm in arms.values():
         arm["expected"]["output_at_most"] |= ends_early
     counted = [c for q in queries if not q.warmup for c in q.calls if c.kind == "call" and c.sent_at is not None]
@@ -55,20 +54,6 @@ def assemble(
         | ({"urls": e.config.replicas, "spread": e.config.spread} if e.config.urls else {})
         for name, e in endpoints.items()
     }
-    notes = [note for endpoint in endpoints.values() for note in endpoint.notes]
-    if counted and not knowable and scenario.workload.cache != "warm":
-        notes.append(
-            "the target reports no cached tokens (vLLM: --enable-prompt-tokens-details): cached and fresh are unknown"
-            + "".join(_servers_mean(part, len(scenario.arms)) for part in parts)
-        )
-    if not forced:
-        notes.append('lengths = "natural": replies end by themselves, so that the expected output tokens are a bound')
-    notes += [_degenerate(part["draft_acceptance"]) for part in parts if forced and part.get("draft_acceptance")]
-    if scenario.load.match == "calls":
-        notes.append(_matched(scenario, arms))
-    if all(_constant(scenario, arm.name) for arm in scenario.arms):
-        notes.append("all lengths are constant: equal queries run in phase, latencies hold for this pattern only")
-    notes += scenario.unlike_baseline()
     return {
         "schema": summary.SCHEMA,
         "partial": ending is not None,
@@ -83,8 +68,35 @@ def assemble(
         "server": server,
         "tools": tools_part(tools, queries),
         "retokenized_pct": 100.0 * (drift.read - drift.written) / drift.written if drift.written else None,
-        "notes": notes,
+        "notes": _notes(scenario, arms, endpoints, parts, told=knowable or not counted),
     }
+
+
+def _notes(
+    scenario: Scenario,
+    arms: Mapping[str, Any],
+    endpoints: Mapping[str, Endpoint],
+    servers: Sequence[Mapping[str, Any]],
+    *,
+    told: bool,
+) -> list[str]:
+    """What the user must be told, a line each. `told`: calls tell their cached tokens."""
+    notes = [note for endpoint in endpoints.values() for note in endpoint.notes]
+    if not told and scenario.workload.cache != "warm":
+        notes.append(
+            "the target reports no cached tokens (vLLM: --enable-prompt-tokens-details): cached and fresh are unknown"
+            + "".join(_servers_mean(part, len(scenario.arms)) for part in servers)
+        )
+    forced = scenario.workload.lengths == "forced"
+    if not forced:
+        notes.append('lengths = "natural": replies end by themselves, so that the expected output tokens are a bound')
+    notes += [_degenerate(part["draft_acceptance"]) for part in servers if forced and part.get("draft_acceptance")]
+    if scenario.load.match == "calls":
+        notes.append(_matched(scenario, arms))
+    if all(_constant(scenario, arm.name) for arm in scenario.arms):
+        notes.append("all lengths are constant: equal queries run in phase, latencies hold for this pattern only")
+    notes += scenario.unlike_baseline()
+    return notes
 
 
 def _degenerate(acceptance: float) -> str:
