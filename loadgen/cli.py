@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fanmark.loadgen import cli_engine
+from fanmark.loadgen import cli_engine, cli_runs
 from fanmark.loadgen.errors import FanmarkError
 
 app = typer.Typer(
@@ -27,7 +27,7 @@ serve_app = typer.Typer(
 )
 app.add_typer(serve_app, name="serve")
 
-for command in (cli_engine.profiles, cli_engine.calibrate, cli_engine.validate):
+for command in (cli_engine.profiles, cli_engine.calibrate, cli_engine.validate, cli_runs.report):
     app.command()(command)
 
 ScenarioArg = Annotated[str, typer.Argument(help="A TOML file, or the name of a bundled scenario (fanmark scenarios).")]

@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
 from fanmark.loadgen.course import Course, of_arm
-from fanmark.loadgen.table import number
+from fanmark.loadgen.table import number, short
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -26,11 +26,6 @@ def tell(line: str, out: TextIO | None) -> None:
     if out is not None:
         with suppress(BrokenPipeError):
             print(line, file=out, flush=True)
-
-
-def short(value: float | None) -> str:
-    """Two or three figures; an unknown one is a dash."""
-    return "-" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 class Progress:

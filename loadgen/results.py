@@ -164,4 +164,4 @@ def print_result(found: Mapping[str, Any], out: Path, to: TextIO | None = None) 
         )
         if found["partial"]:
             print(f"{found['ended']['why'].upper()}: {found['ended']['reason']}", file=to)
-        print("\n".join(["", *table.lines(found), f"files    {out}"]), file=to)
+        print("\n".join(["", *table.lines(found), f"files    {out}", f"report   {out}/report.html"]), file=to)

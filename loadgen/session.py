@@ -27,6 +27,7 @@ from fanmark.loadgen.metrics import Metrics
 from fanmark.loadgen.metrics_server import Scrapes, hold, serve, texts_of
 from fanmark.loadgen.reach import Reached, reach, settle
 from fanmark.loadgen.records import Journal, read_queries, read_windows
+from fanmark.loadgen.report.write import write_report
 from fanmark.loadgen.results import assemble, so_far, write_summary
 from fanmark.loadgen.run import GRACE_S, Run
 from fanmark.loadgen.run_clock import RunClock
@@ -115,14 +116,20 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
         )  # fmt: skip
         notes = [*ended.notes, *found["notes"]]
         found["notes"] = list(dict.fromkeys(notes))  # what is lost first; all workers notice the same
-        found["environment"] = surroundings
-        for endpoint in endpoints.values():
-            found = endpoint.shape.secrets.clean(found)
-        write_summary(options.out, found)
+        found = _leave(options.out, found | {"environment": surroundings}, endpoints)
         tally.validity = {tick: ok for tick, ok in found["validity"].items() if isinstance(ok, bool)}
         watched.ended_at = time.time()
         await _hold(scrapes.hold_s if options.metrics_hold_s is None else options.metrics_hold_s, options.progress)
         return Result(found)
+
+
+def _leave(out: Path, found: dict[str, Any], endpoints: Mapping[str, HttpEndpoint]) -> dict[str, Any]:
+    """Writes the summary, without a secret in it, and the report; gives the summary as it was written."""
+    for endpoint in endpoints.values():
+        found = endpoint.shape.secrets.clean(found)
+    write_summary(out, found)
+    write_report(out)
+    return found
 
 
 async def _hold(seconds: float, progress: TextIO | None) -> None:

@@ -25,6 +25,7 @@ from fanmark.loadgen.lanes.virtual_tools import VirtualTools
 from fanmark.loadgen.minimums import check_lengths, check_roles
 from fanmark.loadgen.reach import tool_latency, uses_tools
 from fanmark.loadgen.records import Call, read_queries, read_windows
+from fanmark.loadgen.report.write import write_report
 from fanmark.loadgen.results import assemble, write_summary
 from fanmark.loadgen.run import Run
 from fanmark.loadgen.samples import VirtualSampler, kv_use, read_samples
@@ -143,6 +144,7 @@ async def _simulate(
     found["notes"] = list(dict.fromkeys(found["notes"]))  # engines of one profile have the same caveats
     found["environment"] = environment(options.labels, None, endpoints, told, {})
     write_summary(options.out, found)
+    write_report(options.out)
     return Result(found)
 
 

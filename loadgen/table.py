@@ -49,6 +49,11 @@ def number(value: float | None) -> str:
     return f"{value:,.{digits}f}"
 
 
+def short(value: float | None) -> str:
+    """Two or three figures; an unknown one is a dash."""
+    return "-" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def ratio(found: Mapping[str, Any] | None) -> str:
     """`9.00x [8.90, 9.10]`; without an interval just the ratio; a dash where there is none."""
     if found is None or found["ratio"] is None:
@@ -64,17 +69,17 @@ def lines(summary: Mapping[str, Any]) -> list[str]:
     arms = summary["arms"]
     baseline = next(name for name, arm in arms.items() if arm["baseline"])
     return [
-        *_ticks(summary["validity"]),
+        *(f"{mark:>9}  {title:<15} {reason}" for mark, title, reason in ticks(summary["validity"])),
         "",
         f"per query, and against {baseline!r} (95 % interval where there is one)",
-        *columns(_amplification_rows(arms)),
-        *_intervals(arms),
+        *columns(amplification_rows(arms)),
+        *intervals(arms),
         "",
         "expected (closed form) against measured, per query",
-        *columns(_expected_rows(arms)),
+        *columns(expected_rows(arms)),
         "",
         *claim_lines(arms, "measured"),
-        *_checks(summary),
+        *checks(summary),
     ]
 
 
@@ -90,16 +95,17 @@ def claim_lines(arms: Mapping[str, Any], found: str) -> list[str]:
     return ["claims under test", *told, *columns([("", "claimed", found, ""), *rows]), ""]
 
 
-def _ticks(validity: Mapping[str, Any]) -> list[str]:
-    """What failed first, then what is not known, then what holds."""
+def ticks(validity: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """A mark, the tick and its reason; what failed first, then what is not known, then what holds."""
     marks = {False: "FAILED", None: "not known", True: "ok"}
     ordered = sorted(
         (name for name in TICKS if name in validity), key=lambda name: {False: 0, None: 1, True: 2}[validity[name]]
     )
-    return [f"{marks[validity[name]]:>9}  {TICKS[name]:<15} {validity['reasons'][name]}" for name in ordered]
+    return [(marks[validity[name]], TICKS[name], validity["reasons"][name]) for name in ordered]
 
 
-def _amplification_rows(arms: Mapping[str, Any]) -> list[list[str]]:
+def amplification_rows(arms: Mapping[str, Any]) -> list[list[str]]:
+    """Means per query, ratios to the baseline, and the operating point that they hold at; the first row holds the arms' names."""
     head, rows = [""], []
     for name, arm in arms.items():
         head += [name] if arm["baseline"] else [name, ""]
@@ -132,7 +138,7 @@ def _amplification_rows(arms: Mapping[str, Any]) -> list[list[str]]:
     return [head, *rows]
 
 
-def _intervals(arms: Mapping[str, Any]) -> list[str]:
+def intervals(arms: Mapping[str, Any]) -> list[str]:
     """What the intervals of times rest on; where there are none, what would give them."""
     found = [arm["amplification"]["latency_s"] for arm in arms.values() if not arm["baseline"]]
     methods = list(dict.fromkeys(each["method"] for each in found if each is not None))
@@ -148,7 +154,8 @@ def _intervals(arms: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _expected_rows(arms: Mapping[str, Any]) -> list[list[str]]:
+def expected_rows(arms: Mapping[str, Any]) -> list[list[str]]:
+    """The closed form against what was measured, by arm, below a row of titles."""
     keys = ("calls", "tool_calls", "input_tokens", "output_tokens", "depth", "width")
     rows = [["", *(key.replace("_", " ") for key in keys), "queries", "differ"]]
     for name, arm in arms.items():
@@ -173,7 +180,8 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _checks(summary: Mapping[str, Any]) -> list[str]:
+def checks(summary: Mapping[str, Any]) -> list[str]:
+    """Client, servers, failures, waste, objectives and notes, a line each that begins with who it is about."""
     found = [_client(summary["client"])]
     servers = summary["server"]
     for name, server in servers.items() if "reconciled" not in servers else [("server", servers)]:

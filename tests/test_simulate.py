@@ -23,7 +23,7 @@ from fanmark.loadgen.results import print_result
 from fanmark.loadgen.session import Result
 from fanmark.loadgen.simulate import Options, ignored, repeatable, simulate, with_profile
 
-FILES = ("calls.jsonl", "queries.jsonl", "samples.jsonl", "scenario.toml", "summary.json")
+FILES = ("calls.jsonl", "queries.jsonl", "report.html", "samples.jsonl", "scenario.toml", "summary.json")
 
 
 def simulated(

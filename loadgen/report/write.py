@@ -1,0 +1,33 @@
+"""Reports to files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fanmark.loadgen.errors import LostError
+from fanmark.loadgen.report import markdown, page
+from fanmark.loadgen.report.gather import gather
+
+NAME = "report.html"
+
+
+def render(folders: Sequence[Path], form: str) -> str:
+    """The report of these runs. Raises ScenarioError where a folder holds none."""
+    runs = [(str(folder), gather(folder)) for folder in folders]
+    return markdown.report(runs) if form == "md" else page.report(runs)
+
+
+def write(path: Path, text: str) -> None:
+    """Raises LostError."""
+    try:
+        path.write_text(text)
+    except OSError as e:
+        raise LostError(
+            f"{path}: cannot be written ({e.strerror}): fanmark report makes it from the run's folder"
+        ) from None
+
+
+def write_report(folder: Path) -> str:
+    """report.html of a run that has ended, in its folder; gives the page."""
+    text = render([folder], "html")
+    write(folder / NAME, text)
+    return text
