@@ -15,14 +15,23 @@ T = TypeVar("T")
 Key = tuple[str | int, ...]
 """Names a message within its query: first its kind, whose length is in [workload], then what tells it from its siblings."""
 
-Author = Literal["system", "user", "assistant"]
+Author = Literal["system", "user", "assistant", "tool"]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolAsk:
+    """A tool call that a reply asks for, as the model wrote it: `arguments` should be a JSON object, and need not be one."""
+
+    id: str
+    name: str
+    arguments: str
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
     """One message of a prompt. `tokens` is its length as drawn (0: there is no such message); `text` is the instruction that the
     length is filled up from, or a reply's own text; `source` is the number of the call or tool call that produced it. `per_query`: it
-    is not the same in every query."""
+    is not the same in every query. `asks`: the tool calls that a reply asks for; `answers`: the id of the one that a result belongs to."""
 
     key: Key
     author: Author
@@ -30,6 +39,8 @@ class Message:
     tokens: int
     source: int | None = None
     per_query: bool = False
+    asks: tuple[ToolAsk, ...] = ()
+    answers: str | None = None
 
 
 class Drawn(Protocol):
@@ -71,14 +82,18 @@ class Runtime(Drawn, Protocol):
         times: int = 1,
         samples: int = 1,
         reasoning: bool = False,
+        may_call: bool = False,
         after: Iterable[Message] = (),
     ) -> Message:
         """One call. The reply is `times` the length of kind `writes[0]`; with `reasoning`, all but the last share of it are reasoning
         tokens. `samples`: so many replies to one reading of the prompt, as one. `tools`: the tools' schemas stand in the prompt.
-        `after`: messages it waited for but does not read."""
+        `may_call`: the model may ask for tool calls, which the reply then holds. `after`: messages it waited for but does not read."""
 
-    async def call_tool(self, *, writes: Key, request: Message, role: str, round: int = 1) -> Message:
-        """One tool call that `request` led to; the tool's own result comes back as a user message."""
+    async def call_tool(
+        self, *, writes: Key, request: Message, role: str, round: int = 1, ask: ToolAsk | None = None
+    ) -> Message:
+        """One tool call that `request` led to; the tool's own result comes back as a user message. `ask`: the one that the model asked for,
+        whose result, or why there is none, comes back as the tool's message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +103,8 @@ class Expected:
     `writes`: how often each kind's length is written by a call (output tokens = sum of count x length). `reads`: in how many prompts
     each message stands (input tokens = sum of count x size); the tools' schemas are the message ("tools",). `times`: how many lengths
     of its kind a message has, where it is not one. `depth` counts calls on the longest chain of dependencies, `width` is the largest
-    number of calls at one depth. `at_most`: these are bounds, since those that are late are given up.
+    number of calls at one depth. `at_most`: these are bounds, since those that are late are given up, or the model decides.
+    `input_known`: input tokens follow from `reads`.
     """
 
     calls: int
@@ -99,12 +115,14 @@ class Expected:
     tool_calls: int = 0
     times: Mapping[Key, int] = field(default_factory=dict)
     at_most: bool = False
+    input_known: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Topology:
     """A row of the table of topologies. `params` is a frozen dataclass whose mistakes are ValueErrors; an int in it may be a
-    distribution in the scenario, which is drawn once a query. `sketch` draws the shape: `-->` one after another, `==>` all at once."""
+    distribution in the scenario, which is drawn once a query. `by_model`: the same where the model decides on the tool calls, at most
+    `params.tool_calls` of them. `sketch` draws the shape: `-->` one after another, `==>` all at once."""
 
     name: str
     summary: str
@@ -112,6 +130,7 @@ class Topology:
     run: Callable[[Runtime, Any], Coroutine[Any, Any, None]]
     expected: Callable[[Any, Drawn], Expected] | None = None
     sketch: str = ""
+    by_model: "Topology | None" = None
 
 
 async def together(coroutines: Iterable[Coroutine[Any, Any, T]], wait_for: int | Literal["all"] = "all") -> list[T]:

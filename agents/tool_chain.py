@@ -73,6 +73,40 @@ def expected(p: Params, _: Drawn) -> Expected:
     )
 
 
+async def run_by_model(rt: Runtime, p: Params) -> None:
+    """The model asks for tools, reads what they say, and answers when it asks for none; after so many tool calls it may ask for no more."""
+    context, turn, made = [rt.system, rt.question], 1, 0
+    while True:
+        may_call = made < p.tool_calls
+        reply = await rt.infer(
+            context, writes=("answer", turn), role="agent", round=turn, tools=True, may_call=may_call
+        )
+        if not (may_call and reply.asks):
+            return
+        results = await together(
+            rt.call_tool(writes=("tool_result", made + i), request=reply, role="agent", round=turn, ask=ask)
+            for i, ask in enumerate(reply.asks)
+        )
+        context, turn, made = [*context, reply, *results], turn + 1, made + len(results)
+
+
+def bound_by_model(p: Params, _: Drawn) -> Expected:
+    """At most one turn a tool call, and the answer. How much is read is the model's and the tools' affair."""
+    turns = p.tool_calls + 1
+    return Expected(
+        calls=turns,
+        tool_calls=p.tool_calls,
+        depth=turns,
+        width=1,
+        writes={"answer": turns},
+        reads={("system",): turns, ("tools",): turns, ("question",): turns},
+        at_most=True,
+        input_known=False,
+    )
+
+
+BY_MODEL = Topology("tool-chain", "the model decides which tools to call", Params, run_by_model, bound_by_model)
+
 TOPOLOGY = Topology(
     "tool-chain",
     "one agent acts, reads the tool's result, acts again, and answers",
@@ -80,4 +114,5 @@ TOPOLOGY = Topology(
     run,
     expected,
     "Q --> [act --> tool] x steps --> A",
+    BY_MODEL,
 )

@@ -32,7 +32,7 @@ def resources(
     known = sums["input_tokens"] is not None and sums["cached_tokens"] is not None
     return {
         "calls": len(inferred),
-        "tool_calls": len(calls) - len(inferred),
+        "tool_calls": sum(call.kind == "tool_call" and call.refused is None for call in calls),
         "input_tokens": sums["input_tokens"],
         "cached_tokens": sums["cached_tokens"],
         "fresh_tokens": (sums["input_tokens"] or 0) - (sums["cached_tokens"] or 0) if known else None,

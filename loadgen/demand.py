@@ -1,5 +1,6 @@
 """What one query asks for: lengths and parameters drawn from (seed, query index), the same in every arm. Pure."""
 
+import dataclasses
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -74,6 +75,7 @@ def draw_demand(scenario: Scenario, arm: Arm, topologies: Mapping[str, Topology]
         (arm,) = random.Random(f"{scenario.seed}/{query}/mix").choices(arm.mix, weights)
         part = arm.name
     topology = topologies[arm.topology]
+    by_model = topology.by_model if scenario.tools.decide == "model" else None
     workload = scenario.workload_of(arm)
     lengths = _constants(workload) or {
         kind: draw_int(getattr(workload, kind), scenario.seed, "run" if kind in RUN_KINDS else query, kind)
@@ -82,6 +84,8 @@ def draw_demand(scenario: Scenario, arm: Arm, topologies: Mapping[str, Topology]
     params = resolve_params(
         topology, arm.params, arm.name, lambda key, dist: draw_int(dist, scenario.seed, query, "params", key)
     )
+    if by_model is not None:
+        topology, params = by_model, dataclasses.replace(params, tool_calls=scenario.tools.max_tool_calls)
     return Demand(name, query, lengths, params, f"{scenario.seed}/{query}", topology, part)
 
 
@@ -99,6 +103,8 @@ def expected_tokens(
     Input is None where a size is not known."""
     output = sum(count * lengths[kind] for kind, count in expected.writes.items())
     total = 0
+    if not expected.input_known:
+        return output, None
     for key, count in expected.reads.items():
         written = unquoted(key)
         size = sizes[key] if key in sizes else lengths.get(str(written[0]), 0) * expected.times.get(written, 1)

@@ -183,7 +183,9 @@ def _arm(arm: _Arm, numbers: Sequence[int] | None) -> dict[str, Any]:
     found |= {"seconds": times[-1] if times else load.duration, "dollars": None}
     warmup = 0 if windowed else load.warmup * load.repeats
     found["warmup"] = {"queries": None if windowed else warmup, **unknown}
-    if any(arm.topologies[part.topology].expected is None for part in arm.arm.mix or [arm.arm]):
+    drawn_by = [arm.topologies[part.topology] for part in arm.arm.mix or [arm.arm]]
+    by_model = scenario.tools.decide == "model"  # how many calls there are is the model's to say
+    if any(topology.expected is None or (by_model and topology.by_model is not None) for topology in drawn_by):
         return found
     n = queries if queries is not None else _SAMPLE
     sums = arm.sums(numbers if numbers is not None else range(n))

@@ -107,6 +107,7 @@ class Endpoint(ABC):
         samples: int,
         reasoning_tokens: int,
         role: str = "",
+        may_call: bool = False,
     ) -> dict[str, Any]:
         """The request, as a JSON object. Parameters that the target refused before are left out."""
         own = role_key(role, self.config.roles)
@@ -115,9 +116,9 @@ class Endpoint(ABC):
             fields["prompt"] = [i for _, part in parts for i in part.content]
             fields["return_token_ids"] = True
         else:
-            fields["messages"] = [{"role": author, "content": part.content} for author, part in parts]
+            fields["messages"] = [{"role": author, "content": part.content, **part.fields} for author, part in parts]
             if tools and self.tools:
-                fields |= {"tools": self.tools, "tool_choice": "none"}
+                fields |= {"tools": self.tools, "tool_choice": "auto" if may_call else "none"}
         fields |= {"max_tokens": max_tokens, "stream": True, "stream_options": {"include_usage": True}}
         if samples > 1:
             fields["n"] = samples

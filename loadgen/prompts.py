@@ -9,12 +9,14 @@ Rules of the file:
 """
 
 import asyncio
+import json
 import math
 import random
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from fanmark.agents.runtime import Author
+from fanmark.agents.runtime import Author, Message
 from fanmark.loadgen.errors import CallError, ScenarioError
 from fanmark.servers.prose import Prose, cut
 
@@ -38,10 +40,28 @@ class Text(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One message as sent: a chat message's text, or token ids. `size` is what it adds to the prompt, None where that is not known."""
+    """One message as sent: a chat message's text, or token ids. `size` is what it adds to the prompt, None where that is not known.
+    `fields`: what else a chat message says, for tool calls."""
 
     content: str | list[int]
     size: int | None
+    fields: Mapping[str, Any] = MappingProxyType({})
+
+    @property
+    def seen(self) -> str:
+        """All that it says, as a text of its own."""
+        return f"{self.content}{json.dumps(self.fields)}" if self.fields else str(self.content)
+
+
+def tool_fields(message: Message) -> dict[str, Any]:
+    """What a chat message says beside its text: the tool calls that it asks for, or the one that it answers."""
+    if message.answers is not None:
+        return {"tool_call_id": message.answers}
+    asked = [
+        {"id": ask.id, "type": "function", "function": {"name": ask.name, "arguments": ask.arguments}}
+        for ask in message.asks
+    ]
+    return {"tool_calls": asked} | ({} if message.text else {"content": None})
 
 
 class Tokenizer(Protocol):

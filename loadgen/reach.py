@@ -80,15 +80,23 @@ async def reach(
 
 
 def uses_tools(scenario: Scenario, topologies: Mapping[str, Topology]) -> bool:
-    """Whether by its closed form an arm calls tools or reads their schemas; an arm without one may."""
+    """Whether by its closed form an arm calls tools or reads their schemas; an arm without one may. Raises ScenarioError where the model is
+    to decide and the arm's topology does."""
+    found = False
     for arm in scenario.arms:
         for part in arm.mix or [arm]:
             demand = draw_demand(scenario, part, topologies, 0)
             expected = demand.topology.expected
             form = expected(demand.params, demand) if expected is not None else None
             if form is None or form.tool_calls or ("tools",) in form.reads:
-                return True
-    return False
+                found = True
+                if scenario.tools.decide == "model" and topologies[part.topology].by_model is None:
+                    can = ", ".join(name for name, topology in topologies.items() if topology.by_model is not None)
+                    raise ScenarioError(
+                        f'{scenario.source}: [tools] decide = "model": arm {arm.name!r}: {part.topology} decides '
+                        f"itself: use {can}, or leave the arm out"
+                    )
+    return found
 
 
 async def _stub(scenario: Scenario, stack: AsyncExitStack) -> tuple[Target, list[str]]:
@@ -101,6 +109,7 @@ async def _stub(scenario: Scenario, stack: AsyncExitStack) -> tuple[Target, list
     except ValueError as e:
         raise ScenarioError(f"{scenario.source}: [stub] profile = {stub.profile!r}: {e}") from None
     args = ["--port", "0", "--profile", stub.profile, "--time-scale", str(stub.time_scale)]
+    args += ["--auto-tool-calls", str(stub.tool_calls)]
     server = await embedded.start("fanmark.servers.stub", args)
     stack.push_async_callback(server.close)
     return Target(url=f"{server.url}/v1", api=stub.api), caveats

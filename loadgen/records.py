@@ -84,7 +84,7 @@ class Call(msgspec.Struct, omit_defaults=False, kw_only=True):
     that did not count, as the call was sent again: that is when the next attempt was due. `connect_s` is how long opening a connection
     took before `sent_at`, None where one was open. Of a tool call: `bytes` of its result; `session_s`
     that it waited for its session before `sent_at` (None where one was open), which it opened itself (`opened_session`) or not; `queued_s`
-    in the tool server's queue (None where it does not say)."""
+    in the tool server's queue (None where it does not say); `refused`: why the model's own call was not made."""
 
     query: int
     arm: str
@@ -117,6 +117,7 @@ class Call(msgspec.Struct, omit_defaults=False, kw_only=True):
     session_s: float | None = None
     opened_session: bool = False
     queued_s: float | None = None
+    refused: Literal["malformed", "unknown", "not_allowed", "limit"] | None = None
     lane: str | None = None
     worker: int = 0
     gaps: dict[int, int] = {}

@@ -22,9 +22,10 @@ from fanmark.loadgen.runtime import QueryRuntime
 from fanmark.loadgen.scenario import Arm, Scenario
 from fanmark.loadgen.schedule import Schedule, Start
 from fanmark.loadgen.tally import Tally
+from fanmark.loadgen.tool_calls import ToolUse
 from fanmark.loadgen.users import Session, expected_with, place_of
 from fanmark.loadgen.walk import walk
-from fanmark.loadgen.world import ToolUse, World
+from fanmark.loadgen.world import World
 
 GRACE_S = 5.0  # what running queries get after the first interrupt
 DRAIN_S = 30.0  # how long arms that run apart wait for the server to be empty

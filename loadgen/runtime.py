@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from fanmark.agents.runtime import Author, Key, Message
+from fanmark.agents.runtime import Author, Key, Message, ToolAsk
 from fanmark.loadgen import retries
 from fanmark.loadgen.budget import Cost, Promise
 from fanmark.loadgen.contamination import Prompt
@@ -19,8 +19,9 @@ from fanmark.loadgen.errors import CallError, Stopped
 from fanmark.loadgen.lanes.http import HttpError, Sent
 from fanmark.loadgen.lanes.mcp_model import Trip
 from fanmark.loadgen.lanes.sse import Reply
-from fanmark.loadgen.prompts import Part, Text
+from fanmark.loadgen.prompts import Part, Text, tool_fields
 from fanmark.loadgen.records import Call
+from fanmark.loadgen.tool_calls import carried_out
 from fanmark.loadgen.trace_headers import call_headers, tool_headers
 from fanmark.loadgen.users import Session, Turn, text_seed, turn_of, with_told, written_last
 from fanmark.loadgen.world import World
@@ -105,6 +106,7 @@ class QueryRuntime:
         times: int = 1,
         samples: int = 1,
         reasoning: bool = False,
+        may_call: bool = False,
         after: Iterable[Message] = (),
     ) -> Message:
         await self._stagger()
@@ -116,7 +118,8 @@ class QueryRuntime:
             length = self.demand.lengths[str(writes[0])] * times
             thought = length - self.demand.lengths[str(writes[0])] if reasoning else 0
             call.samples = samples
-            reply = await self._infer(endpoint, call, messages, length, tools, thought)
+            choice = ("auto" if may_call else "none") if tools else None
+            reply = await self._infer(endpoint, call, messages, length, choice, thought)
         except BaseException as e:
             self._end(call, e)
             raise
@@ -128,7 +131,7 @@ class QueryRuntime:
         self.replies[writes] = (endpoint, "assistant", reply.text)
         self.numbers[writes] = call.call
         self.written[writes] = call.output_tokens or 0
-        return Message(writes, "assistant", reply.text, self.written[writes], call.call)
+        return Message(writes, "assistant", reply.text, self.written[writes], call.call, asks=reply.asks)
 
     async def _stagger(self) -> None:
         """Waits until the query's call before has a lead, where the arm wants one: so siblings find what the first of them computed."""
@@ -141,7 +144,9 @@ class QueryRuntime:
         if leaves_at > now:
             await asyncio.sleep((leaves_at - now) * self.world.time_scale)
 
-    async def call_tool(self, *, writes: Key, request: Message, role: str, round: int = 1) -> Message:
+    async def call_tool(
+        self, *, writes: Key, request: Message, role: str, round: int = 1, ask: ToolAsk | None = None
+    ) -> Message:
         if self.world.tools is None:
             raise CallError("tool_protocol", "this arm has no tools")
         call = self._start("tool_call", role, round, [request])
@@ -153,23 +158,16 @@ class QueryRuntime:
             self.world.now,
         )
         try:
-            outcome = await self.world.tools.call(self.demand.seed, n, self.demand.lengths["tool_result"], trip)
+            text = await carried_out(self.world.tools, call, self.demand, n, ask, trip, self.world.time_scale)
         except BaseException as e:
-            self._went(call, trip)
             self._end(call, e)
             raise
-        call.done_at = self.world.now()
-        self._went(call, trip)
-        call.tool_error, call.bytes = outcome.is_error, outcome.bytes
-        call.queued_s = outcome.queued_s / self.world.time_scale if outcome.queued_s is not None else None
         self._end(call)
         self._ids[writes] = None
-        self.replies[writes] = (self.world.endpoint(self.demand.arm, role), "user", outcome.text)
-        return Message(writes, "user", outcome.text, self.demand.lengths["tool_result"], call.call)
-
-    def _went(self, call: Call, trip: Trip) -> None:
-        call.tool, call.sent_at = trip.tool, trip.sent_at
-        call.session_s, call.opened_session = trip.session_s, trip.opened_session
+        author: Author = "user" if ask is None else "tool"
+        self.replies[writes] = (self.world.endpoint(self.demand.arm, role), author, text)
+        answers = None if ask is None else ask.id
+        return Message(writes, author, text, self.demand.lengths["tool_result"], call.call, answers=answers)
 
     def _check_limits(self) -> None:
         """Raises Stopped where the arm's limits allow no further call. Tokens of calls under way are not known yet."""
@@ -211,9 +209,16 @@ class QueryRuntime:
         self.world.gate.ended(call)
 
     async def _infer(
-        self, endpoint: Endpoint, call: Call, messages: Sequence[Message], max_tokens: int, tools: bool, thought: int
+        self,
+        endpoint: Endpoint,
+        call: Call,
+        messages: Sequence[Message],
+        max_tokens: int,
+        choice: str | None,
+        thought: int,
     ) -> Reply:
-        """Makes the prompt and sends it; once more without each parameter that the target refuses."""
+        """Makes the prompt and sends it; once more without each parameter that the target refuses. `choice` None: without tools."""
+        tools = choice is not None
         while True:
             salt = self.world.salts(self.world.run_id, self.demand.arm, self.demand.query, call.call)
             opening = f"[{salt}]" if salt is not None and endpoint.salts_text else ""
@@ -226,6 +231,7 @@ class QueryRuntime:
                 forced=self.world.forced,
                 salt=salt,
                 tools=tools,
+                may_call=choice == "auto",
                 samples=call.samples,
                 reasoning_tokens=thought,
                 role=call.role,
@@ -242,7 +248,10 @@ class QueryRuntime:
                 limit = self.world.explained.limit(traffic)
                 self.unexplained_tokens += max(0, (call.cached_tokens or 0) - limit)
                 again = await endpoint.prompts.reply_part("assistant", reply.text, reply.token_ids)
-                self.world.explained.replied(traffic, str(again.content))
+                if reply.asks:
+                    said = Message(("said",), "assistant", reply.text, 0, asks=reply.asks)
+                    again = again._replace(fields=tool_fields(said))
+                self.world.explained.replied(traffic, again.seen)
             return reply
 
     async def _send(
@@ -311,6 +320,8 @@ class QueryRuntime:
                 part = await endpoint.prompts.reply_part(
                     message.author, message.text, self._ids.get(unquoted(message.key))
                 )
+                if message.asks or message.answers is not None:
+                    part = part._replace(fields=tool_fields(message))
                 if part.size is not None:
                     self.sizes[message.key] = part.size
             elif message.tokens > 0:
@@ -351,7 +362,7 @@ class QueryRuntime:
         owner = self.demand.query if self.session is None else self.session.first
         query = owner if salt == self.world.run_id else (self.demand.arm, owner)
         for _, _, part in prompt:
-            listed.append((str(part.content), len(part.content) if part.size is None else part.size))
+            listed.append((part.seen, len(part.seen) if part.size is None else part.size))
         return self.world.explained.sent(salt, query, listed, first_own)
 
     def _count(self, call: Call, reply: Reply) -> None:

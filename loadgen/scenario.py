@@ -101,11 +101,12 @@ class Target(Table, frozen=True):
 
 
 class Stub(Table, frozen=True):
-    """The embedded stub server, when there is no target."""
+    """The embedded stub server, when there is no target. `tool_calls`: how many its model asks for in a conversation, where it decides."""
 
     profile: str = "qwen3-30b-a3b@h100"
     api: Literal["chat", "completions"] = "chat"
     time_scale: Annotated[float, msgspec.Meta(ge=1)] = 1.0
+    tool_calls: Count = 1
 
 
 class Workload(Table, frozen=True):
@@ -146,7 +147,8 @@ class ToolServer(Table, frozen=True):
 class Tools(Table, frozen=True):
     """Where tool calls go. `latency_s` is of the embedded tools; `expose` tools' schemas stand in the prompt: the first so many, or those
     named (None: all). `transport` "auto": a thin client of ours for URLs, the `mcp` SDK for commands. `session`: who has a session and
-    connections of its own. A call waits `reconnect_s` for a server that does not listen, and no call is sent again that was sent.
+    connections of its own. `decide` "model": the model's own tool calls run, at most `max_tool_calls` a query. A call waits `reconnect_s`
+    for a server that does not listen, and no call is sent again that was sent.
     `round_trip_s` is what a tool call takes on top in virtual time (MCP, HTTP and the client); its default is what the embedded server
     took on a 2-core virtual machine, one call at a time: 6.5 ms on average."""
 
@@ -155,7 +157,8 @@ class Tools(Table, frozen=True):
     expose: Count | list[str] | None = None
     transport: Literal["auto", "thin", "sdk"] = "auto"
     session: Literal["per_agent", "per_query", "shared"] = "shared"
-    decide: Literal["script"] = "script"
+    decide: Literal["script", "model"] = "script"
+    max_tool_calls: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 32
     call: list[str] = []
     server: list[ToolServer] = []
     call_timeout_s: Positive = 120.0

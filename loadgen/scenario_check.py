@@ -92,7 +92,7 @@ def check(raw: Mapping[str, Any], source: str, topologies: Mapping[str, Topology
         raise ScenarioError(f"{source}: both a target and [stub]: the stub stands in only where there is no target")
     check_targets(targets, source)
     check_budget(file.budget, targets, source)
-    _check_tools(file.tools, source)
+    _check_tools(file, source)
     arms = [arm_of(raw_arm, i, source, topologies) for i, raw_arm in enumerate(file.arm)]
     check_arms(arms, targets, source)
     load = _load(_of_users(file.load, raw, source), source)
@@ -205,7 +205,17 @@ def _arrivals(given: str | list[float], source: str) -> list[float]:
     return sorted(times)
 
 
-def _check_tools(tools: Tools, source: str) -> None:
+def _check_tools(file: _File, source: str) -> None:
+    tools = file.tools
+    if tools.decide == "model":
+        if file.workload.lengths == "forced":
+            raise ScenarioError(
+                f'{source}: [tools] decide = "model" with [workload] lengths = "forced": a model that may not stop cannot '
+                'call tools: use lengths = "natural"'
+            )
+        tables = [file.target, *file.targets.values(), file.stub]
+        if any((t.get("api") if isinstance(t, dict) else t and t.api) == "completions" for t in tables):
+            raise ScenarioError(f'{source}: [tools] decide = "model" with api = "completions": use api = "chat"')
     for i, server in enumerate(tools.server):
         if (server.url is None) == (server.command is None) or server.command == []:
             raise ScenarioError(f"{source}: [[tools.server]] number {i + 1}: give either url or command")

@@ -95,7 +95,9 @@ async def _simulate(
 ) -> Result:
     now = asyncio.get_running_loop().time
     targets = dict(scenario.targets) or {"default": Target(url="", api=scenario.stub.api)}
-    endpoints = {name: VirtualEndpoint(name, target, profile) for name, target in targets.items()}
+    endpoints = {
+        name: VirtualEndpoint(name, target, profile, scenario.stub.tool_calls) for name, target in targets.items()
+    }
     tools = _tools(scenario) if uses_tools(scenario, topologies) else None
     if tools is not None:
         for endpoint in endpoints.values():

@@ -173,7 +173,7 @@ class Tally:
         arm.calls_in_flight -= 1
         if call.query < 0:
             return
-        outcome = call.error or ("tool_error" if call.tool_error else "completed")
+        outcome = call.error or call.refused or ("tool_error" if call.tool_error else "completed")
         if call.kind == "tool_call":
             arm.add_tool_call(call, outcome)
             return

@@ -50,7 +50,8 @@ def tools_part(listing: Listing | None, queries: Iterable[Query]) -> dict[str, A
 
 
 def by_tool(queries: Sequence[Query]) -> dict[str, Any]:
-    """`by_tool` of an arm: over all its counted queries, as a tool's failure is told by those that failed. `critical_share` is the tool's
+    """`by_tool` of an arm: over all its counted queries, as a tool's failure is told by those that failed. `refused`:
+    calls of the model that were not made, by why. `critical_share` is the tool's
     part of the critical paths of the completed ones."""
     calls: dict[str, list[Call]] = defaultdict(list)
     for query in queries:
@@ -66,9 +67,10 @@ def by_tool(queries: Sequence[Query]) -> dict[str, Any]:
                     critical_s[call.tool or "?"] += call.seconds  # type: ignore[assignment]  # a Counter of floats
     return {
         tool: {
-            "calls": len(mine),
+            "calls": sum(call.refused is None for call in mine),
+            "refused": dict(Counter(call.refused for call in mine if call.refused is not None)),
             "errors": dict(Counter(call.error or "tool_error" for call in mine if call.error or call.tool_error)),
-            "latency_s": distribution([call.seconds for call in mine if call.error is None]),
+            "latency_s": distribution([call.seconds for call in mine if call.error is None and call.refused is None]),
             "queued_s": distribution([call.queued_s for call in mine if call.queued_s is not None]),
             "bytes": distribution([call.bytes for call in mine if call.bytes is not None]),
             "critical_share": critical_s[tool] / total_s if total_s else None,

@@ -2,14 +2,17 @@
 
 import random
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+import msgspec
+
+from fanmark.agents.runtime import ToolAsk
 from fanmark.loadgen.endpoint import Endpoint
-from fanmark.loadgen.errors import ScenarioError
+from fanmark.loadgen.errors import CallError, ScenarioError
 from fanmark.loadgen.lanes.mcp_model import Trip
 from fanmark.loadgen.scenario import Tools
+from fanmark.loadgen.tool_calls import ToolOutcome
 from fanmark.loadgen.tool_report import Listing
-from fanmark.loadgen.world import ToolOutcome
 
 
 class ToolLike(Protocol):
@@ -49,13 +52,15 @@ class Servers(Protocol):
 
 
 class ToolSet:
-    """Script mode: tool call n of a query goes to the callable tools in turn, with arguments made from the tool's schema."""
+    """By the script, tool call n of a query goes to the callable tools in turn, with arguments made from the tool's schema. By the model,
+    it goes where the model wants, if that is a callable tool that it was shown."""
 
     def __init__(self, servers: Servers, listed: Sequence[ToolLike], config: Tools, *, embedded: bool) -> None:
         self._servers = servers
         self.config = config
         self._embedded = embedded
         self.schemas = [_openai_form(tool) for tool in _exposed(listed, config.expose)]
+        self._shown = {tool.name for tool in _exposed(listed, config.expose)}
         self.listed = [_openai_form(tool) for tool in listed]
         self._callable = _callable(listed, config.call)
 
@@ -72,10 +77,35 @@ class ToolSet:
         tool = self._callable[(first + n) % len(self._callable)]
         trip.tool, trip.reconnect_s = tool.name, self.config.reconnect_s
         arguments = arguments_for(tool.input_schema, random.Random(f"{seed}/tool/{n}"))
+        return await self._made(tool.name, arguments, f"{seed}/tool/{n}", result_tokens, trip)
+
+    async def asked(self, ask: ToolAsk, seed: str, n: int, result_tokens: int, trip: Trip) -> ToolOutcome:
+        """Tool call number `n` of the query, as the model wants it. What cannot be done, and what the server refuses, is told to the model,
+        as agents do; only where there is no answer CallError is raised."""
+        names = {tool.name for tool in self._callable}
+        trip.tool, trip.reconnect_s = ask.name if ask.name in self._shown else "?", self.config.reconnect_s
+        if n >= self.config.max_tool_calls:
+            return _refused("limit", f"not run: there may be {self.config.max_tool_calls} tool calls")
+        if ask.name not in self._shown:
+            return _refused("unknown", f"there is no tool {ask.name!r}, but {', '.join(sorted(self._shown))}")
+        if ask.name not in names:
+            return _refused("not_allowed", f"not run: {ask.name} may change something, and nobody allowed it")
+        try:
+            arguments = msgspec.json.decode(ask.arguments or "{}", type=dict[str, Any])
+        except (msgspec.MsgspecError, UnicodeError, RecursionError) as e:
+            return _refused("malformed", f"not run: the arguments are no JSON object: {e}")
+        try:
+            return await self._made(ask.name, arguments, f"{seed}/tool/{n}", result_tokens, trip)
+        except CallError as e:
+            if e.kind != "tool_protocol":
+                raise
+            return ToolOutcome(f"error: {e}", False, error=e.kind)
+
+    async def _made(self, name: str, arguments: dict[str, Any], seed: str, tokens: int, trip: Trip) -> ToolOutcome:
         # our own tools draw their latency from the query's seed, so that a query meets the same tools in every arm
-        meta = {"fanmark/seed": f"{seed}/tool/{n}", "fanmark/result_tokens": result_tokens} if self._embedded else None
+        meta = {"fanmark/seed": seed, "fanmark/result_tokens": tokens} if self._embedded else None
         timeout_s = self.config.call_timeout_s
-        result = await self._servers.call(tool.name, arguments, timeout_s=timeout_s, meta=meta, trip=trip)
+        result = await self._servers.call(name, arguments, timeout_s=timeout_s, meta=meta, trip=trip)
         return ToolOutcome(result.text, result.is_error, result.bytes, result.queued_s)
 
     def end(self, query: Hashable) -> None:
@@ -88,6 +118,10 @@ def _openai_form(tool: ToolLike) -> dict[str, Any]:
         "type": "function",
         "function": {"name": tool.name, "description": tool.description, "parameters": dict(tool.input_schema)},
     }
+
+
+def _refused(why: Literal["malformed", "unknown", "not_allowed", "limit"], text: str) -> ToolOutcome:
+    return ToolOutcome(f"error: {text}", False, refused=why)
 
 
 def _exposed(listed: Sequence[ToolLike], expose: int | list[str] | None) -> Sequence[ToolLike]:

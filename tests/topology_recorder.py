@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fanmark.agents.runtime import Author, Key, Message, Topology
+from fanmark.agents.runtime import Author, Key, Message, ToolAsk, Topology
 
 KINDS = (
     *("system", "question", "tools", "role", "instruction", "answer", "judge_instruction", "judge_answer", "action"),
@@ -74,6 +74,7 @@ class Recorder:
         times: int = 1,
         samples: int = 1,
         reasoning: bool = False,
+        may_call: bool = False,
         after: Iterable[Message] = (),
     ) -> Message:
         messages = list(prompt)
@@ -90,7 +91,9 @@ class Recorder:
         self.in_flight -= 1
         return self._keep(Message(writes, "assistant", f"reply {number}", tokens, number))
 
-    async def call_tool(self, *, writes: Key, request: Message, role: str, round: int = 1) -> Message:
+    async def call_tool(
+        self, *, writes: Key, request: Message, role: str, round: int = 1, ask: ToolAsk | None = None
+    ) -> Message:
         n = int(writes[1])
         tokens = self.sizes[n % len(self.sizes)] if self.sizes else self.lengths["tool_result"]
         waited = set() if request.source is None else {request.source}

@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from fanmark.agents.runtime import ToolAsk
 from fanmark.loadgen.errors import CallError
 from fanmark.loadgen.records import Gaps
 
@@ -39,14 +40,26 @@ class Usage(msgspec.Struct, gc=False):
     completion_tokens_details: _Details | None = None
 
 
+class _Function(msgspec.Struct, gc=False):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class _ToolCall(msgspec.Struct, gc=False):
+    index: int = 0
+    id: str | None = None
+    function: _Function | None = None
+
+
 class _Message(msgspec.Struct, gc=False):
     content: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[Any] | None = None
+    tool_calls: list[_ToolCall] | None = None
 
 
 class _Choice(msgspec.Struct, gc=False):
+    index: int = 0
     delta: _Message | None = None
     message: _Message | None = None
     text: str | None = None
@@ -66,7 +79,7 @@ class Chunk(msgspec.Struct, gc=False):
 
 class Reply(msgspec.Struct):
     """What came back. `first_at` is the first token, `answer_at` the first that is not reasoning; `gaps` counts the gaps between
-    chunks with content by log bucket (records.gap_bucket)."""
+    chunks with content by log bucket (records.gap_bucket). `asks` are the tool calls of the first choice."""
 
     text: str
     token_ids: list[int] | None
@@ -77,6 +90,7 @@ class Reply(msgspec.Struct):
     finish: str | None
     gaps: dict[int, int]
     coalesced: int
+    asks: tuple[ToolAsk, ...] = ()
 
 
 _decoder = msgspec.json.Decoder(Chunk)
@@ -113,6 +127,7 @@ class StreamParser:
 
     __slots__ = (
         "_answer_at",
+        "_asks",
         "_at",
         "_before_at",
         "_chunks",
@@ -121,6 +136,7 @@ class StreamParser:
         "_done",
         "_error",
         "_finish",
+        "_finish_at",
         "_first_at",
         "_gaps",
         "_has_cr",
@@ -139,9 +155,11 @@ class StreamParser:
         self._error: CallError | None = None
         self._done = self._closed = False
         self._text: list[str] = []
+        self._asks: dict[int, list[str]] = {}  # by index: id, name and pieces of the arguments
         self._ids: list[int] | None = None
         self._usage: Usage | None = None
         self._finish: str | None = None
+        self._finish_at = 0.0
         self._first_at: float | None = None
         self._answer_at: float | None = None
         self._before_at: float | None = None  # the instant of the chunks before the latest ones
@@ -213,12 +231,22 @@ class StreamParser:
             token_ids=self._ids,
             first_at=self._first_at,
             answer_at=self._answer_at,
-            done_at=self._at,
+            done_at=max(self._at, self._finish_at) if self._asks else self._at,  # the end of a tool call has no text
             usage=self._usage,
             finish=self._finish,
             gaps=self._gaps.counts(),
             coalesced=self._coalesced,
+            asks=tuple(ToolAsk(id, name, "".join(rest)) for _, (id, name, *rest) in sorted(self._asks.items())),
         )
+
+    def _ask(self, deltas: Sequence[_ToolCall]) -> None:
+        """More of the tool calls: a call's id and name come once, its arguments in pieces."""
+        for delta in deltas:
+            parts = self._asks.setdefault(delta.index, ["", ""])
+            parts[0] = delta.id or parts[0]
+            if delta.function is not None:
+                parts[1] = delta.function.name or parts[1]
+                parts.append(delta.function.arguments or "")
 
     def take(self, found: Sequence[tuple[float, bytes | Chunk]]) -> None:
         """More of the stream, in events: their data, or what an SDK made of them."""
@@ -244,6 +272,8 @@ class StreamParser:
                             said = delta.content
                         thought = bool(delta.reasoning or delta.reasoning_content)
                         acted = bool(delta.tool_calls)
+                        if delta.tool_calls and choice.index == 0:
+                            self._ask(delta.tool_calls)
                     if said:
                         text.append(said)
                     if choice.token_ids:
@@ -251,7 +281,7 @@ class StreamParser:
                         self._ids = [] if self._ids is None else self._ids
                         self._ids.extend(choice.token_ids)
                     if choice.finish_reason:
-                        self._finish = choice.finish_reason
+                        self._finish, self._finish_at = choice.finish_reason, at
                     if said or thought or acted:
                         if self._answer_at is None and not thought:
                             self._answer_at = at
@@ -293,8 +323,13 @@ def parse_body(body: bytes, done_at: float) -> Reply:
     if not chunk.choices:
         raise CallError("bad_reply", f"a reply without choices: {body[:200]!r}")
     choice = chunk.choices[0]
-    said = choice.text if choice.text is not None else (choice.message or _Message()).content
-    return Reply(said or "", choice.token_ids, done_at, done_at, done_at, chunk.usage, choice.finish_reason, {}, 0)
+    message = choice.message or _Message()
+    said = choice.text if choice.text is not None else message.content
+    functions = [(call.id or "", call.function or _Function()) for call in message.tool_calls or ()]
+    asks = tuple(ToolAsk(id, function.name or "", function.arguments or "") for id, function in functions)
+    return Reply(
+        said or "", choice.token_ids, done_at, done_at, done_at, chunk.usage, choice.finish_reason, {}, 0, asks
+    )
 
 
 def _decode(data: bytes | Chunk) -> Chunk:

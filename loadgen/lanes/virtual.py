@@ -16,6 +16,7 @@ from zlib import crc32
 
 import msgspec
 
+from fanmark.agents.runtime import ToolAsk
 from fanmark.loadgen.counters import Reading
 from fanmark.loadgen.endpoint import Endpoint
 from fanmark.loadgen.errors import CallError
@@ -113,7 +114,7 @@ class VirtualLane:
 class VirtualEndpoint(Endpoint):
     """A target that is an engine of its own, by a profile. Takes api, params, prices and call_timeout_s from `config`."""
 
-    def __init__(self, name: str, config: Target, profile: Profile) -> None:
+    def __init__(self, name: str, config: Target, profile: Profile, tool_calls: int = 1) -> None:
         roles = {role: msgspec.structs.replace(shape, model=None) for role, shape in config.roles.items()}
         config = msgspec.structs.replace(config, url=f"virtual:{profile.name}", urls=[], roles=roles)
         super().__init__(name, config, profile.model.id, "engine model")
@@ -124,7 +125,7 @@ class VirtualEndpoint(Endpoint):
         self._energy_known = profile.energy_known
         self.max_model_len = engine.max_model_len
         self._kv_capacity_tokens = (engine.num_blocks - 1) * engine.block_size * profile.settings.data_parallel
-        self._limits = Limits(self.model, engine.max_model_len)
+        self._limits = Limits(self.model, engine.max_model_len, auto_tool_calls=tool_calls)
         self._tokenizer = Tokenizer(words)
         self._speaker = Speaker(self._tokenizer, Lengths(), engine.max_model_len)
         local, sample = LocalTokenizer(self._tokenizer), Prose().sample
@@ -207,13 +208,15 @@ class VirtualEndpoint(Endpoint):
     def _ask(self, body: Mapping[str, Any]) -> Ask:
         """The request but for its texts, as the stub reads it. Raises ApiError."""
         rest = {name: value for name, value in body.items() if name not in _TEXTS_OF_A_CALL}
-        key = msgspec.json.encode((rest, "tools" in body))
+        answered = sum(message["role"] == "tool" for message in body.get("messages", ()))
+        key = msgspec.json.encode((rest, "tools" in body, answered))
         ask = self._asks.get(key)
         if ask is None:
             if "prompt" in body:
                 ask = parse_completions({**rest, "prompt": [0]}, self._limits, self._tokenizer)
             else:
-                short = {"messages": [{"role": "user", "content": "word"}]}
+                roles = ["user", *["tool"] * answered]  # how many results there are decides what is asked for next
+                short: dict[str, Any] = {"messages": [{"role": role, "content": "word"} for role in roles]}
                 short |= {"tools": body["tools"]} if "tools" in body else {}
                 ask = parse_chat({**rest, **short}, self._limits, self._tokenizer)
             self._asks[key] = ask
@@ -268,6 +271,7 @@ def _reply(ask: Ask, prompt_tokens: int, answers: Sequence[Answer], events: Sequ
         finish=answers[last].finish,
         gaps=gaps.counts(),
         coalesced=0,
+        asks=tuple(ToolAsk(call.id, call.name, call.arguments) for call in answers[0].calls),
     )
 
 
