@@ -13,7 +13,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_retries import Kept
+from kept import Kept
 from test_run import fanmark
 
 from fanmark.agents import topologies

@@ -10,6 +10,7 @@ import pytest
 import two_arms
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kept import Kept
 
 from fanmark.agents import topologies
 from fanmark.loadgen.clock import run_virtually
@@ -18,8 +19,7 @@ from fanmark.loadgen.errors import CallError
 from fanmark.loadgen.lanes.http import HttpError, Sent
 from fanmark.loadgen.lanes.sse import Reply
 from fanmark.loadgen.lanes.virtual import VirtualEndpoint
-from fanmark.loadgen.metrics import Collector
-from fanmark.loadgen.records import Begun, Call, Query, Window
+from fanmark.loadgen.records import Call
 from fanmark.loadgen.retries import retry_after_s, wait_s, waste
 from fanmark.loadgen.run import Run
 from fanmark.loadgen.scenario import Target
@@ -104,19 +104,6 @@ class Refusing(VirtualEndpoint):
         raise error
 
 
-class Kept(list[Query]):
-    """The journal: a list."""
-
-    def begin(self, query: Begun) -> None:
-        """Only what has ended is kept."""
-
-    def window(self, window: Window) -> None:
-        """There is none."""
-
-    def write(self, query: Query) -> None:
-        self.append(query)
-
-
 def carried_out(endpoint: Refusing, **load: Any) -> tuple[Kept, dict[str, Any], Tally]:
     scenario = two_arms.scenario(
         load={"mode": "closed", "queries": 2, "warmup": 0, **load}, workload={"answer": 20, "judge_answer": 20}
@@ -170,9 +157,7 @@ def test_amplification_counts_the_attempts_that_came_to_nothing() -> None:
     assert arms["debate"]["amplification"]["calls"]["ratio"] == pytest.approx(((6 + 2) / 2) / ((2 + 1) / 2))
     assert arms["debate"]["waste"]["seconds"] == pytest.approx(2 * (1 + 0.01))
     assert tally.arms["debate"].calls_in_flight == 0
-    samples = [s for family in Collector(tally).collect() for s in family.samples]
-    retries = {s.labels["arm"]: s.value for s in samples if s.name == "fanmark_call_retries_total"}
-    assert retries == {"single": 1, "debate": 2}
+    assert {name: arm.retries for name, arm in tally.arms.items()} == {"single": 1, "debate": 2}
 
 
 def test_what_never_passes_fails_with_its_last_attempt() -> None:
@@ -187,7 +172,7 @@ def test_what_never_passes_fails_with_its_last_attempt() -> None:
     assert arms["single"]["waste"] | {"seconds": 0} == {
         "retries": 4, "retried": {"http_429": 4}, "given_up": 0, "calls": 6, "input_tokens": 0, "output_tokens": 0, "seconds": 0,
     }  # fmt: skip
-    assert tally.arms["single"].calls["agent", "http_429"] == 2
+    assert tally.arms["single"].calls["agent", "default", "http_429"] == 2
 
 
 def test_a_query_that_is_given_up_while_it_waits_leaves_an_attempt_that_was_never_sent() -> None:

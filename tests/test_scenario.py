@@ -72,7 +72,7 @@ FILE_MISTAKES = {
     ),
     "an unknown key of the stub": (
         "[stub]\nport = 1",
-        "f.toml: [stub]: unknown key 'port': allowed are api, profile, time_scale",
+        "f.toml: [stub]: unknown key 'port': allowed are api, profile, time_scale, tool_calls",
     ),
     "an unknown key of the objective": (
         "[objective]\nquery_seconds = 1\nshare = 1",
@@ -200,9 +200,9 @@ FILE_MISTAKES = {
         '[targets.big]\nurl = "http://h/v1"\napi = "responses"',
         'f.toml: [targets.big] api = "responses": must be one of "chat", "completions"',
     ),
-    "a way to decide that is not there yet": (
-        '[tools]\ndecide = "model"',
-        'f.toml: [tools] decide = "model": must be "script"',
+    "a way to decide that there is not": (
+        '[tools]\ndecide = "dice"',
+        'f.toml: [tools] decide = "dice": must be one of "script", "model"',
     ),
     "a wrong way to share a cache": (
         '[workload]\ncache = "none"',
