@@ -83,7 +83,7 @@ class Covered:
 def queue() -> None:
     """Batch means of one window, and t over 5 repeats, at loads from a third to nine tenths."""
     for busy, servers in ((0.3, 4), (0.3, 16), (0.6, 4), (0.6, 16), (0.8, 4), (0.8, 16), (0.9, 4)):
-        true, long_s = truth(busy, servers, 60_000.0 if servers == 4 else 20_000.0)
+        true, long_s = truth(busy, servers, 200_000.0 if servers == 4 else 50_000.0)
         covered = Covered(true)
         for seed in range(SEEDS):
             for name, windows, repeats in (

@@ -138,7 +138,7 @@ def by_batches(own: Batched, base: Batched, count: int) -> tuple[float, float]:
     alone = math.fsum(x * x for _, x in own_off.values()) / len(own) ** 2
     alone += math.fsum(x * x for _, x in base_off.values()) / len(base) ** 2
     alone -= 2 * math.fsum(a[1] * b[1] for a, b in common) / pairs
-    half = _t(count - 1) * math.sqrt(max(by_time - 2 * elsewhere, by_time / 4, alone))
+    half = max(_t(count - 1) * math.sqrt(max(by_time - 2 * elsewhere, by_time / 4)), Z_95 * math.sqrt(max(alone, 0.0)))
     middle = math.log(own_mean / base_mean)
     return math.exp(middle - half), math.exp(middle + half)
 

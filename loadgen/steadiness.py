@@ -14,7 +14,8 @@ LITTLE_OFF = 0.05  # L and lambda x W may differ by so much
 LEAST_LATENCIES = 5.0  # a window is at least so many mean query latencies long
 
 # Over capacity: by the order of their due times latencies rise, by more than chance; a part of what arrived in the window is still there at
-# its end, on top of what was there before; and that part is large, or the later half's latencies are longer by more than a trifle.
+# its end, on top of what was there before; and that part is large, or the later half's latencies are longer by more than a trifle. Where
+# most were abandoned there is nothing to rank: then a large part that is left says it all.
 RISE_Z = 3.0
 LEFT_SHARE, LARGE_SHARE = 0.05, 0.2
 RISE_HALVES = 1.1
@@ -84,19 +85,19 @@ def judge(
 
 
 def over_capacity(queries: Sequence[Query], window: Window) -> bool:
-    """Whether more of an arm arrived in the window than was served."""
+    """Whether more of an arm arrived in the window than was served. One that was abandoned took longer than all that ended."""
     counted = sorted((q for q in queries if not q.warmup), key=lambda q: q.due_at)
     there = [sum(q.due_at <= at < q.done_at for q in queries) for at in (window.start_at, window.end_at)]
     left = there[1] - there[0]
     if left <= LEFT_SHARE * len(counted):
         return False
-    latencies_s = [q.done_at - q.due_at for q in counted]
+    latencies_s = [math.inf if q.outcome == "abandoned" else q.done_at - q.due_at for q in counted]
+    large = left > LARGE_SHARE * len(counted)
+    if large and 2 * latencies_s.count(math.inf) > len(counted):
+        return True
     middle = len(latencies_s) // 2
     early, late = latencies_s[:middle], latencies_s[middle:]
-    if not early:
-        return False
-    grew = math.fsum(late) / len(late) > RISE_HALVES * math.fsum(early) / len(early)
-    if not grew and left <= LARGE_SHARE * len(counted):
+    if not early or not (large or sum(late) / len(late) > RISE_HALVES * sum(early) / len(early)):
         return False
     return rise_z(latencies_s[:: -(-len(latencies_s) // _LOOKED_AT)]) > RISE_Z
 

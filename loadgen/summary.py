@@ -40,7 +40,7 @@ def summarise_arms(
     for arm in scenario.arms:
         mine = [query for query in queries if query.arm == arm.name]
         own = [window for window in windows if arm.name in window.arms]
-        verdicts = _verdicts(scenario, queries, arm, mine, own, kv)
+        verdicts = _verdicts(scenario, queries, arm, mine, own, kv, cut=cut_at is not None)
         by_arm[arm.name] = Counted([query for query in mine if not query.warmup], own, verdicts)
     found: dict[str, Any] = {}
     for arm in scenario.arms:
@@ -60,13 +60,15 @@ def _verdicts(
     mine: Sequence[Query],
     windows: Sequence[Window],
     kv: Sequence[tuple[float, float]] | None,
+    *,
+    cut: bool,
 ) -> list[Verdict]:
-    """One on each of an arm's windows."""
+    """One on each of an arm's windows. What a run that was cut short left over says nothing of its capacity."""
     found = []
     for window in windows:
         beside = [q for q in queries if q.repeat == window.repeat and q.arm in window.arms]
         own = [q for q in mine if q.repeat == window.repeat]
-        found.append(judge(own, beside, window, kv, open_loop=scenario.load_of(arm).mode == "open"))
+        found.append(judge(own, beside, window, kv, open_loop=scenario.load_of(arm).mode == "open" and not cut))
     return found
 
 

@@ -42,18 +42,24 @@ def p90(latencies_s: Iterable[float]) -> float:
     return ordered[max(0, -(-9 * len(ordered) // 10) - 1)]
 
 
+Stands = Literal["on", "over", "given up"]
+
+
 def lead_in(
     seen: Mapping[int, Sequence[float]], elapsed_s: float, warmup: Mapping[int, int], duration_s: float
-) -> Literal["on", "over", "given up"]:
-    """Where the lead-in stands. `seen`: latencies by arm in the order of their ends; `warmup`: how many must have ended, of each arm."""
-    all_s = [latency_s for arm in warmup for latency_s in seen.get(arm, ())]
-    enough = all(len(seen.get(arm, ())) >= max(1, least) for arm, least in warmup.items())
-    if enough and elapsed_s >= LEAD_IN_LATENCIES * p90(all_s):
+) -> Stands:
+    """Where the lead-in stands: over when it is for all arms, given up when it is for one. `seen`: latencies by arm in the order of their
+    ends; `warmup`: how many must have ended, of each arm."""
+    stands = {_of_arm(seen.get(arm, ()), elapsed_s, least, duration_s) for arm, least in warmup.items()}
+    return "given up" if "given up" in stands else "on" if "on" in stands else "over"
+
+
+def _of_arm(latencies_s: Sequence[float], elapsed_s: float, least: int, duration_s: float) -> Stands:
+    if not latencies_s:
+        return "given up" if elapsed_s >= max(duration_s, MOST_SILENCE_S) else "on"
+    if len(latencies_s) >= least and elapsed_s >= LEAD_IN_LATENCIES * p90(latencies_s):
         return "over"
-    firsts_s = [latency_s for arm in warmup for latency_s in seen.get(arm, ())[:FIRST]]
-    silent = any(not seen.get(arm) for arm in warmup)
-    most_s = max(duration_s, MOST_SILENCE_S if silent else MOST_LATENCIES * max(firsts_s, default=0.0))
-    return "given up" if elapsed_s >= most_s else "on"
+    return "given up" if elapsed_s >= max(duration_s, MOST_LATENCIES * max(latencies_s[:FIRST])) else "on"
 
 
 def matched(rates: Mapping[str, float], calls_s: Mapping[str, float], base: str) -> tuple[dict[str, float], float]:

@@ -112,7 +112,7 @@ def test_by_batches_on_paper() -> None:
     own = {0: (0, 1.0), 1: (0, 3.0), 2: (1, 3.0), 3: (1, 1.0)}
     base = {10 + i: (i // 2, 2.0) for i in range(4)}
     low, high = by_batches(own, base, 2)
-    half = 12.706205 * math.sqrt(4 * 0.25 / 16)
+    half = 1.959964 * math.sqrt(4 * 0.25 / 16)
     assert (low, high) == pytest.approx((math.exp(-half), math.exp(half)), rel=1e-6)
     # and where the batches differ, their sums: 1/2 more in one, 1/2 less in the other, each over 2; times 2 / 1
     own = {0: (0, 3.0), 1: (0, 3.0), 2: (1, 1.0), 3: (1, 1.0)}

@@ -43,6 +43,8 @@ LEAD_INS = [
     ({0: [1.0, 2, 3, 4, 5, 6, 9, 9]}, 49.9, {0: 99}, 30.0, "on"),  # the longest of the first five is 5
     ({0: [1.0, 2, 3, 4, 5, 6, 99, 99, 99]}, 50.0, {0: 2}, 30.0, "given up"),
     ({0: [1.0, 2, 3, 4, 5, 6, 99, 99, 99]}, 50.0, {0: 2}, 60.0, "on"),  # it may be as long as the window
+    ({0: [1.0, 2, 3, 4, 5, 6, 99, 99, 99]}, 50.0, {0: 2, 1: 2}, 30.0, "given up"),  # whatever the other arm may come to
+    ({0: [1.0] * 9}, 50.0, {0: 2, 1: 2}, 30.0, "on"),  # one has ended its lead-in, the other's first query takes long
     ({}, 599.0, {0: 2}, 30.0, "on"),
     ({}, 600.0, {0: 2}, 30.0, "given up"),
 ]
@@ -139,6 +141,17 @@ def test_latency_that_grows_with_the_queue_is_over_capacity(excess: float) -> No
     assert (verdict.steady, verdict.over_capacity) == (False, True)
     assert verdict.reason.startswith("over capacity: more arrives than is served")
     assert not judge(queries, queries, WINDOW, open_loop=False).over_capacity  # users wait for answers
+
+
+@pytest.mark.parametrize("served", [0, 20, 90])
+def test_what_is_abandoned_took_longer_than_all_that_ended(served: int) -> None:
+    """Of the two hundred in the window, those after the first few are given up at one instant: the later, the sooner."""
+    queries = stream(DUE, [4.0 if at < 20 + served / 2 else 200.0 - at for at in DUE])
+    for query in queries:
+        if query.due_at >= 20 + served / 2:
+            query.outcome = "abandoned"
+    verdict = judge(queries, queries, WINDOW, open_loop=True)
+    assert verdict.over_capacity and verdict.reason.startswith("over capacity")
 
 
 def test_a_window_without_a_query_is_not_steady() -> None:
