@@ -24,6 +24,8 @@ from fanmark.loadgen.traces import Trace, replay, unique_request
 from fanmark.loadgen.validate import grid_table, validate_grid
 from fanmark.servers.profiles import Profile, ProfileError, load_chip, load_model, load_profile, prior_profile
 
+pytestmark = pytest.mark.slow
+
 DATA = Path(__file__).parent / "data"
 GRIDS = {"qwen3-30b-a3b@h100": ("moe30b", 10_800), "qwen3-32b@h100": ("dense32b", 3_450)}
 

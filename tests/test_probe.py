@@ -15,6 +15,8 @@ from fanmark.loadgen.simulate import Options, simulate, with_profile
 from fanmark.loadgen.traces import replay
 from fanmark.servers.profiles import Profile, load_profile
 
+pytestmark = pytest.mark.slow
+
 
 def simulated(scenario: str, profile: str, out: Path) -> Path:
     """The folder of a bundled scenario against this profile in virtual time."""

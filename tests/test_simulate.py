@@ -84,6 +84,7 @@ def test_quickstart_counts_exactly(tmp_path: Path, api: str) -> None:
     assert server["engine_joules"] > server["engine_busy_s"] * 100  # no H100 at work takes less than 100 W
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path: Path) -> None:
     flags = ["simulate", "--queries", "3", "--rate", "1"]
     for out, more in (("a", []), ("b", ["--json"]), ("c", ["--seed", "8"])):
@@ -96,6 +97,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path: Path)
     assert all(a != c for a, c in zip(contents["a"], contents["c"], strict=True))
 
 
+@pytest.mark.slow
 def test_the_resolved_scenario_repeats_it(tmp_path: Path) -> None:
     first = fanmark("simulate", "--queries", "2", "--profile", "qwen3-32b@h100", "--out", str(tmp_path / "a"))
     again = fanmark("simulate", str(tmp_path / "a" / "scenario.toml"), "--out", str(tmp_path / "b"))
@@ -182,6 +184,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("flags", "said"), MISTAKES)
+@pytest.mark.slow
 def test_a_mistake_is_one_line(tmp_path: Path, flags: list[str], said: str) -> None:
     done = fanmark("simulate", *flags, "--out", str(tmp_path / "run"))
     assert (done.returncode, done.stdout) == (2, "")
@@ -195,6 +198,7 @@ def test_the_command_is_kept_without_where_and_how_it_prints() -> None:
     assert repeatable(command) == ["simulate", "x.toml", "--seed", "3"]
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_is_one_line(tmp_path: Path) -> None:
     run = f"ulimit -f 8; exec {sys.executable} -m fanmark.loadgen.cli simulate --queries 9 --out {tmp_path}/run"
     done = subprocess.run(["bash", "-c", run], capture_output=True, text=True, timeout=60)
@@ -202,6 +206,7 @@ def test_a_disk_that_is_full_is_one_line(tmp_path: Path) -> None:
     assert done.stderr == f"fanmark: {tmp_path}/run: cannot be written any more (File too large)\n"
 
 
+@pytest.mark.slow
 def test_interrupt_writes_what_was_simulated(tmp_path: Path) -> None:
     command = [
         sys.executable,

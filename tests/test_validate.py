@@ -38,6 +38,7 @@ def worst(result: dict[str, Any], statistic: str) -> float:
     return max(abs(float(result[metric]["off_pct"][statistic])) for metric in Served._fields)
 
 
+@pytest.mark.slow
 def test_a_law_fitted_on_the_first_half_predicts_the_second() -> None:
     result = validate_trace(TRACES / "RTXPRO6000_Qwen3-32B", fit_on_half=True, iterations=3)
     assert (result["requests"], result["fitted_on"]) == (150, 150)
