@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test lint test-vllm constraints
+.PHONY: run test lint test-vllm test-mcp constraints
 
 run: .venv/ready
 	$(BIN)/fanmark run
@@ -20,6 +20,11 @@ lint: .venv/ready
 test-vllm: .venv/ready
 	$(PYTHON) tests/vllm/setup_vllm.py
 	$(BIN)/pytest -m vllm tests/vllm
+
+# Eight MCP servers that others wrote, installed by npm and pip into a folder of their own, which is kept. Needs node 20.
+test-mcp: .venv/ready
+	$(PYTHON) tests/mcp/setup_mcp.py
+	$(BIN)/pytest -m mcp tests/mcp
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

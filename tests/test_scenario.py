@@ -202,7 +202,7 @@ FILE_MISTAKES = {
     ),
     "a way to decide that there is not": (
         '[tools]\ndecide = "dice"',
-        'f.toml: [tools] decide = "dice": must be one of "script", "model"',
+        'f.toml: [tools] decide = "dice": must be one of "model", "script"',
     ),
     "a wrong way to share a cache": (
         '[workload]\ncache = "none"',
