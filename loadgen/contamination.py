@@ -4,7 +4,18 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+_PIECE_BYTES, _PIECE_IDS = 32, 16
 _WITHIN_BLOCK_TOKENS = 15  # two texts may share the start of their wording, but not a block of 16 tokens
+
+
+def pieces(content: str | Sequence[int]) -> list[tuple[Hashable, int]]:
+    """A text that is not ours, with a bound of the tokens of each piece: such texts may begin alike, and then as many pieces are."""
+    if isinstance(content, str):
+        data = content.encode()
+        cut: list[Hashable] = [data[i : i + _PIECE_BYTES] for i in range(0, len(data), _PIECE_BYTES)]
+    else:
+        cut = [tuple(content[i : i + _PIECE_IDS]) for i in range(0, len(content), _PIECE_IDS)]
+    return [(piece, len(piece)) for piece in cut]  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +69,7 @@ class Explained:
         last = prompt.prefixes[-1][1] if prompt.prefixes else prompt.salt
         self._own.setdefault(prompt.query, Counter())[hash((last, reply))] += 1
 
-    def forget(self, query: Hashable) -> None:
-        """Drops what belongs to one query."""
-        self._own.pop(query, None)
+    def forget(self, query: Hashable, keep: int = 0) -> None:
+        """Drops what belongs to one query, unless there is so little of it."""
+        if not keep or len(self._own.get(query, ())) > keep:
+            self._own.pop(query, None)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
@@ -11,7 +11,9 @@ from typing import Any
 from fanmark.agents.runtime import Author, Expected, Key, Message, Topology
 from fanmark.loadgen.arms import resolve_params
 from fanmark.loadgen.lengths import Dist, draw_int
+from fanmark.loadgen.questions import Question, about_tokens, asked
 from fanmark.loadgen.scenario import KINDS, RUN_KINDS, Arm, Scenario, Workload
+from fanmark.loadgen.users import QUESTION, TOLD
 
 SYSTEM = (
     "You are one of several assistants that answer questions for engineers and planners. Think step by step, state your assumptions, "
@@ -32,7 +34,7 @@ QUESTIONS = (
 @dataclass(frozen=True, slots=True)
 class Demand:
     """One query of one arm: its number (negative: warm-up), drawn lengths by kind, its topology and the params as drawn; in a mix, which
-    part of the arm it is."""
+    part of the arm it is; of a file's questions the one that is asked."""
 
     arm: str
     query: int
@@ -41,14 +43,24 @@ class Demand:
     seed: str
     topology: Topology
     part: str | None = None
+    asked: Question | None = None
+
+    @property
+    def system(self) -> str:
+        """What the system message says that all agents share."""
+        return SYSTEM if self.asked is None or self.asked.system is None else self.asked.system
 
     @property
     def question(self) -> str:
         """The question."""
+        if self.asked is not None:
+            return self.asked.text
         return f"{QUESTIONS[self.query % len(QUESTIONS)]} Use the tools you have, if any."
 
     def message(self, key: Key, text: str, author: Author = "user", *, per_query: bool = False) -> Message:
         """A message as the topology asks for it; see agents' Runtime."""
+        if self.asked is not None and (key == ("question",) or (key[0] == "system" and self.asked.system is not None)):
+            return Message(key, author, text, about_tokens(text), per_query=True)
         if per_query:  # the number comes first, so that no two queries share a block from here on
             text = f"Question {self.query}. {text}"
         return Message(key, author, text, self.lengths[str(key[0])], per_query=per_query)
@@ -86,7 +98,37 @@ def draw_demand(scenario: Scenario, arm: Arm, topologies: Mapping[str, Topology]
     )
     if by_model is not None:
         topology, params = by_model, dataclasses.replace(params, tool_calls=scenario.tools.max_tool_calls)
-    return Demand(name, query, lengths, params, f"{scenario.seed}/{query}", topology, part)
+    demand = Demand(name, query, lengths, params, f"{scenario.seed}/{query}", topology, part)
+    question = asked(scenario.questions, query)
+    return demand if question is None else _asking(demand, question)
+
+
+def _asking(demand: Demand, question: Question) -> Demand:
+    """The demand with a question of a file, whose own limit holds for what a judge answers where there is one, else for every answer."""
+    lengths = {**demand.lengths, "question": about_tokens(question.text)}
+    if question.system is not None:
+        lengths["system"] = about_tokens(question.system)
+    asking = dataclasses.replace(demand, lengths=lengths, asked=question)
+    if question.max_tokens is not None:
+        expected = demand.topology.expected
+        writes = {"judge_answer": 1} if expected is None else expected(demand.params, asking).writes
+        final = {"judge_answer"} if writes.get("judge_answer") else {"answer"}
+        for kind in final | ({"answer"} if expected is None else set()):
+            lengths[kind] = min(lengths[kind], question.max_tokens)
+    return asking
+
+
+def word_for_word(message: Message, query: int, questions: Sequence[Question]) -> Sequence[tuple[Author, str]] | None:
+    """What a message of query number `query` says as a file has it, author by author; None where its text is made."""
+    key = message.key
+    if key[0] == TOLD:
+        query, key = int(key[1]), key[2:]
+    question = asked(questions, query)
+    if question is None:
+        return None
+    if key == QUESTION:
+        return question.messages
+    return [("system", message.text)] if key[0] == "system" and question.system is not None else None
 
 
 @lru_cache(64)

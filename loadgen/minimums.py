@@ -26,6 +26,8 @@ def check_lengths(scenario: Scenario, topologies: Mapping[str, Topology], endpoi
             kinds = {str(key[0]) for key in demand.topology.expected(demand.params, demand).reads} & scenario_kinds(
                 demand.lengths
             )
+            if demand.asked is not None:  # as long as it is, and that is enough
+                kinds -= {"question"} if demand.asked.system is None else {"question", "system"}
             for kind in kinds:
                 author = "system" if kind == "system" else "user"
                 first = kind == "system" or (kind == "question" and demand.lengths["system"] == 0)

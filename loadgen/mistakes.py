@@ -131,7 +131,7 @@ def _one_allowed(found: inspect.Type) -> str:
         case inspect.BoolType():
             return "true or false"
         case inspect.StrType():
-            return "a text in quotes"
+            return "a text in quotes" if not found.min_length else "a text in quotes, not an empty one"
         case inspect.ListType() if isinstance(found.item_type, inspect.StrType):
             return "a list of texts, as [...]"
         case inspect.ListType():

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from fanmark.agents.runtime import Author, Message
 from fanmark.loadgen.errors import CallError, ScenarioError
+from fanmark.loadgen.questions import CHARS_PER_TOKEN
 from fanmark.servers.prose import Prose, cut
 
-CHARS_PER_TOKEN = 4.5  # of prose, where nobody tells: vocabularies of 100,000 tokens and more differ by a few per cent
 _LEAST_PROSE_CHARS = 24
 
 W = TypeVar("W")
@@ -29,7 +29,8 @@ Count = Callable[[str], Awaitable[int]]
 
 class Text(NamedTuple):
     """What a message says, before it is made as long as it must be: `stem`, then prose drawn from `seed`, `tokens` in all (its share of
-    the template included). `first`: it opens the prompt; `opening` is the salted line that then comes before the stem, if any."""
+    the template included). `first`: it opens the prompt; `opening` is the salted line that then comes before the stem, if any. `whole`:
+    the stem as it is, however long, and nothing after it."""
 
     author: Author
     stem: str
@@ -37,6 +38,7 @@ class Text(NamedTuple):
     seed: str
     first: bool = False
     opening: str = ""
+    whole: bool = False
 
 
 class Part(NamedTuple):
@@ -51,6 +53,11 @@ class Part(NamedTuple):
     def seen(self) -> str:
         """All that it says, as a text of its own."""
         return f"{self.content}{json.dumps(self.fields)}" if self.fields else str(self.content)
+
+    @property
+    def most(self) -> int:
+        """Its size, or a bound where that is not known."""
+        return len(self.seen) if self.size is None else self.size
 
 
 def tool_fields(message: Message) -> dict[str, Any]:
@@ -189,6 +196,8 @@ class ChatPrompts(_Kept):
 
     async def _made(self, text: Text) -> Part:
         stem = f"{text.opening}\n{text.stem}" if text.opening else text.stem
+        if text.whole:
+            return await self._whole(text.author, stem, text.first)
         if self._template is None:
             chars = max(1, round(text.tokens * self._chars_per_token))
             content = f"{stem} {self._prose.text(text.seed, chars + _LEAST_PROSE_CHARS)}".lstrip()
@@ -212,6 +221,12 @@ class ChatPrompts(_Kept):
         if self._count_part is not None and self._count_part(stem) <= n:
             return Part(sum_up(stem, n, prose, self._chars_per_token, words, self._count_part), text.tokens)
         return Part(await compose(stem, n, prose, self._chars_per_token, words, count), text.tokens)
+
+    async def _whole(self, author: Author, content: str, first: bool) -> Part:
+        counted = await self.reply_size(author, content)
+        if counted is None or self._template is None:
+            return Part(content, None)
+        return Part(content, counted[1] + self._template.share(author, first))
 
     async def reply_part(self, author: Author, text: str, ids: list[int] | None) -> Part:
         """A reply or a tool's result goes back as it is; its size is asked for after the query."""
@@ -248,6 +263,9 @@ class TokenPrompts(_Kept):
 
     async def _made(self, text: Text) -> Part:
         stem = f"{text.opening}\n{text.stem}" if text.opening else text.stem
+        if text.whole:
+            ids = await self._tokenizer.encode(stem)
+            return Part(ids, len(ids))
         chars = round((text.tokens + _spread(text.tokens)) * self._chars_per_token)
         ids = (await self._tokenizer.encode(f"{stem} {self._prose.text(text.seed, chars)}"))[: text.tokens]
         words = filler(self._word_ids, text.seed)

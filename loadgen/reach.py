@@ -73,7 +73,7 @@ async def reach(
         endpoints[name] = await connect(name, target, now, time_scale=place.time_scale, source=scenario.source)
         stack.push_async_callback(endpoints[name].lane.close)
         if tools is not None:
-            await endpoints[name].expose(tools.schemas, system=scenario.workload.system != 0)
+            await endpoints[name].expose(tools.schemas, system=scenario.system_message)
     next(iter(endpoints.values())).notes += place.caveats
     check_lengths(scenario, topologies, endpoints)
     return Reached(endpoints, tools)

@@ -28,6 +28,7 @@ from fanmark.loadgen.walk import walk
 from fanmark.loadgen.world import World
 
 GRACE_S = 5.0  # what running queries get after the first interrupt
+LINE_PROMPTS = 5_000  # of a file's line, so many are remembered from query to query
 DRAIN_S = 30.0  # how long arms that run apart wait for the server to be empty
 DRAIN_LOOK_S = 0.25
 
@@ -145,6 +146,7 @@ class Run:
             time_scale=time_scale,
             worker=self._crew.index,
             arms=self._arms,
+            questions=scenario.questions,
         )
 
     def _salt(self, run: str, arm: str, query: int, call: int) -> str | None:
@@ -321,7 +323,7 @@ class Run:
             for number in over:
                 endpoint.prompts.forget(f"{self.scenario.seed}/{number}")
         if self.scenario.workload.cache != "run" and (session is None or session.turn == session.turns):
-            self._explained.forget((query.arm, query.query if session is None else session.first))
+            self._explained.forget((query.arm, runtime.owner), keep=LINE_PROMPTS if self.scenario.questions else 0)
 
     async def _account(self, query: Query, runtime: QueryRuntime) -> None:
         """What the query cost, and where that differs from its closed form."""

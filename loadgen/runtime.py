@@ -12,8 +12,8 @@ import msgspec
 from fanmark.agents.runtime import Author, Key, Message, ToolAsk
 from fanmark.loadgen import retries
 from fanmark.loadgen.budget import Cost, Promise
-from fanmark.loadgen.contamination import Prompt
-from fanmark.loadgen.demand import SYSTEM, Demand, unquoted
+from fanmark.loadgen.contamination import Prompt, pieces
+from fanmark.loadgen.demand import Demand, unquoted, word_for_word
 from fanmark.loadgen.endpoint import Endpoint
 from fanmark.loadgen.errors import CallError, Stopped
 from fanmark.loadgen.lanes.http import HttpError, Sent
@@ -59,6 +59,12 @@ class QueryRuntime:
         """The session's turns before this query."""
         return self.session.told if self.session is not None else ()
 
+    @property
+    def owner(self) -> Hashable:
+        """Whose the query's traffic is: its own, its session's, or that of all who ask a file's line, who may be told the same."""
+        number = self.demand.query if self.session is None else self.session.first
+        return ("line", number % len(self.world.questions)) if self.world.questions else number
+
     def as_turn(self) -> Turn | None:
         """The query as the session's later turns tell it: with the reply that was there last; None where there is none."""
         last = written_last(self.calls, self.numbers)
@@ -70,7 +76,7 @@ class QueryRuntime:
 
     @cached_property
     def system(self) -> Message:
-        return self.message(("system",), SYSTEM, "system")
+        return self.message(("system",), self.demand.system, "system")
 
     @cached_property
     def question(self) -> Message:
@@ -325,11 +331,15 @@ class QueryRuntime:
                 if part.size is not None:
                     self.sizes[message.key] = part.size
             elif message.tokens > 0:
-                first = not prompt
-                seed = text_seed(message, self.world.seed, self.demand.seed)
-                text = Text(message.author, message.text, message.tokens, seed, first, opening if first else "")
-                part = await endpoint.prompts.part(text)
-                self.sizes[message.key] = part.size
+                parts: list[tuple[Key, Author, Part]] = []
+                for text in self._texts(message):
+                    first = not prompt and not parts
+                    made = text._replace(first=first, opening=opening if first else "")
+                    parts.append((message.key, text.author, await endpoint.prompts.part(made)))
+                sizes = [part.size for _, _, part in parts]
+                self.sizes[message.key] = sum(size or 0 for size in sizes) if None not in sizes else None
+                prompt += parts
+                continue
             else:
                 continue
             prompt.append((message.key, message.author, part))
@@ -339,6 +349,14 @@ class QueryRuntime:
                 place = 1 if prompt and prompt[0][0] == ("system",) else 0
                 prompt.insert(place, (("tools",), "system", endpoint.tool_part))
         return prompt
+
+    def _texts(self, message: Message) -> list[Text]:
+        """A message's texts, which are several only where a file says so."""
+        seed = text_seed(message, self.world.seed, self.demand.seed)
+        given = word_for_word(message, self.demand.query, self.world.questions)
+        if given is None:
+            return [Text(message.author, message.text, message.tokens, seed)]
+        return [Text(author, text, 0, seed, whole=True) for author, text in given]
 
     def _traffic(
         self,
@@ -352,18 +370,19 @@ class QueryRuntime:
         messages other queries send too; arms with one salt between them also share what belongs to a query."""
         if salt is None:
             return None
-        own = {m.key for m in messages if m.per_query or m.source is not None}
+        given = {m.key for m in messages if word_for_word(m, self.demand.query, self.world.questions) is not None}
+        own = {m.key for m in messages if m.per_query or m.source is not None} - given
         listed: list[tuple[Hashable, int]] = []
         if tools is not None and not any(key == ("tools",) for key, _, _ in prompt):
             listed.append(("tools", tools.size or 0))
-        first_own = next((i for i, (key, _, _) in enumerate(prompt) if key in own), len(prompt)) + len(listed)
+        first_own = None
+        for key, _, part in prompt:
+            first_own = len(listed) if first_own is None and key in own else first_own
+            listed += pieces(part.content) if key in given else [(part.seen, part.most)]
         if salt not in (self.world.run_id, f"{self.world.run_id}-{self.demand.arm}"):
             first_own = 0  # a salt of this query, or of this call
-        owner = self.demand.query if self.session is None else self.session.first
-        query = owner if salt == self.world.run_id else (self.demand.arm, owner)
-        for _, _, part in prompt:
-            listed.append((part.seen, len(part.seen) if part.size is None else part.size))
-        return self.world.explained.sent(salt, query, listed, first_own)
+        query = self.owner if salt == self.world.run_id else (self.demand.arm, self.owner)
+        return self.world.explained.sent(salt, query, listed, len(listed) if first_own is None else first_own)
 
     def _count(self, call: Call, reply: Reply) -> None:
         usage = reply.usage

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from fanmark.loadgen.lengths import Dist
+from fanmark.loadgen.questions import Question
 
 Tokens = Annotated[int, msgspec.Meta(ge=0)] | Dist
 Positive = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
@@ -110,7 +111,7 @@ class Stub(Table, frozen=True):
 
 
 class Workload(Table, frozen=True):
-    """Token lengths by kind of message; 0: no such message."""
+    """Token lengths by kind of message; 0: no such message. The questions of a `file` are as long as they are."""
 
     system: Tokens = 300
     question: Tokens = 200
@@ -128,11 +129,12 @@ class Workload(Table, frozen=True):
     turn: Tokens = 100
     compaction_instruction: Tokens = 60
     compaction: Tokens = 1000
+    file: str | None = None
     lengths: Literal["forced", "natural"] = "forced"
     cache: Literal["arm", "run", "query", "call", "warm"] = "arm"
 
 
-KINDS = tuple(f.name for f in msgspec.structs.fields(Workload) if f.name not in ("lengths", "cache"))
+KINDS = tuple(f.name for f in msgspec.structs.fields(Workload) if f.name not in ("file", "lengths", "cache"))
 ANSWER_KINDS = ("answer", "judge_answer", "action", "critique", "plan", "vote", "turn", "compaction")
 RUN_KINDS = ("system", "role")  # drawn once a run, so that all queries share them
 
@@ -237,12 +239,13 @@ class Arm(Table, frozen=True):
     params: dict[str, Any] = {}
 
 
+QUESTIONS = "questions.jsonl"  # the workload's file in a run's folder
 PART_KEYS = frozenset({"name", "weight", "topology", "preset", "workload"})  # of a part of a mix, beside its topology's
 ARM_KEYS = frozenset(field.name for field in msgspec.structs.fields(Arm)) - {"params"}
 
 
 class Scenario(Table, frozen=True):
-    """A checked scenario. `targets` is empty when the embedded stub stands in."""
+    """A checked scenario. `targets` is empty when the embedded stub stands in; `questions` are those of the workload's file."""
 
     name: str
     seed: int
@@ -255,6 +258,12 @@ class Scenario(Table, frozen=True):
     objective: Objective | None
     budget: Budget | None
     source: str
+    questions: list[Question] = []
+
+    @property
+    def system_message(self) -> bool:
+        """Whether prompts begin with a system message that all agents share."""
+        return self.workload.system != 0 or (bool(self.questions) and self.questions[0].system is not None)
 
     def workload_of(self, arm: Arm) -> Workload:
         """The workload with the arm's own lengths."""
@@ -292,6 +301,8 @@ def resolved(scenario: Scenario) -> dict[str, Any]:
     table: dict[str, Any] = msgspec.to_builtins(scenario)
     arms = [_flat(arm) for arm in table.pop("arms")]
     del table["source"]
+    if table.pop("questions"):
+        table["workload"]["file"] = QUESTIONS
     if table["targets"]:
         del table["stub"]
     return table | {"arm": arms}

@@ -14,9 +14,12 @@ from fanmark.loadgen.arms import arm_of, check_arms
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.lengths import Dist
 from fanmark.loadgen.mistakes import convert, show
+from fanmark.loadgen.question_file import read_questions
+from fanmark.loadgen.questions import Question
 from fanmark.loadgen.redaction import is_secret_name
 from fanmark.loadgen.scenario import (
     ANSWER_KINDS,
+    Arm,
     Budget,
     Load,
     Objective,
@@ -65,8 +68,11 @@ def read(name_or_file: str) -> tuple[dict[str, Any], str]:
     """The raw table of a TOML file or a bundled scenario, and the name to use in messages."""
     path = Path(name_or_file)
     if path.suffix != ".toml" and name_or_file in bundled():
-        text = files("fanmark.loadgen").joinpath("scenarios", f"{name_or_file}.toml").read_text()
-        return tomllib.loads(text), name_or_file
+        folder = files("fanmark.loadgen").joinpath("scenarios")
+        raw = tomllib.loads(folder.joinpath(f"{name_or_file}.toml").read_text())
+        if "file" in raw.get("workload", {}):
+            raw["workload"]["file"] = str(folder.joinpath(raw["workload"]["file"]))
+        return raw, name_or_file
     try:
         return tomllib.loads(path.read_text()), str(path)
     except (OSError, UnicodeDecodeError) as e:
@@ -108,10 +114,24 @@ def check(raw: Mapping[str, Any], source: str, topologies: Mapping[str, Topology
         objective=file.objective,
         budget=file.budget,
         source=source,
+        questions=_questions(file.workload, arms, source),
     )
     _check_lengths(scenario, source)
     _check_match(scenario, source)
     return scenario
+
+
+def _questions(workload: Workload, arms: Sequence[Arm], source: str) -> list[Question]:
+    """Those of the workload's file, which stands beside the scenario."""
+    for arm in [each for whole in arms for each in (whole, *whole.mix)]:
+        if "file" in arm.workload:
+            raise ScenarioError(
+                f"{source}: arm {arm.name!r}: workload file = {show(arm.workload['file'])}: all arms are asked the same: "
+                "give it to [workload]"
+            )
+    if workload.file is None:
+        return []
+    return read_questions(Path(source).parent / workload.file, f"{source}: [workload] file = {show(workload.file)}")
 
 
 def _check_match(scenario: Scenario, source: str) -> None:

@@ -25,6 +25,7 @@ from fanmark.loadgen.link import Ended
 from fanmark.loadgen.live import Progress, tell
 from fanmark.loadgen.metrics import Metrics
 from fanmark.loadgen.metrics_server import Scrapes, hold, serve, texts_of
+from fanmark.loadgen.question_file import write_questions
 from fanmark.loadgen.reach import Reached, reach, settle
 from fanmark.loadgen.records import Journal, read_queries, read_windows
 from fanmark.loadgen.report.write import write_report
@@ -32,7 +33,7 @@ from fanmark.loadgen.results import assemble, so_far, write_summary
 from fanmark.loadgen.run import GRACE_S, Run
 from fanmark.loadgen.run_clock import RunClock
 from fanmark.loadgen.samples import Sampler, kv_use, read_samples
-from fanmark.loadgen.scenario import Scenario, resolved
+from fanmark.loadgen.scenario import QUESTIONS, Scenario, resolved
 from fanmark.loadgen.shaping import target_key
 from fanmark.loadgen.tally import Tally
 from fanmark.loadgen.target import HttpEndpoint
@@ -239,6 +240,8 @@ def open_folder(out: Path, scenario: Scenario, *, through: bool = False) -> Jour
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "scenario.toml").write_text(tomli_w.dumps(_without_none(resolved(scenario))))
+        if scenario.questions:
+            write_questions(out / QUESTIONS, scenario.questions)
         return Journal(out, through=through)
     except OSError as e:
         raise ScenarioError(f"--out {out}: cannot be written ({e.strerror}): give another folder") from None

@@ -101,7 +101,7 @@ async def _simulate(
     tools = _tools(scenario) if uses_tools(scenario, topologies) else None
     if tools is not None:
         for endpoint in endpoints.values():
-            await endpoint.expose(tools.schemas, system=scenario.workload.system != 0)
+            await endpoint.expose(tools.schemas, system=scenario.system_message)
     await check_roles(scenario, topologies)
     check_lengths(scenario, topologies, endpoints)
     tally = Tally({arm.name: arm.topology for arm in scenario.arms}, scenario.baseline.name)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fanmark.agents.runtime import Author, Key, Message, Topology
-from fanmark.loadgen.demand import SYSTEM, Demand
+from fanmark.loadgen.demand import Demand
 from fanmark.loadgen.users import Turn, turn_of, with_told
 
 
@@ -42,7 +42,7 @@ class _Walk:
 
     @property
     def system(self) -> Message:
-        return self.message(("system",), SYSTEM, "system")
+        return self.message(("system",), self.demand.system, "system")
 
     @property
     def question(self) -> Message:

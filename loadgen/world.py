@@ -1,12 +1,13 @@
 """What all queries of a run share, and what they are handed of it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from fanmark.loadgen.contamination import Explained
 from fanmark.loadgen.endpoint import Endpoint
 from fanmark.loadgen.gate import Gate
+from fanmark.loadgen.questions import Question
 from fanmark.loadgen.records import Call
 from fanmark.loadgen.scenario import Arm
 from fanmark.loadgen.tool_calls import ToolUse
@@ -40,3 +41,4 @@ class World:
     time_scale: float = 1.0
     worker: int = 0
     arms: Mapping[str, Arm] = field(default_factory=dict)
+    questions: Sequence[Question] = ()
