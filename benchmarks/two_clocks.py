@@ -48,7 +48,7 @@ def differences(real: dict[str, Any], virtual: dict[str, Any]) -> list[tuple[str
 def main() -> None:
     parser = argparse.ArgumentParser(usage=__doc__, add_help=False)
     parser.add_argument("--time-scale", type=float, default=5.0)
-    parser.add_argument("--round-trip", type=float, default=0.0065)
+    parser.add_argument("--round-trip", type=float, default=0.002)
     own, flags = parser.parse_known_args()
     real, virtual = both(flags, own.time_scale, own.round_trip)
     for name, title, a, b, off in differences(real, virtual):

@@ -152,10 +152,10 @@ class Tools(Table, frozen=True):
     connections of its own. `decide` "model": the model's own tool calls run, at most `max_tool_calls` a query. A call waits `reconnect_s`
     for a server that does not listen, and no call is sent again that was sent.
     `round_trip_s` is what a tool call takes on top in virtual time (MCP, HTTP and the client); its default is what the embedded server
-    took on a 2-core virtual machine, one call at a time: 6.5 ms on average."""
+    took on a 2-core virtual machine, one call at a time: 2 ms."""
 
     latency_s: Annotated[float, msgspec.Meta(ge=0)] | Dist = 0.2
-    round_trip_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0065
+    round_trip_s: Annotated[float, msgspec.Meta(ge=0)] = 0.002
     expose: Count | list[str] | None = None
     transport: Literal["auto", "thin", "sdk"] = "auto"
     session: Literal["per_agent", "per_query", "shared"] = "shared"

@@ -47,10 +47,14 @@ class Shelf:
 
     tools = [VirtualTool(name, "", {"type": "object"}, name != "write") for name in ("look", "write", "sour", "sick")]
 
+    def __init__(self) -> None:
+        self.trips: list[Trip] = []
+
     async def call(
         self, name: str, arguments: dict[str, Any], *, timeout_s: float, meta: Mapping[str, Any] | None, trip: Trip
     ) -> Result:
         trip.sent_at = trip.now()
+        self.trips.append(trip)
         await asyncio.sleep(1.0)
         if name == "sour":
             raise CallError("tool_protocol", "bad parameters (-32602)")
@@ -68,9 +72,11 @@ class Scripted(VirtualEndpoint):
         super().__init__("default", Target(url=""), PROFILE)
         self.turns = list(turns)
         self.bodies: list[dict[str, Any]] = []
+        self.traces: list[str] = []
 
     async def send(self, body: Mapping[str, Any], headers: Mapping[str, str], sent: Sent) -> Reply:
         self.bodies.append(dict(body))
+        self.traces.append(headers["traceparent"])
         sent.at = now = asyncio.get_running_loop().time()
         may_call = body["tool_choice"] == "auto"
         asks = tuple(self.turns.pop(0)) if self.turns and may_call else ()
@@ -79,12 +85,13 @@ class Scripted(VirtualEndpoint):
         )
 
 
-def carried_out(endpoint: Scripted, **tools: Any) -> tuple[Any, dict[str, Any]]:
+def carried_out(endpoint: Scripted, shelf: Shelf | None = None, **tools: Any) -> tuple[Any, dict[str, Any]]:
     """The query and its arm's summary."""
+    shelf = shelf or Shelf()
     scenario = check(SCENARIO | {"tools": {**SCENARIO["tools"], **tools}}, "f.toml", topologies())  # type: ignore[dict-item]
 
     async def main() -> tuple[Any, dict[str, Any]]:
-        kept, tally, shelf = Kept(), Tally({"chain": "tool-chain"}, "chain"), Shelf()
+        kept, tally = Kept(), Tally({"chain": "tool-chain"}, "chain")
         toolset = ToolSet(shelf, shelf.tools, scenario.tools, embedded=False)
         await endpoint.expose(toolset.schemas, system=True)
         now = asyncio.get_running_loop().time
@@ -155,6 +162,19 @@ def test_what_goes_wrong_is_told_to_the_model_and_counted(
     part = arm["by_tool"][tool]
     assert part["refused"] == ({refused: 1} if refused else {})
     assert part["errors"] == ({error: 1} if error else {"tool_error": 1} if tool == "sick" else {})
+
+
+def test_calls_and_tool_calls_of_a_query_are_one_trace() -> None:
+    """The trace is the query; each call is a span of its own, and the baggage says who makes it."""
+    endpoint, shelf = Scripted([[ask(1), ask(2)]]), Shelf()
+    carried_out(endpoint, shelf)
+    traces = [*endpoint.traces, *(trip.trace["traceparent"] for trip in shelf.trips)]
+    parts = [trace.split("-") for trace in traces]
+    assert len({trace_id for _, trace_id, _, _ in parts}) == 1
+    assert len({span_id for _, _, span_id, _ in parts}) == len(parts) == 4
+    assert {trip.trace["baggage"] for trip in shelf.trips} == {
+        "fanmark.run=r,fanmark.arm=chain,fanmark.query=0,fanmark.role=agent"
+    }
 
 
 def test_a_tool_that_was_not_shown_is_not_there() -> None:

@@ -245,7 +245,7 @@ def test_real_time_and_virtual_time_agree(tmp_path: Path) -> None:
     real = fanmark(
         "run", *flags, "--set", f"stub.time_scale={time_scale}", "--quiet", "--json", "--out", str(tmp_path / "real")
     )
-    round_trip = f"tools.round_trip_s={0.0065 / time_scale}"
+    round_trip = f"tools.round_trip_s={0.002 / time_scale}"
     virtual = fanmark("simulate", *flags, "--set", round_trip, "--json", "--out", str(tmp_path / "virtual"))
     a, b = json.loads(real.stdout), json.loads(virtual.stdout)
     assert (a["run"]["clock"], b["run"]["clock"]) == ("real", "virtual")
