@@ -14,15 +14,17 @@ _RATE_OVER = 10  # samples
 
 
 class Rates(NamedTuple):
-    """What ended a second, over the last seconds."""
+    """What ended a second, over the last seconds; queries are those that completed."""
 
+    queries: float
     calls: float
     input_tokens: float
     output_tokens: float
 
 
 class Course:
-    """`total` is the number of queries, None where a duration is given; `now` is the run's clock."""
+    """`total` is the number of queries, None where a duration is given; `now` is the run's clock. `report` is the report's page, once there
+    is one."""
 
     def __init__(self, tally: Tally, total: int | None, now: Callable[[], float]) -> None:
         self.tally = tally
@@ -30,6 +32,7 @@ class Course:
         self.now = now
         self.samples: list[Sample] = []
         self.latest: Sample | None = None
+        self.report: str | None = None
         self._seen, self._every = 0, 1
         self._sums: deque[tuple[float, dict[str, Rates]]] = deque(maxlen=_RATE_OVER + 1)
 
@@ -45,7 +48,7 @@ class Course:
 
     def _ended(self) -> dict[str, Rates]:
         return {
-            name: Rates(sum(arm.calls.values()), arm.tokens["input"], arm.tokens["output"])
+            name: Rates(arm.completed, sum(arm.calls.values()), arm.tokens["input"], arm.tokens["output"])
             for name, arm in self.tally.arms.items()
         }
 

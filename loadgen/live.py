@@ -102,11 +102,20 @@ class Progress:
 
     def _work(self) -> "Table":
         table = _columns(
-            ["done", "failed", "queries\nrunning", "calls\nin flight", "calls/s", "tokens/s\nin", "tokens/s\nout"]
+            [
+                "done",
+                "failed",
+                "queries\nrunning",
+                "calls\nin flight",
+                "queries\n/s",
+                "calls\n/s",
+                "tokens/s\nin",
+                "tokens/s\nout",
+            ]
         )
         for name, arm in self._course.tally.arms.items():
             counts = (arm.completed, arm.finished["failed"], arm.in_flight, arm.calls_in_flight)
-            table.add_row(name, *map(str, counts), *map(short, self._course.rates(name) or [None] * 3))
+            table.add_row(name, *map(str, counts), *map(short, self._course.rates(name) or [None] * 4))
         return table
 
     def _cost(self) -> "Table":

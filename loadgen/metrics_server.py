@@ -54,6 +54,11 @@ def texts_of(urls: Sequence[str]) -> Callable[[], Sequence[str]]:
     return lambda: [read(url) for url in urls]
 
 
+def _is_loopback(host: str) -> bool:
+    """Whether a browser that sends this Host header was told to come here, and not by a name that its owner has bent to this address."""
+    return host.rpartition(":")[0].strip("[]") in ("127.0.0.1", "localhost", "::1")
+
+
 def serve(pages: Mapping[str, Page], port: int) -> tuple[int, Callable[[], None]]:
     """Serves pages by their path; gives the port and what ends it. Raises ScenarioError where the port is taken."""
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -61,7 +66,11 @@ def serve(pages: Mapping[str, Page], port: int) -> tuple[int, Callable[[], None]
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            page = pages.get(self.path.partition("?")[0])
+            path = self.path.partition("?")[0]
+            page = pages.get(path)
+            if path != "/metrics" and not _is_loopback(self.headers.get("Host", "")):
+                self.send_error(403, "only by a name of this machine's own")
+                return
             if page is None:
                 self.send_error(404, "there is " + ", ".join(pages))
                 return
@@ -69,6 +78,8 @@ def serve(pages: Mapping[str, Page], port: int) -> tuple[int, Callable[[], None]
             self.send_response(200)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Security-Policy", "frame-ancestors 'none'")
+            self.send_header("X-Content-Type-Options", "nosniff")
             self.end_headers()
             self.wfile.write(body)
 

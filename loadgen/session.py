@@ -28,6 +28,7 @@ from fanmark.loadgen.metrics_server import Scrapes, hold, serve, texts_of
 from fanmark.loadgen.question_file import write_questions
 from fanmark.loadgen.reach import Reached, reach, settle
 from fanmark.loadgen.records import Journal, read_queries, read_windows
+from fanmark.loadgen.report.live_page import LivePage
 from fanmark.loadgen.report.write import write_report
 from fanmark.loadgen.results import assemble, so_far, write_summary
 from fanmark.loadgen.run import GRACE_S, Run
@@ -76,7 +77,10 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
         tally = Tally({arm.name: arm.topology for arm in scenario.arms}, scenario.baseline.name)
         watched = await told_of(scenario, topologies, reached, options.run_id, options.version, clock)
         scrapes = Scrapes(Metrics(tally, watched, texts_of(own_metrics(scenario, place))).scrape)
-        port, stop_metrics = serve({"/metrics": scrapes}, options.metrics_port)
+        course = _course(scenario, tally, clock)
+        port, stop_metrics = serve(
+            {"/metrics": scrapes, **LivePage(course, scenario.name).pages()}, options.metrics_port
+        )
         stack.callback(stop_metrics)
         before = await server_side.read_all(endpoints)
         server_side.name_servers(endpoints, before)
@@ -86,7 +90,7 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
         where = next(iter(place.targets.values())).replicas[0]
         tell(f"target   {where} ({next(iter(endpoints.values())).server})", options.progress)
         tell(f"metrics  http://127.0.0.1:{port}/metrics", options.progress)
-        course = _course(scenario, tally, clock)
+        tell(f"live     http://127.0.0.1:{port}/", options.progress)
         started = datetime.now(UTC)
         sampler = Sampler(options.out, clock.now, endpoints, before, tally)
         try:
@@ -117,20 +121,19 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
         )  # fmt: skip
         notes = [*ended.notes, *found["notes"]]
         found["notes"] = list(dict.fromkeys(notes))  # what is lost first; all workers notice the same
-        found = _leave(options.out, found | {"environment": surroundings}, endpoints)
+        found, course.report = _leave(options.out, found | {"environment": surroundings}, endpoints)
         tally.validity = {tick: ok for tick, ok in found["validity"].items() if isinstance(ok, bool)}
         watched.ended_at = time.time()
         await _hold(scrapes.hold_s if options.metrics_hold_s is None else options.metrics_hold_s, options.progress)
         return Result(found)
 
 
-def _leave(out: Path, found: dict[str, Any], endpoints: Mapping[str, HttpEndpoint]) -> dict[str, Any]:
-    """Writes the summary, without a secret in it, and the report; gives the summary as it was written."""
+def _leave(out: Path, found: dict[str, Any], endpoints: Mapping[str, HttpEndpoint]) -> tuple[dict[str, Any], str]:
+    """Writes the summary, without a secret in it, and the report; gives both as they were written."""
     for endpoint in endpoints.values():
         found = endpoint.shape.secrets.clean(found)
     write_summary(out, found)
-    write_report(out)
-    return found
+    return found, write_report(out)
 
 
 async def _hold(seconds: float, progress: TextIO | None) -> None:

@@ -64,9 +64,9 @@ def test_the_view_fits_80_columns_and_says_what_a_watcher_needs() -> None:
     assert lines[0] == "30 s   24 of 24 queries done, 1 failed   client ok"
     assert lines[1] == "server   12 running, 3 waiting, KV 34%"
     work = {line.split()[0]: line.split()[1:] for line in lines[3:7]}
-    # calls/s and tokens/s over the second between the samples
-    assert work["single"] == ["12", "0", "0", "0", "6", "600", "615"]
-    assert work["debate"] == ["12", "1", "0", "0", "54", "5,400", "5,535"]
+    # queries/s, calls/s and tokens/s over the second between the samples
+    assert work["single"] == ["12", "0", "0", "0", "6", "6", "600", "615"]
+    assert work["debate"] == ["12", "1", "0", "0", "6", "54", "5,400", "5,535"]
     cost = {line.split()[0]: line.split()[1:] for line in lines[9:] if line}
     half = (
         math.exp(1.959964 * math.sqrt(2 * (35 / 12) / 11) / 102.5) - 1

@@ -65,7 +65,7 @@ def test_the_page_needs_nothing_else_and_runs_nothing(page: Node) -> None:
 
 
 def test_what_comes_from_elsewhere_is_text(page: Node) -> None:
-    cells = {row[0]: row[1] for row in section(page, "To repeat this run").all("table")[0].rows()}
+    cells = {row[0]: row[1] for row in section(page, "To repeat this run").all("table")[1].rows()}
     assert cells["labels.note"] == NASTY
 
 

@@ -111,10 +111,8 @@ def quantile_rows(arms: Mapping[str, Any], part: str, resource: str) -> list[lis
     return rows
 
 
-def stacked(
-    label: str, rows: Sequence[tuple[str, Sequence[float]]], kinds: Mapping[str, str], unit: str, least: float = 0.0
-) -> str:
-    """A bar for each row, its parts one after another, all on one scale; what is beyond 40 rows is left to the table."""
+def stacked(label: str, rows: Sequence[tuple[str, Sequence[float]]], kinds: Mapping[str, str], unit: str) -> str:
+    """A bar for each row, its parts one after another, all on one scale. Only the table tells parts below 1 %, and rows beyond 40."""
     shown = rows[:_MOST_ROWS]
     most = max((sum(values) for _, values in shown), default=0.0) or 1.0
     bottom, parts = 32 * len(shown) + 2, []
@@ -125,7 +123,9 @@ def stacked(
         for kind, value in zip(kinds.values(), values, strict=True):
             parts.append(rect(x, 32 * i + 16, scale.at(value), 11, kind))
             x += scale.at(value)
-        told = [f"{word} {short(value)}" for word, value in zip(kinds, values, strict=True) if value > least]
+        told = [
+            f"{word} {short(value)}" for word, value in zip(kinds, values, strict=True) if value > sum(values) / 100
+        ]
         parts.append(text(0, 32 * i + 12, f"{title}: {', '.join(told) or 'none'}", "label"))
     more = f"<p>{len(rows) - len(shown)} more are in the table.</p>" if len(rows) > len(shown) else ""
     return key(kinds) + picture(label, bottom + 18, parts) + more
@@ -145,7 +145,7 @@ def spent(arms: Mapping[str, Any], name: str) -> str:
         return ""
     kinds = dict(zip(PARTS, ("c5", "c1 hatched", "c0", "c2 crossed", "c4"), strict=True))
     label = "What the latency of a mean query was spent on, in seconds. The table below has the shares"
-    picture_ = stacked(label, rows, kinds, " s", least=0.0005)
+    picture_ = stacked(label, rows, kinds, " s")
     return figure("What the latency was spent on, along the critical path", picture_, svg.numbers(name, shares))
 
 
@@ -160,7 +160,7 @@ def tokens(arms: Mapping[str, Any], name: str) -> str:
             word = group.removeprefix("by_")
             titles = {n: n if group == "by_role" else f"round {n}" for n in sorted(each[group], key=_in_order)}
             cached = all(found["cached_tokens"] is not None for found in each[group].values())
-            kinds = {"cached input": "c1 hatched", "fresh input": "c0", "output": "c2 crossed"}
+            kinds = {"cached": "c1 hatched", "fresh": "c0", "output": "c2 crossed"}
             if not cached:
                 kinds = {"input": "c0", "output": "c2 crossed"}
             rows = [(title, _per_query(each[group][n], queries, cached=cached)) for n, title in titles.items()]

@@ -36,6 +36,7 @@ def run(facts: Facts) -> Iterable[str]:
     yield from _table("Time to first token, s", quantile_rows(arms, "per_call", "ttft_s"))
     yield from _block("Client, server and what must be told", table.checks(summary))
     yield from _table("To repeat this run", words.repeat_rows(summary), "---")
+    yield from _table("Client, servers and labels", words.environment_rows(summary), "---")
     yield from _block("scenario.toml", facts.scenario.rstrip().split("\n"))
     yield ""
 

@@ -67,7 +67,12 @@ def run(facts: Facts, name: str) -> str:
         _section("Tokens by role and round", charts.tokens(arms, f"{name}-tokens")),
         _section("Load, server and client over time", _timeline(facts, name)),
         _section("Client, server and what must be told", _checks(summary), _client(summary["client"], name)),
-        _section("To repeat this run", svg.table(words.repeat_rows(summary), kind="words"), _scenario(facts.scenario)),
+        _section(
+            "To repeat this run",
+            svg.table(words.repeat_rows(summary), kind="words"),
+            _surroundings(summary, name),
+            _scenario(facts.scenario),
+        ),
     ]
     return f'<article id="{name}">{"".join(parts)}</article>'
 
@@ -165,6 +170,13 @@ def _client(client: Mapping[str, Any], name: str) -> str:
     ]  # fmt: skip
     shown = svg.table(rows, "the client's delays") if len(rows) > 1 else ""
     return said + shown + (svg.numbers(f"{name}-workers", workers, "By worker") if len(workers) > 1 else "")
+
+
+def _surroundings(summary: Mapping[str, Any], name: str) -> str:
+    rows = words.environment_rows(summary)
+    return (
+        svg.numbers(f"{name}-surroundings", rows, "Client, servers and labels", kind="words") if len(rows) > 1 else ""
+    )
 
 
 def _scenario(text: str) -> str:

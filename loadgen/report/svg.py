@@ -129,9 +129,11 @@ def table(rows: Rows, caption: str = "", kind: str = "") -> str:
     return f'<div class="wide" tabindex="0"{where}>{whole}</div>'
 
 
-def numbers(name: str, rows: Rows, words: str = "The numbers") -> str:
+def numbers(name: str, rows: Rows, words: str = "The numbers", kind: str = "") -> str:
     """A table that is opened by who wants it. `name` is its own on the page."""
-    return f'<details id="{esc(name)}"><summary>{esc(words)}</summary>{table(rows, words)}</details>' if rows else ""
+    return (
+        f'<details id="{esc(name)}"><summary>{esc(words)}</summary>{table(rows, words, kind)}</details>' if rows else ""
+    )
 
 
 def figure(title: str, *parts: str) -> str:

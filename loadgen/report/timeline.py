@@ -26,7 +26,7 @@ def timelines(samples: Sequence[Sample], counted: Sequence[Span], name: str) -> 
         _panel(title, at, series, unit, counted, f"{name}-{i}")
         for i, (title, series, unit) in enumerate(_panels(samples))
     ]
-    return "".join(figures)
+    return svg.grid(figures)
 
 
 def _panels(samples: Sequence[Sample]) -> Iterable[tuple[str, Series, str]]:

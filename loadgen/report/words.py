@@ -26,7 +26,7 @@ def _answer(name: str, arm: Mapping[str, Any], base: str, against: Mapping[str, 
     latency = found["latency"]
     over = "; its latency is not compared: over capacity" if latency and latency["method"] == "over capacity" else ""
     return (
-        f"At {_point(arm)} ({base}: {_point(against)}), one {name} query costs {_listed(told)} of a {base} query{over}."
+        f"At {_point(arm)} ({base}: {_point(against)}), one {name} query costs {listed(told)} of a {base} query{over}."
         if told
         else f"At {_point(arm)}, what one {name} query costs against a {base} query is not known{over}."
     )
@@ -47,7 +47,8 @@ def _point(arm: Mapping[str, Any]) -> str:
     return f"{number(load['completed_qps'])} queries/s, {number(load['calls_in_flight']['mean'])} calls in flight"
 
 
-def _listed(words: list[str]) -> str:
+def listed(words: list[str]) -> str:
+    """`a, b and c`."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
@@ -56,7 +57,7 @@ def warnings(summary: Mapping[str, Any]) -> list[str]:
     ended = summary["ended"]
     cut = [f"The run was cut short ({ended['why']}): {ended['reason']}."] if ended is not None else []
     failed = [tick for mark, tick, _ in ticks(summary["validity"]) if mark == "FAILED"]
-    return cut + ([f"Not to be trusted as it stands: {_listed(failed)} failed, see below."] if failed else [])
+    return cut + ([f"Not to be trusted as it stands: {listed(failed)} failed, see below."] if failed else [])
 
 
 def title(summary: Mapping[str, Any]) -> str:
@@ -81,11 +82,12 @@ def repeat_rows(summary: Mapping[str, Any]) -> list[list[str]]:
         found[name] = (
             f"{', '.join(each.get('urls') or [each['url']])} {each['model']} ({each['server']}, lane {each['lane']})"
         )
-    return [
-        ["", ""],
-        *([word, str(value)] for word, value in found.items()),
-        *_flat("", summary.get("environment") or {}),
-    ]
+    return [["what", "value"], *([word, str(value)] for word, value in found.items())]
+
+
+def environment_rows(summary: Mapping[str, Any]) -> list[list[str]]:
+    """What the run was surrounded by."""
+    return [["what", "value"], *_flat("", summary.get("environment") or {})]
 
 
 def _flat(name: str, value: Any) -> list[list[str]]:

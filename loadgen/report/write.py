@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fanmark.loadgen.errors import LostError
+from fanmark.loadgen.errors import LostError, ScenarioError
 from fanmark.loadgen.report import markdown, page
 from fanmark.loadgen.report.gather import gather
 
@@ -13,7 +13,13 @@ NAME = "report.html"
 def render(folders: Sequence[Path], form: str) -> str:
     """The report of these runs. Raises ScenarioError where a folder holds none."""
     runs = [(str(folder), gather(folder)) for folder in folders]
-    return markdown.report(runs) if form == "md" else page.report(runs)
+    try:
+        return markdown.report(runs) if form == "md" else page.report(runs)
+    except KeyError as e:
+        versions = ", ".join(sorted({str(facts.summary["run"]["version"]) for _, facts in runs}))
+        raise ScenarioError(
+            f"a summary has no {e}: it was made by another version ({versions}), which can report it"
+        ) from None
 
 
 def write(path: Path, text: str) -> None:
