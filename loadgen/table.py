@@ -6,6 +6,7 @@ from typing import Any
 
 from fanmark.loadgen.amplification import BATCH_LATENCIES, LEAST_BATCHES, LEAST_REPEATS, NO_INTERVAL
 from fanmark.loadgen.claims import rows as claim_rows
+from fanmark.loadgen.tool_report import tool_lines
 
 ROWS = (
     ("calls", "calls"),
@@ -186,6 +187,7 @@ def checks(summary: Mapping[str, Any]) -> list[str]:
     servers = summary["server"]
     for name, server in servers.items() if "reconciled" not in servers else [("server", servers)]:
         found += _server(name, server)
+    found += tool_lines(summary)
     for name, arm in summary["arms"].items():
         queries = arm["queries"]
         if queries["failed"] or queries["abandoned"] or arm["errors"]:

@@ -77,3 +77,39 @@ def by_tool(queries: Sequence[Query]) -> dict[str, Any]:
         }
         for tool, mine in sorted(calls.items())
     }
+
+
+def tool_lines(summary: Mapping[str, Any]) -> list[str]:
+    """What the tools weighed and how they did: a line for the listing, and one for each arm that called some."""
+    part = summary.get("tools")
+    if part is None:
+        return []
+    shown, started = part["exposed"], part["sessions"]
+    tokens = shown["tokens"]
+    weight = (
+        "tokens by target" if isinstance(tokens, dict) else "tokens unknown" if tokens is None else f"{tokens:,} tokens"
+    )
+    text = f"tools    {shown['tools']} of {part['listed']['tools']} in the prompts: {shown['bytes']:,} bytes, {weight} a call"
+    if started["count"]:
+        failed = f", {started['failed']} failed" if started["failed"] else ""
+        text += f"; {started['count']} sessions started in {started['start_s']['mean'] * 1e3:.1f} ms each{failed}"
+    found = [text]
+    for name, arm in summary["arms"].items():
+        tools = arm["by_tool"]
+        if not tools:
+            continue
+        calls = sum(tool["calls"] for tool in tools.values())
+        text = f"{'':<8} {name}: {calls:,} calls of {sum(tool['calls'] > 0 for tool in tools.values())} tools"
+        for key, word in (("latency_s", "on average"), ("queued_s", "of it in the server's queue")):
+            known = [tool[key] for tool in tools.values() if tool[key] is not None]
+            if known:
+                mean_s = sum(each["mean"] * each["n"] for each in known) / sum(each["n"] for each in known)
+                text += f", {mean_s * 1e3:,.1f} ms {word}"
+        for key in ("errors", "refused"):
+            told = Counter[str]()
+            for tool in tools.values():
+                told.update(tool[key])
+            if told:
+                text += f", {key}: " + ", ".join(f"{kind} {n}" for kind, n in sorted(told.items()))
+        found.append(text)
+    return found
