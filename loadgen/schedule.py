@@ -13,32 +13,21 @@ import asyncio
 import math
 import random
 from array import array
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
 from typing import Protocol
 
-import msgspec
-
 from fanmark.loadgen.arrivals import of_arm, of_repeat
 from fanmark.loadgen.block import Block, answered, ended, together
 from fanmark.loadgen.crew import Crew, Met
+from fanmark.loadgen.pilot import pilot
 from fanmark.loadgen.records import Phase, Query, Window
 from fanmark.loadgen.scenario import Arm, Load, Scenario
 from fanmark.loadgen.users import Session, own_sessions, think_s
-from fanmark.loadgen.window import Seen, grace_s, lead_in, matched
+from fanmark.loadgen.window import Seen, grace_s, lead_in
 
 TICK_S = 0.25  # between two looks at where a lead-in or a lead-out stands
-TRIALS = (
-    4,
-    16,
-    64,
-    64,
-    64,
-    64,
-)  # a pilot's steps: so many queries of each arm are looked at, once the system is filled
-START_BELOW = 8.0  # in the first, all but the baseline get the baseline's rate divided by this
-AGREED = 0.03  # where calls in flight are as near to each other, a pilot ends
 AHEAD_S = 0.1  # from the decision that a window begins to its start: its first queries are made ready
 
 Start = Callable[[float], "asyncio.Task[Query]"]  # starts a query that is ready, given its due time
@@ -91,7 +80,7 @@ class Schedule:
         """All repeats. Returns when all queries have ended, or, where the run was asked to end, those that had begun."""
         if self._scenario.load.match == "calls":
             try:
-                await self._pilot()
+                self._scenario = await pilot(self._scenario, self._trial, self._drained)
             except* _Stopped:
                 pass
             if self._asked.is_set():
@@ -125,22 +114,6 @@ class Schedule:
             return [arms]
         random.Random(f"{self._scenario.seed}/order" + of_repeat(repeat)).shuffle(arms)
         return [[arm] for arm in arms]
-
-    async def _pilot(self) -> None:
-        """Sets the arms' rates by trial, so that all have as many calls in flight as the baseline."""
-        base, arms = self._scenario.baseline.name, self._scenario.arms
-        rates = {arm.name: self._rate(self._scenario.baseline) or 0.0 for arm in arms}
-        rates = {name: rate / (1 if name == base else START_BELOW) for name, rate in rates.items()}
-        for step, least in enumerate(TRIALS):
-            scenario = with_rates(self._scenario, rates)
-            calls_s: dict[str, float] = {}
-            for group in [scenario.arms] if scenario.load.arms == "interleaved" else [[arm] for arm in scenario.arms]:
-                calls_s |= await self._trial(scenario, group, step, least)
-                await self._drained()
-            rates, apart = matched(rates, calls_s, base)
-            if apart <= AGREED and least == TRIALS[-1]:
-                break
-        self._scenario = with_rates(self._scenario, rates)
 
     async def _trial(self, scenario: Scenario, arms: Sequence[Arm], step: int, least: int) -> dict[str, float]:
         """The time that a query's calls take in sum, by arm, at the rates of `scenario`."""
@@ -392,9 +365,3 @@ class Schedule:
             except TimeoutError:
                 pass
         return self._asked.is_set()
-
-
-def with_rates(scenario: Scenario, rates: Mapping[str, float]) -> Scenario:
-    """The scenario with these rates of its arms."""
-    arms = [msgspec.structs.replace(arm, rate=rates[arm.name]) for arm in scenario.arms]
-    return msgspec.structs.replace(scenario, arms=arms)

@@ -62,14 +62,6 @@ def _of_arm(latencies_s: Sequence[float], elapsed_s: float, least: int, duration
     return "given up" if elapsed_s >= max(duration_s, MOST_LATENCIES * max(latencies_s[:FIRST])) else "on"
 
 
-def matched(rates: Mapping[str, float], calls_s: Mapping[str, float], base: str) -> tuple[dict[str, float], float]:
-    """The rates at which all arms have as many calls in flight as the baseline at its own (by Little's law rate x the time that a query's
-    calls take in sum), and how far the farthest was from that at the rates given, as a share."""
-    wanted = rates[base] * calls_s[base]
-    found = {arm: wanted / calls_s[arm] if calls_s[arm] else rates[arm] for arm in rates}
-    return found, max(abs(rates[arm] / found[arm] - 1) for arm in rates)
-
-
 def grace_s(latencies_s: Sequence[float]) -> float:
     """How long counted queries may take after the window, by the latencies seen until its end. What then still runs is abandoned."""
     return max(GRACE_LEAST_S, GRACE_LATENCIES * p90(latencies_s)) if latencies_s else GRACE_LEAST_S

@@ -445,6 +445,14 @@ def test_set_takes_toml_or_else_text() -> None:
     assert scenario.objective is not None and scenario.objective.query_seconds == 3
 
 
+def test_a_pilot_sets_the_rates_of_all_arms_but_the_baseline() -> None:
+    load_ = '[load]\nmatch = "calls"\nduration = 9\n'
+    for key, shown in (("rate = 3", "rate = 3"), ("queries = 3", "queries = 3")):
+        told = refusal(f"{load_}{SINGLE}{DEBATE}{key}\n")
+        assert told.startswith(f"f.toml: arm 'debate': {shown} with [load] match = \"calls\": the pilot sets the rate")
+    assert load(f"{load_}{SINGLE}rate = 3\n{DEBATE}").load.match == "calls"
+
+
 @pytest.mark.parametrize(
     ("assignments", "queries", "duration"),
     [

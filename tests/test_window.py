@@ -20,6 +20,7 @@ from fanmark.loadgen.clock import run_virtually
 from fanmark.loadgen.counters import Reading
 from fanmark.loadgen.dry_run import plan
 from fanmark.loadgen.lanes.virtual import VirtualEndpoint
+from fanmark.loadgen.pilot import matched
 from fanmark.loadgen.records import Journal, Query, Window, read_queries, read_windows
 from fanmark.loadgen.run import Run
 from fanmark.loadgen.scenario import Scenario, Target
@@ -27,7 +28,7 @@ from fanmark.loadgen.simulate import Options, simulate
 from fanmark.loadgen.steadiness import judge, rise_z
 from fanmark.loadgen.summary import summarise_arms, validity
 from fanmark.loadgen.tally import Tally
-from fanmark.loadgen.window import grace_s, lead_in, matched, p90
+from fanmark.loadgen.window import grace_s, lead_in, p90
 from fanmark.servers.profiles import load_profile
 
 LEAD_INS = [
