@@ -143,7 +143,7 @@ def _costs(queries: Sequence[Query], name: str) -> tuple[dict[int, float] | None
     total = math.fsum(known.values())
     if name not in COUNTS or name in ("depth", "width") or total == 0:
         return known, 1.0
-    lost = math.fsum(_spent(query, name) for query in queries if query.outcome != "completed")
+    lost = math.fsum(spent(query, name) for query in queries if query.outcome != "completed")
     return known, (total + lost) / total
 
 
@@ -153,11 +153,11 @@ def _cost(query: Query, name: str) -> float | None:
     return value if value is None or name != "calls" else value + len(query.retried)
 
 
-def _spent(query: Query, name: str) -> float:
+def spent(query: Query, name: str) -> float:
     """What a query that did not complete is known to have spent; of tokens at least those of its calls that ended."""
     value = _cost(query, name)
     if value is not None:
         return value
     if name == "fresh_tokens":
-        return _spent(query, "input_tokens") - _spent(query, "cached_tokens")
+        return spent(query, "input_tokens") - spent(query, "cached_tokens")
     return math.fsum(getattr(call, name, None) or 0 for call in query.calls if call.kind == "call")

@@ -92,6 +92,11 @@ class Endpoint(ABC):
             self.tool_part = Part("", await self.schema_tokens(system))
 
     @property
+    def filler(self) -> bool:
+        """Whether its answers are filler, as those of our own servers are."""
+        return self.server.startswith(("fanmark-stub", "engine model"))
+
+    @property
     def salts_text(self) -> bool:
         """Whether prefix caches are kept apart by a line of text, since the target refused `cache_salt`."""
         return "cache_salt" in self.dropped

@@ -139,8 +139,8 @@ class Call(msgspec.Struct, omit_defaults=False, kw_only=True):
 class Query(msgspec.Struct, kw_only=True):
     """One query: a line of queries.jsonl. `resources` are the per_query resources of summary.json, None where unknown; `expected` is
     the closed form of this query, with `bound` the most that it may cost; `mismatches` names the resources that differ from it. `warmup`:
-    it does not count, for its `phase` is not the window. `calls` are the last attempts, one for each call; those before them are
-    `retried`."""
+    it does not count, for its `phase` is not the window. `correct`: whether the final answer is the known one, None where that
+    cannot be judged. `calls` are the last attempts, one for each call; those before them are `retried`."""
 
     query: int
     arm: str
@@ -161,6 +161,7 @@ class Query(msgspec.Struct, kw_only=True):
     stopped: str | None = None
     bound: bool = False
     part: str | None = None
+    correct: bool | None = None
     session: int | None = None
     turn: int | None = None
 

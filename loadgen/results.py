@@ -68,7 +68,7 @@ def assemble(
         "server": server,
         "tools": tools_part(tools, queries),
         "retokenized_pct": 100.0 * (drift.read - drift.written) / drift.written if drift.written else None,
-        "notes": _notes(scenario, arms, endpoints, parts, told=knowable or not counted),
+        "notes": _notes(scenario, arms, endpoints, parts, queries, told=knowable or not counted),
     }
 
 
@@ -77,6 +77,7 @@ def _notes(
     arms: Mapping[str, Any],
     endpoints: Mapping[str, Endpoint],
     servers: Sequence[Mapping[str, Any]],
+    queries: Sequence[Query],
     *,
     told: bool,
 ) -> list[str]:
@@ -90,10 +91,19 @@ def _notes(
     forced = scenario.workload.lengths == "forced"
     if not forced:
         notes.append('lengths = "natural": replies end by themselves, so that the expected output tokens are a bound')
-    notes += [_degenerate(part["draft_acceptance"]) for part in servers if forced and part.get("draft_acceptance")]
+    notes += [
+        _degenerate(part["draft_acceptance"]) for part in servers if forced and part.get("draft_acceptance") is not None
+    ]
+    reasons = dict.fromkeys(q["reason"] for arm in arms.values() if (q := arm["quality"]) is not None)
+    notes += [f"quality is not judged: {reason}" for reason in reasons if reason is not None]
+    asked = len({query.query for query in queries})
+    if scenario.questions and asked > len(scenario.questions):
+        notes.append(
+            f"{len(scenario.questions)} questions for {asked} queries: they come again, and are then in the prefix cache"
+        )
     if scenario.load.match == "calls":
         notes.append(_matched(scenario, arms))
-    if all(_constant(scenario, arm.name) for arm in scenario.arms):
+    if forced and not scenario.questions and all(_constant(scenario, arm.name) for arm in scenario.arms):
         notes.append("all lengths are constant: equal queries run in phase, latencies hold for this pattern only")
     notes += scenario.unlike_baseline()
     return notes

@@ -17,6 +17,7 @@ from fanmark.loadgen.demand import Demand, draw_demand, expected_tokens
 from fanmark.loadgen.endpoint import Endpoint, role_key
 from fanmark.loadgen.errors import CallError, Stopped
 from fanmark.loadgen.gate import Gate
+from fanmark.loadgen.quality import final_replies, is_right
 from fanmark.loadgen.records import Begun, Outcome, Phase, Query, Window
 from fanmark.loadgen.runtime import QueryRuntime
 from fanmark.loadgen.scenario import Arm, Scenario
@@ -335,7 +336,16 @@ class Run:
         if query.outcome == "completed":
             exact = self._world.forced and not any("ignore_eos" in e.dropped for e in self._endpoints.values())
             query.mismatches = mismatches(query, exact_output=exact)
+            query.correct = None if exact else self._correct(runtime)
         self.drift.unexplained += runtime.unexplained_tokens
+
+    def _correct(self, runtime: QueryRuntime) -> bool | None:
+        """Whether the final answer is the known one; None where there is none, or where it is filler."""
+        question = runtime.demand.asked
+        replies = [runtime.replies[key] for key in final_replies(runtime.calls, runtime.numbers)]
+        if question is None or question.answer is None or not replies or any(e.filler for e, _, _ in replies):
+            return None
+        return is_right(question.answer, [text for _, _, text in replies])
 
     async def _answer(self, arm: Arm, runtime: QueryRuntime) -> str | None:
         """Runs the topology; gives the arm's limit that ended it early, if one did."""

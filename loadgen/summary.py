@@ -11,6 +11,7 @@ from fanmark.loadgen import critical
 from fanmark.loadgen.amplification import COUNTS, TIMES, Counted, amplification
 from fanmark.loadgen.claims import held
 from fanmark.loadgen.operating_point import good, operating_point, spans
+from fanmark.loadgen.quality import quality
 from fanmark.loadgen.records import Call, Query, Window, critical_path
 from fanmark.loadgen.retries import waste
 from fanmark.loadgen.scenario import Arm, Load, Scenario
@@ -130,6 +131,7 @@ def _arm(arm: Arm, scenario: Scenario, counted: Counted, base: Counted) -> dict[
         "objective": None,
         "errors": dict(Counter(call.error for call in calls if call.error not in (None, "cancelled"))),
     }
+    found["quality"] = quality(queries, scenario.questions, forced=scenario.workload.lengths == "forced")
     found["stopped"] = dict(Counter(query.stopped for query in completed if query.stopped is not None))
     found["by_part"] = _by_part(completed) if arm.mix else None
     found["critical_path"] = critical.shares(completed)

@@ -21,6 +21,14 @@ ROWS = (
     ("critical_path_s", "critical path, s"),
     ("dollars", "dollars"),
 )
+PER_CORRECT = (
+    ("calls", "calls"),
+    ("input_tokens", "tokens in"),
+    ("fresh_tokens", "fresh"),
+    ("output_tokens", "tokens out"),
+    ("dollars", "dollars"),
+    ("latency_s", "latency, s"),
+)
 SPENT = {  # parts of the latency, along the critical path (critical.py)
     "waiting": "latency: waiting",
     "prefill": "latency: prefill",
@@ -79,9 +87,27 @@ def lines(summary: Mapping[str, Any]) -> list[str]:
         "expected (closed form) against measured, per query",
         *columns(expected_rows(arms)),
         "",
+        *_quality_lines(arms),
         *claim_lines(arms, "measured"),
         *checks(summary),
     ]
+
+
+def _quality_lines(arms: Mapping[str, Any]) -> list[str]:
+    """How many of each arm's answers are right, and what one costs."""
+    found = {name: arm["quality"] for name, arm in arms.items() if arm["quality"] and arm["quality"]["judged"]}
+    if not found:
+        return []
+    costs = [
+        (key, title) for key, title in PER_CORRECT if any(q["per_correct"][key] is not None for q in found.values())
+    ]
+    rows = [["", "right", "share (95 %)", *(title for _, title in costs)]]
+    for name, q in found.items():
+        share = f"{q['share']:.1%} [{q['low']:.1%}, {q['high']:.1%}]"
+        rows.append(
+            [name, f"{q['correct']} of {q['judged']}", share, *(number(q["per_correct"][key]) for key, _ in costs)]
+        )
+    return ["answers against the known ones, and what was spent for each right one", *columns(rows), ""]
 
 
 def claim_lines(arms: Mapping[str, Any], found: str) -> list[str]:
