@@ -122,7 +122,8 @@ class Expected:
 class Topology:
     """A row of the table of topologies. `params` is a frozen dataclass whose mistakes are ValueErrors; an int in it may be a
     distribution in the scenario, which is drawn once a query. `by_model`: the same where the model decides on the tool calls, at most
-    `params.tool_calls` of them. `sketch` draws the shape: `-->` one after another, `==>` all at once."""
+    `params.tool_calls` of them. `sketch` draws the shape: `-->` one after another, `==>` all at once.
+    `by_client`: its calls go by a client of its own, in real time only; the parameters that the run itself gives it."""
 
     name: str
     summary: str
@@ -131,6 +132,7 @@ class Topology:
     expected: Callable[[Any, Drawn], Expected] | None = None
     sketch: str = ""
     by_model: "Topology | None" = None
+    by_client: tuple[str, ...] | None = None
 
 
 async def together(coroutines: Iterable[Coroutine[Any, Any, T]], wait_for: int | Literal["all"] = "all") -> list[T]:

@@ -25,7 +25,7 @@ from fanmark.loadgen.scenario import Arm, Scenario
 from fanmark.loadgen.shaping import target_key
 from fanmark.loadgen.table import claim_lines, columns, number
 from fanmark.loadgen.target_check import carries_key, is_private
-from fanmark.loadgen.users import Session, Turn, expected_with, planned_sessions
+from fanmark.loadgen.users import Session, Turn, expected_with, planned_sessions, told_tokens
 from fanmark.loadgen.walk import Made, walk, walk_turn
 from fanmark.servers.tokenizer import Tokenizer, vocabulary
 
@@ -122,8 +122,7 @@ class _Arm:
             assert demand.topology.expected is not None
             told = self.told(i)
             form = expected_with(demand.topology.expected(demand.params, demand), told)
-            sizes = {message.key: message.tokens for turn in told for message in (turn.question, turn.answer)}
-            output, total = expected_tokens(form, demand.lengths, sizes)
+            output, total = expected_tokens(form, demand.lengths, told_tokens(told))
             for key, n in (
                 ("calls", form.calls),
                 ("tool_calls", form.tool_calls),

@@ -91,6 +91,11 @@ class Endpoint(ABC):
         else:
             self.tool_part = Part("", await self.schema_tokens(system))
 
+    def model_of(self, role: str) -> str:
+        """The model of a role's calls."""
+        own = role_key(role, self.config.roles)
+        return (self.config.roles[own].model if own else None) or self.model
+
     @property
     def filler(self) -> bool:
         """Whether its answers are filler, as those of our own servers are."""
@@ -116,7 +121,7 @@ class Endpoint(ABC):
     ) -> dict[str, Any]:
         """The request, as a JSON object. Parameters that the target refused before are left out."""
         own = role_key(role, self.config.roles)
-        fields: dict[str, Any] = {"model": (self.config.roles[own].model if own else None) or self.model}
+        fields: dict[str, Any] = {"model": self.model_of(role)}
         if self.config.api == "completions":
             fields["prompt"] = [i for _, part in parts for i in part.content]
             fields["return_token_ids"] = True

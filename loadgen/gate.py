@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from fanmark.loadgen.lanes.http import Sent
 from fanmark.loadgen.lanes.sse import Usage
 from fanmark.loadgen.records import Call
 from fanmark.loadgen.scenario import Scenario
+from fanmark.loadgen.users import Turn, expected_with, told_tokens
 
 End = Callable[[Literal["budget", "errors"], str], None]  # (why, in one line): no new query starts
 
@@ -83,12 +84,14 @@ class Gate:
         share = float(scenario.load.abort_on_errors)
         self._failures = Failures(0.5 if scenario.load.abort_on_errors is True else share) if share else None
 
-    async def begin(self, demand: Demand, drawn: Drawn, endpoints: Collection[Endpoint]) -> Promise:
-        """Waits until a query fits beside those that have begun, by its closed form and what is `drawn` for it. Raises CallError of
-        the class "budget" where it will not."""
+    async def begin(
+        self, demand: Demand, drawn: Drawn, endpoints: Collection[Endpoint], told: Sequence[Turn] = ()
+    ) -> Promise:
+        """Waits until a query fits beside those that have begun, by its closed form, what is `drawn` for it, and the turns that are `told`
+        again. Raises CallError of the class "budget" where it will not."""
         purse, planned = self._purse, NOTHING
         if purse is not None:
-            planned = _planned(demand, drawn, endpoints)
+            planned = _planned(demand, drawn, endpoints, told)
             while (room := purse.room(planned, purse.promised)) != "now" or self._over is not None:
                 if room == "never" or self._over is not None:
                     self._refuse(self._over or purse.told(planned))
@@ -173,11 +176,11 @@ class Gate:
             self._end("errors", self._failures.told(call.message or ""))
 
 
-def _planned(demand: Demand, drawn: Drawn, endpoints: Collection[Endpoint]) -> Cost:
+def _planned(demand: Demand, drawn: Drawn, endpoints: Collection[Endpoint], told: Sequence[Turn]) -> Cost:
     """What a query will cost by its closed form; nothing where there is none."""
     if demand.topology.expected is None:
         return NOTHING
-    form = demand.topology.expected(demand.params, drawn)
+    form = expected_with(demand.topology.expected(demand.params, drawn), told)
     tools = next((e.tool_part.size for e in endpoints if e.tool_part is not None), 0)
-    written, read = expected_tokens(form, demand.lengths, {("tools",): tools or 0})
+    written, read = expected_tokens(form, demand.lengths, {("tools",): tools or 0, **told_tokens(told)})
     return planned_cost(form.calls, read or 0, written, [e.config.prices for e in endpoints])

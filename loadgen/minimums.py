@@ -60,6 +60,8 @@ async def _roles(scenario: Scenario, arm: Arm, topologies: Mapping[str, Topology
     found: set[str] = set()
     for i in range(_SAMPLE):
         demand = draw_demand(scenario, arm, topologies, i)
+        if demand.topology.by_client is not None:
+            return wanted  # whom its calls are by, only its code knows
         for made in await walk(demand.topology, demand):
             found |= {made.role, re.sub(r"-\d+$", "", made.role)}
         if wanted <= found:

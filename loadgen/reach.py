@@ -16,6 +16,7 @@ from fanmark.loadgen.minimums import check_lengths, check_roles
 from fanmark.loadgen.scenario import Scenario, Target, ToolServer
 from fanmark.loadgen.target import HttpEndpoint, connect
 from fanmark.loadgen.toolset import ToolSet
+from fanmark.loadgen.user_topology import agents, check_agents
 from fanmark.servers.tool_specs import TOOLS
 
 
@@ -39,6 +40,7 @@ class Reached:
 
 async def settle(scenario: Scenario, topologies: Mapping[str, Topology], stack: AsyncExitStack) -> Place:
     """Starts the servers that the scenario leaves to us; they end with `stack`. Raises ScenarioError, UnreachableError."""
+    check_agents(scenario, topologies, virtual=False)
     time_scale = 1.0 if scenario.targets else scenario.stub.time_scale
     targets, caveats = dict(scenario.targets), list[str]()
     if not targets:
@@ -71,9 +73,16 @@ async def reach(
     endpoints: dict[str, HttpEndpoint] = {}
     for name, target in place.targets.items():
         endpoints[name] = await connect(name, target, now, time_scale=place.time_scale, source=scenario.source)
-        stack.push_async_callback(endpoints[name].lane.close)
+        stack.push_async_callback(endpoints[name].close)
         if tools is not None:
             await endpoints[name].expose(tools.schemas, system=scenario.system_message)
+    salted = agents(scenario, topologies)
+    for endpoint in endpoints.values() if salted else ():
+        endpoint.sdk_pool()  # its certificates take long to load
+    unsalted = [name for name, salts in salted.items() if not salts]
+    if unsalted and scenario.workload.cache != "warm":
+        said = "its agent sends no cache salt (docs/own-topology.md): what others left in the cache may count as cached"
+        next(iter(endpoints.values())).notes += [f"{name}: {said}" for name in unsalted]
     next(iter(endpoints.values())).notes += place.caveats
     check_lengths(scenario, topologies, endpoints)
     return Reached(endpoints, tools)
@@ -86,6 +95,8 @@ def uses_tools(scenario: Scenario, topologies: Mapping[str, Topology]) -> bool:
     for arm in scenario.arms:
         for part in arm.mix or [arm]:
             demand = draw_demand(scenario, part, topologies, 0)
+            if demand.topology.by_client is not None:
+                continue  # an agent that has its own tools
             expected = demand.topology.expected
             form = expected(demand.params, demand) if expected is not None else None
             if form is None or form.tool_calls or ("tools",) in form.reads:

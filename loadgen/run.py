@@ -265,7 +265,8 @@ class Run:
         self._journal.begin(begun)
         try:
             async with self._slots or nullcontext():
-                runtime.promise = await self._world.gate.begin(runtime.demand, runtime, self._endpoints_of(arm))
+                endpoints = self._endpoints_of(arm)
+                runtime.promise = await self._world.gate.begin(demand, runtime, endpoints, runtime.told)
                 started_at = self._now()
                 async with asyncio.timeout(self._query_timeout_s):
                     stopped = await self._answer(arm, runtime)

@@ -115,11 +115,11 @@ class QueryRuntime:
         may_call: bool = False,
         after: Iterable[Message] = (),
     ) -> Message:
-        await self._stagger()
-        self._check_limits()
+        await self.stagger()
+        self.check_limits()
         messages = with_told(prompt, self.told)
         endpoint = self.world.endpoint(self.demand.arm, role)
-        call = self._start("call", role, round, [*messages, *after], target=endpoint.name, lane=endpoint.lane.name)
+        call = self.start("call", role, round, [*messages, *after], target=endpoint.name, lane=endpoint.lane.name)
         try:
             length = self.demand.lengths[str(writes[0])] * times
             thought = length - self.demand.lengths[str(writes[0])] if reasoning else 0
@@ -127,19 +127,13 @@ class QueryRuntime:
             choice = ("auto" if may_call else "none") if tools else None
             reply = await self._infer(endpoint, call, messages, length, choice, thought)
         except BaseException as e:
-            self._end(call, e)
+            self.end(call, e)
             raise
-        call.finish = reply.finish
-        call.first_at, call.answer_at, call.done_at = reply.first_at, reply.answer_at, reply.done_at
-        call.gaps, call.coalesced = reply.gaps, reply.coalesced
-        self._end(call)
-        self._ids[writes] = reply.token_ids
-        self.replies[writes] = (endpoint, "assistant", reply.text)
-        self.numbers[writes] = call.call
-        self.written[writes] = call.output_tokens or 0
+        self.end(call)
+        self.keep(writes, call, endpoint, reply)
         return Message(writes, "assistant", reply.text, self.written[writes], call.call, asks=reply.asks)
 
-    async def _stagger(self) -> None:
+    async def stagger(self) -> None:
         """Waits until the query's call before has a lead, where the arm wants one: so siblings find what the first of them computed."""
         arm = self.world.arms.get(self.demand.arm)
         if arm is None or arm.stagger_s == 0:
@@ -155,7 +149,7 @@ class QueryRuntime:
     ) -> Message:
         if self.world.tools is None:
             raise CallError("tool_protocol", "this arm has no tools")
-        call = self._start("tool_call", role, round, [request])
+        call = self.start("tool_call", role, round, [request])
         n = sum(1 for earlier in self.calls if earlier.kind == "tool_call") - 1
         trip = Trip(
             (self.demand.arm, self.demand.query),
@@ -166,16 +160,16 @@ class QueryRuntime:
         try:
             text = await carried_out(self.world.tools, call, self.demand, n, ask, trip, self.world.time_scale)
         except BaseException as e:
-            self._end(call, e)
+            self.end(call, e)
             raise
-        self._end(call)
+        self.end(call)
         self._ids[writes] = None
         author: Author = "user" if ask is None else "tool"
         self.replies[writes] = (self.world.endpoint(self.demand.arm, role), author, text)
         answers = None if ask is None else ask.id
         return Message(writes, author, text, self.demand.lengths["tool_result"], call.call, answers=answers)
 
-    def _check_limits(self) -> None:
+    def check_limits(self) -> None:
         """Raises Stopped where the arm's limits allow no further call. Tokens of calls under way are not known yet."""
         arm = self.world.arms.get(self.demand.arm)
         if arm is None:
@@ -188,7 +182,20 @@ class QueryRuntime:
             if tokens >= arm.max_tokens:
                 raise Stopped("max_tokens")
 
-    def _start(self, kind: Any, role: str, round: int, read: Iterable[Message], **where: Any) -> Call:
+    async def asked(self, endpoint: Endpoint) -> list[dict[str, Any]]:
+        """The session's turns before and the question, as messages of the chat."""
+        prompt = await self._parts(endpoint, with_told([self.system, self.question], self.told), False, "")
+        return [{"role": author, "content": part.content} for key, author, part in prompt if key != ("system",)]
+
+    def keep(self, writes: Key, call: Call, endpoint: Endpoint, reply: Reply) -> None:
+        """A reply as it may be read again."""
+        self._ids[writes] = reply.token_ids
+        self.replies[writes] = (endpoint, "assistant", reply.text)
+        self.numbers[writes] = call.call
+        self.written[writes] = call.output_tokens or 0
+
+    def start(self, kind: Any, role: str, round: int, read: Iterable[Message], **where: Any) -> Call:
+        """A call or tool call that begins, and reads these messages."""
         after = sorted({m.source for m in read if m.source is not None})
         call = Call(
             query=self.demand.query,
@@ -206,7 +213,8 @@ class QueryRuntime:
         self.world.tally.call_started(call)
         return call
 
-    def _end(self, call: Call, error: BaseException | None = None) -> None:
+    def end(self, call: Call, error: BaseException | None = None) -> None:
+        """It has ended for good."""
         if error is not None:
             call.done_at = self.world.now()
             call.error = error.kind if isinstance(error, CallError) else "cancelled"
@@ -249,7 +257,7 @@ class QueryRuntime:
                 if endpoint.drop_refused(e, body):
                     continue
                 raise
-            self._count(call, reply)
+            self.take(call, reply)
             if traffic is not None:
                 limit = self.world.explained.limit(traffic)
                 self.unexplained_tokens += max(0, (call.cached_tokens or 0) - limit)
@@ -384,7 +392,11 @@ class QueryRuntime:
         query = self.owner if salt == self.world.run_id else (self.demand.arm, self.owner)
         return self.world.explained.sent(salt, query, listed, len(listed) if first_own is None else first_own)
 
-    def _count(self, call: Call, reply: Reply) -> None:
+    def take(self, call: Call, reply: Reply) -> None:
+        """What a reply tells of its call: stamps, and the server's counts."""
+        call.finish = reply.finish
+        call.first_at, call.answer_at, call.done_at = reply.first_at, reply.answer_at, reply.done_at
+        call.gaps, call.coalesced = reply.gaps, reply.coalesced
         usage = reply.usage
         if usage is None:
             return

@@ -34,6 +34,7 @@ from fanmark.loadgen.server_side import account
 from fanmark.loadgen.session import Result, open_folder
 from fanmark.loadgen.tally import Tally
 from fanmark.loadgen.toolset import ToolSet, listing
+from fanmark.loadgen.user_topology import check_agents
 from fanmark.servers.profiles import Profile, ProfileError, load_profile
 from fanmark.servers.tool_specs import check_latency
 
@@ -94,6 +95,7 @@ async def _simulate(
     scenario: Scenario, topologies: Mapping[str, Topology], options: Options, profile: Profile
 ) -> Result:
     now = asyncio.get_running_loop().time
+    check_agents(scenario, topologies, virtual=True)
     targets = dict(scenario.targets) or {"default": Target(url="", api=scenario.stub.api)}
     endpoints = {
         name: VirtualEndpoint(name, target, profile, scenario.stub.tool_calls) for name, target in targets.items()

@@ -26,6 +26,8 @@ from fanmark.servers.tokenizer import Tokenizer as StubTokenizer
 from fanmark.servers.tokenizer import vocabulary
 
 if TYPE_CHECKING:
+    import httpx2
+
     from fanmark.loadgen.lanes.openai_sdk import OpenaiLane
 
 AnyLane: TypeAlias = "HttpLane | fast.FastLane | OpenaiLane"
@@ -42,16 +44,17 @@ class HttpEndpoint(Endpoint):
         self.shape = shape
         self._carrier = lane
         self._lane: AnyLane | RedactedLane = RedactedLane(lane, shape.secrets) if shape.secrets else lane
-        self._headers = {**shape.headers, "Content-Type": "application/json"}
+        self.headers = {**shape.headers, "Content-Type": "application/json"}
         self._tokenizer: RemoteTokenizer | None = None
         self._metrics = MetricsOf(
             config.metrics_urls or [f"{url.removesuffix('/v1')}/metrics" for url in config.replicas],
             self._scrape,
             guessed=not config.metrics_urls,
         )
-        path = "completions" if config.api == "completions" else "chat/completions"
-        self._calls_to = [shape.at(f"{url}/{path}") for url in config.replicas]
+        path = "/completions" if config.api == "completions" else "/chat/completions"
+        self._calls_to = [shape.at(f"{url}{path}") for url in config.replicas]
         self._turn = itertools.count()
+        self._pool: httpx2.AsyncHTTPTransport | None = None
 
     @property
     def lane(self) -> "AnyLane | RedactedLane":
@@ -80,9 +83,29 @@ class HttpEndpoint(Endpoint):
             return int(session.rpartition("-")[2] or 0) % len(self.urls)
         return next(self._turn) % len(self.urls)
 
+    def sdk_pool(self) -> "httpx2.AsyncHTTPTransport":
+        """What carries the requests of an agent's own client, as they are."""
+        import httpx2
+
+        if self._pool is None:
+            limits = httpx2.Limits(keepalive_expiry=60)
+            tls = _tls(self.config, target_key(self.name))
+            self._pool = httpx2.AsyncHTTPTransport(verify=tls, proxy=self.shape.proxy, trust_env=False, limits=limits)
+        return self._pool
+
+    def at(self, path: str, session: str) -> str:
+        """Where such a request goes."""
+        return self.shape.at(f"{self.urls[self.replica(session) if len(self.urls) > 1 else 0]}{path}")
+
+    async def close(self) -> None:
+        """Closes all connections."""
+        if self._pool is not None:
+            await self._pool.aclose()
+        await self.lane.close()
+
     async def measure(self) -> None:
         """Finds out how exactly lengths can be had: template shares and words of one token each, by /tokenize."""
-        remote = RemoteTokenizer(self.lane, self.root, self.model, self._headers)
+        remote = RemoteTokenizer(self.lane, self.root, self.model, self.headers)
         words = vocabulary()
         count_part: Callable[[str], int] | None = None
         try:
@@ -119,7 +142,7 @@ class HttpEndpoint(Endpoint):
         return self._lane.send(
             self._calls_to[self.replica(headers["X-Session-Id"]) if len(self._calls_to) > 1 else 0],
             msgspec.json.encode(body),
-            {**self._headers, **headers},
+            {**self.headers, **headers},
             stream=True,
             timeout_s=self.config.call_timeout_s,
             sent=sent,
@@ -135,7 +158,7 @@ class HttpEndpoint(Endpoint):
     async def _scrape(self, url: str, timeout_s: float) -> tuple[int, bytes]:
         """A GET of metrics. The key goes to the target's own addresses only."""
         own = urlsplit(url)[:2] in [urlsplit(address)[:2] for address in self.urls]
-        return await self.lane.get(url, self._headers if own else {}, timeout_s=timeout_s)
+        return await self.lane.get(url, self.headers if own else {}, timeout_s=timeout_s)
 
 
 async def connect(

@@ -7,14 +7,16 @@ form (else nothing is compared).
 import dataclasses
 import importlib.util
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from copy import copy
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fanmark.agents.runtime import Topology
+from fanmark.agents.runtime import Runtime, Topology
 from fanmark.loadgen.errors import ScenarioError
-from fanmark.loadgen.scenario import ARM_KEYS
+from fanmark.loadgen.scenario import ARM_KEYS, Scenario
 
 
 def with_users(raw: Mapping[str, Any], source: str, table: Mapping[str, Topology]) -> dict[str, Topology]:
@@ -32,7 +34,8 @@ def with_users(raw: Mapping[str, Any], source: str, table: Mapping[str, Topology
             file, _, function = named.rpartition(":")
             path = (Path(source).parent / file).resolve()
             arm["topology"] = f"{path}:{function}"
-            found[arm["topology"]] = _load(path, function, f"{source}: topology = {named!r}", arm.keys() - ARM_KEYS)
+            where = f"{source}: topology = {named!r}"
+            found[arm["topology"]] = _load(path, function, where, arm.keys() - ARM_KEYS)
     return found
 
 
@@ -49,7 +52,67 @@ def _load(path: Path, function: str, where: str, keys: Iterable[str]) -> Topolog
     if not inspect.iscoroutinefunction(run):
         known = [n for n, f in vars(module).items() if inspect.iscoroutinefunction(f)]
         raise ScenarioError(f"{where}: has no async function {function!r}, but {', '.join(known) or 'none'}")
-    return Topology(f"{path}:{function}", "a user's own", _params(module, keys), run, getattr(module, "expected", None))
+    name = f"{path}:{function}"
+    if next(iter(inspect.signature(run).parameters), None) == "client":
+        return _agent(name, run, where, keys)
+    return Topology(name, "a user's own", _params(module, keys), run, getattr(module, "expected", None))
+
+
+def _agent(name: str, run: Callable[..., Any], where: str, keys: Iterable[str]) -> Topology:
+    """An agent that makes its calls by a client of the `openai` SDK: its parameters are the arm's keys."""
+    from fanmark.loadgen.agent_client import GIVEN, answer, warm
+
+    warm()
+    _, *others = inspect.signature(run).parameters.values()
+    if not others or any(each.kind in (each.POSITIONAL_ONLY, each.VAR_POSITIONAL) for each in others):
+        raise ScenarioError(
+            f"{where}: an agent is called with (client, question, NAME=VALUE, ...): give it such parameters"
+        )
+    wants = [each.name for each in others[1:] if each.name in GIVEN]
+    named = {each.name: each.default for each in others[1:] if each.kind != each.VAR_KEYWORD and each.name not in GIVEN}
+    if any(each.kind == each.VAR_KEYWORD for each in others):
+        named |= dict.fromkeys(keys - named.keys() - set(GIVEN), None)
+    fields = [
+        (key, Any)
+        if default is inspect.Parameter.empty
+        else (key, Any, dataclasses.field(default_factory=partial(copy, default)))
+        for key, default in sorted(named.items(), key=lambda item: item[1] is not inspect.Parameter.empty)
+    ]
+    params = dataclasses.make_dataclass("Params", fields, frozen=True)
+
+    async def answered(rt: Runtime, p: Any) -> None:
+        await answer(run, wants, rt, vars(p))
+
+    return Topology(name, "an agent of the user's own, by the openai SDK", params, answered, by_client=tuple(wants))
+
+
+def agents(scenario: Scenario, topologies: Mapping[str, Topology]) -> dict[str, bool]:
+    """The arms whose calls go by a client of their own, and whether these carry the run's cache salt, as far as is known."""
+    given = {arm.name: [topologies[part.topology].by_client for part in arm.mix or [arm]] for arm in scenario.arms}
+    return {
+        name: all("cache_salt" in wants for wants in parts if wants is not None)
+        for name, parts in given.items()
+        if any(wants is not None for wants in parts)
+    }
+
+
+def check_agents(scenario: Scenario, topologies: Mapping[str, Topology], *, virtual: bool) -> None:
+    """Refuses agents with clients of their own where they cannot run. Raises ScenarioError."""
+    for arm in scenario.arms:
+        for part in arm.mix or [arm]:
+            topology = topologies[part.topology]
+            where = f"{scenario.source}: arm {arm.name!r}: topology = {part.topology!r}"
+            if topology.by_client is None:
+                continue
+            if virtual:
+                raise ScenarioError(f"{where}: an agent's own client needs a server and real time: fanmark run")
+            target = scenario.targets.get(arm.target or "default")
+            if (target.api if target is not None else scenario.stub.api) != "chat":
+                raise ScenarioError(f'{where}: an agent\'s own client needs a target with api = "chat"')
+            if scenario.load.users is not None and scenario.load.turns != 1 and "history" not in topology.by_client:
+                raise ScenarioError(
+                    f"{where}: [load] turns: its function needs a parameter `history` to be told the turns before"
+                )
 
 
 def _params(module: ModuleType, keys: Iterable[str]) -> type[Any]:

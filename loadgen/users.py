@@ -127,6 +127,11 @@ def with_told(prompt: Iterable[Message], told: Sequence[Turn]) -> list[Message]:
     return found
 
 
+def told_tokens(told: Sequence[Turn]) -> dict[Key, int]:
+    """How long the messages of these turns are, by what was drawn and written."""
+    return {message.key: message.tokens for turn in told for message in (turn.question, turn.answer)}
+
+
 def expected_with(form: Expected, told: Sequence[Turn]) -> Expected:
     """The closed form of a query that tells these turns again: each of their messages is read as often as the question."""
     times = form.reads.get(QUESTION, 0)

@@ -248,6 +248,8 @@ VALIDITY: dict[str, tuple[dict[str, Any], str, bool | None, str]] = {
         "debate: 1 queries differ from the closed form; debate: no query completed"),
     "lengths are approximate": (
         {"approximate": True}, "counted", True, "5 queries equal their closed form, input tokens of debate not compared"),
+    "there is no closed form": (
+        {"calls": None, "approximate": True}, "counted", True, "0 queries equal their closed form; debate has no closed form"),
     "the counters differ": (
         {"server": {"reconciled": False, "alone": False, "reason": "prompt_tokens differ"}}, "reconciled", False,
         "prompt_tokens differ"),
@@ -277,7 +279,8 @@ VALIDITY: dict[str, tuple[dict[str, Any], str, bool | None, str]] = {
 @pytest.mark.parametrize(("given_", "tick", "ok", "reason"), VALIDITY.values(), ids=VALIDITY)
 def test_validity(given_: dict[str, Any], tick: str, ok: bool | None, reason: str) -> None:
     arm = {
-        "expected": {"mismatches": given_.get("mismatches", 0), "approximate": given_.get("approximate", False)},
+        "expected": {"calls": 3, "mismatches": 0, "approximate": False}
+        | {key: value for key, value in given_.items() if key in ("calls", "mismatches", "approximate")},
         "queries": {"completed": given_.get("completed", 5)},
         "window": {"steady": None, "reason": "all queries are counted, no window is set"},
     }

@@ -25,7 +25,7 @@ def planned(folder: Path, arm: str) -> dict[str, int]:
 
 
 def test_the_example_of_the_page(tmp_path: Path) -> None:
-    toml, code = re.findall(r"```(?:toml|python)\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    toml, code, *_ = re.findall(r"```(?:toml|python)\n(.*?)```", PAGE.read_text(), re.DOTALL)
     (tmp_path / "vote.py").write_text(code)
     assert len(code.strip().splitlines()) <= 25
     arm = planned(tmp_path, toml)

@@ -403,7 +403,7 @@ def test_a_window_is_shown_in_the_validity(tmp_path: Path) -> None:
         "b": {"window": {"steady": False, "reason": "x", "littles_law_off_pct": None}},
     }
     server, client = {"reconciled": True, "alone": True}, {"verdict": "ok", "reasons": []}
-    whole = {"expected": {"mismatches": 0, "approximate": False}, "queries": {"completed": 1}}
+    whole = {"expected": {"calls": 1, "mismatches": 0, "approximate": False}, "queries": {"completed": 1}}
     told = validity({name: {**arm, **whole} for name, arm in arms.items()}, server, client, 0)
     assert (told["steady"], told["reasons"]["steady"]) == (False, "x; a: y")
     arms["b"]["window"] |= {"steady": True, "littles_law_off_pct": -3.0}

@@ -11,7 +11,7 @@ Rules of the file:
 import asyncio
 import inspect
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
 from urllib.parse import parse_qsl
@@ -27,6 +27,32 @@ from fanmark.loadgen.lanes.sse import Chunk, Reply, StreamParser, parse_body
 
 CHAT, COMPLETIONS = "/chat/completions", "/completions"
 NOT_REACHED = (httpx2.ConnectError, httpx2.ProxyError, httpx2.UnsupportedProtocol)
+
+
+def watched(sent: Sent, now: Callable[[], float]) -> Callable[[str, Mapping[str, Any]], Awaitable[None]]:
+    """A request's `trace`: fills `sent` when its first bytes go to the socket."""
+    asked_at = now()
+
+    async def told(event: str, info: Mapping[str, Any]) -> None:
+        nonlocal asked_at
+        if sent.at is not None:  # a redirect's
+            return
+        if event.endswith("connect_tcp.started"):
+            asked_at = now()
+        elif event.endswith(("connect_tcp.complete", "start_tls.complete")):
+            sent.connect_s = now() - asked_at
+        elif event.endswith("send_request_headers.started") and info["request"].method != b"CONNECT":
+            sent.at = now()
+
+    return told
+
+
+def not_carried(why: BaseException) -> CallError:
+    """What kept a request from its reply."""
+    kind = "connect" if isinstance(why, (*NOT_REACHED, httpx2.InvalidURL)) else "stream_cut"
+    while not str(why) and (deeper := getattr(why, "__cause__", None) or getattr(why, "__context__", None)):
+        why = deeper  # the outer ones do not say what happened
+    return CallError(kind, f"{type(why).__name__}: {why}")
 
 
 class _Decoder(SSEDecoder):
@@ -83,20 +109,7 @@ class OpenaiLane:
         sent, host = self._under_way.get(), self._host.get()
         if request.url.host != host:  # another server, and what the headers hold is not for it
             raise CallError("bad_reply", f"sent on to {request.url.host}: give that as the target")
-        asked_at = self._now()
-
-        async def told(event: str, info: Mapping[str, Any]) -> None:
-            nonlocal asked_at
-            if sent.at is not None:  # a redirect's
-                return
-            if event.endswith("connect_tcp.started"):
-                asked_at = self._now()
-            elif event.endswith(("connect_tcp.complete", "start_tls.complete")):
-                sent.connect_s = self._now() - asked_at
-            elif event.endswith("send_request_headers.started") and info["request"].method != b"CONNECT":
-                sent.at = self._now()
-
-        request.extensions["trace"] = told
+        request.extensions["trace"] = watched(sent, self._now)
 
     async def send(
         self, url: str, body: bytes, headers: Mapping[str, str], *, stream: bool, timeout_s: float, sent: Sent
@@ -114,11 +127,7 @@ class OpenaiLane:
                 raise HttpError(e.status_code, e.response.text, dict(e.response.headers)) from None
             raise CallError("bad_reply", f"HTTP {e.status_code}: sent on to nowhere") from None
         except (openai.APIConnectionError, httpx2.RequestError, httpx2.InvalidURL, ssl.SSLError) as e:
-            why = e.__cause__ if isinstance(e, openai.APIConnectionError) else e
-            kind = "connect" if isinstance(why, (*NOT_REACHED, httpx2.InvalidURL)) else "stream_cut"
-            while not str(why) and (deeper := getattr(why, "__cause__", None) or getattr(why, "__context__", None)):
-                why = deeper  # the outer ones do not say what happened
-            raise CallError(kind, f"{type(why).__name__}: {why}") from None
+            raise not_carried(e.__cause__ or e if isinstance(e, openai.APIConnectionError) else e) from None
         except openai.APIError as e:
             raise CallError("bad_reply", f"an error in place of a reply: {e.message}") from None
         except (ValueError, RecursionError) as e:  # JSON, UTF-8
