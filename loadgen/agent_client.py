@@ -199,10 +199,12 @@ class Carrier(httpx2.AsyncBaseTransport):
 
         return await gate.admit(endpoint, call, fields, at_most, sent, self._rt.promise)
 
-    def ended(self, call: Call, endpoint: HttpEndpoint, reply: Reply, said: Said) -> None:
+    def ended(self, call: Call, endpoint: HttpEndpoint, reply: Reply, said: Said, *, streamed: bool) -> None:
         """A call has its reply."""
         self._under_way.pop(call.call, None)
         self._rt.take(call, reply)
+        if not streamed:
+            call.first_at = None  # its first token came some time before its last
         self._rt.end(call)
         self._rt.keep(("agent", call.call), call, endpoint, reply)
         self._said.append(said)
@@ -272,7 +274,7 @@ class _Attempt:
             if self.ticket is not None:
                 self.ticket.usage = reply.usage
             said = said_in(self._call.call, self._reads, stream=self._stream)
-            self._carrier.ended(self._call, self._endpoint, reply, said)
+            self._carrier.ended(self._call, self._endpoint, reply, said, streamed=self._stream)
 
     def closed(self) -> None:
         """The agent reads no further: what came may be all of it."""
