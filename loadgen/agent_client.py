@@ -18,6 +18,7 @@ import msgspec
 import openai
 
 from fanmark.agents.runtime import Message, Runtime
+from fanmark.loadgen.call_record import take
 from fanmark.loadgen.errors import CallError, Stopped
 from fanmark.loadgen.gate import Ticket
 from fanmark.loadgen.lanes.http import HttpError, Sent
@@ -202,7 +203,7 @@ class Carrier(httpx2.AsyncBaseTransport):
     def ended(self, call: Call, endpoint: HttpEndpoint, reply: Reply, said: Said, *, streamed: bool) -> None:
         """A call has its reply."""
         self._under_way.pop(call.call, None)
-        self._rt.take(call, reply)
+        take(call, reply)
         if not streamed:
             call.first_at = None  # its first token came some time before its last
         self._rt.end(call)

@@ -12,6 +12,7 @@ import msgspec
 from fanmark.agents.runtime import Author, Key, Message, ToolAsk
 from fanmark.loadgen import retries
 from fanmark.loadgen.budget import Cost, Promise
+from fanmark.loadgen.call_record import take
 from fanmark.loadgen.contamination import Prompt, pieces
 from fanmark.loadgen.demand import Demand, unquoted, word_for_word
 from fanmark.loadgen.endpoint import Endpoint
@@ -257,7 +258,7 @@ class QueryRuntime:
                 if endpoint.drop_refused(e, body):
                     continue
                 raise
-            self.take(call, reply)
+            take(call, reply)
             if traffic is not None:
                 limit = self.world.explained.limit(traffic)
                 self.unexplained_tokens += max(0, (call.cached_tokens or 0) - limit)
@@ -391,17 +392,3 @@ class QueryRuntime:
             first_own = 0  # a salt of this query, or of this call
         query = self.owner if salt == self.world.run_id else (self.demand.arm, self.owner)
         return self.world.explained.sent(salt, query, listed, len(listed) if first_own is None else first_own)
-
-    def take(self, call: Call, reply: Reply) -> None:
-        """What a reply tells of its call: stamps, and the server's counts."""
-        call.finish = reply.finish
-        call.first_at, call.answer_at, call.done_at = reply.first_at, reply.answer_at, reply.done_at
-        call.gaps, call.coalesced = reply.gaps, reply.coalesced
-        usage = reply.usage
-        if usage is None:
-            return
-        call.input_tokens, call.output_tokens = usage.prompt_tokens, usage.completion_tokens
-        if usage.prompt_tokens_details is not None:
-            call.cached_tokens = usage.prompt_tokens_details.cached_tokens
-        details = usage.completion_tokens_details
-        call.reasoning_tokens = details.reasoning_tokens if details is not None else None

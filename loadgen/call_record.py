@@ -1,0 +1,19 @@
+"""What a reply tells of its call. Pure."""
+
+from fanmark.loadgen.lanes.sse import Reply
+from fanmark.loadgen.records import Call
+
+
+def take(call: Call, reply: Reply) -> None:
+    """What a reply tells of its call: stamps, and the server's counts."""
+    call.finish = reply.finish
+    call.first_at, call.answer_at, call.done_at = reply.first_at, reply.answer_at, reply.done_at
+    call.gaps, call.coalesced = reply.gaps, reply.coalesced
+    usage = reply.usage
+    if usage is None:
+        return
+    call.input_tokens, call.output_tokens = usage.prompt_tokens, usage.completion_tokens
+    if usage.prompt_tokens_details is not None:
+        call.cached_tokens = usage.prompt_tokens_details.cached_tokens
+    details = usage.completion_tokens_details
+    call.reasoning_tokens = details.reasoning_tokens if details is not None else None
