@@ -144,7 +144,7 @@ def _dry_run(checked: Any, table: Any, json: bool) -> int:
     from fanmark.loadgen import dry_run
 
     planned = dry_run.plan(checked, table)
-    notes = [f"note     {note}" for note in checked.unlike_baseline()]
+    notes = [f"note     {note}" for note in [*checked.unlike_baseline(), *checked.approximate()]]
     print(_json(planned) if json else "\n".join([*dry_run.lines(planned), *notes]))
     return 0
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from fanmark.loadgen.lengths import Dist
-from fanmark.loadgen.questions import Question
+from fanmark.loadgen.questions import CHARS_PER_TOKEN, Question
 
 Tokens = Annotated[int, msgspec.Meta(ge=0)] | Dist
 Positive = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
@@ -288,6 +288,17 @@ class Scenario(Table, frozen=True):
                 found.append(
                     f"{arm.name}: its {' and '.join(kinds)} lengths are not the baseline's: ratios compare other questions too"
                 )
+        return found
+
+    def approximate(self) -> list[str]:
+        """A line for each thing that a plan without a target only knows about."""
+        found = []
+        if self.questions:
+            found.append(
+                f"{len(self.questions)} questions of a file: {CHARS_PER_TOKEN:g} characters are taken for a token"
+            )
+        if self.workload.lengths == "natural":
+            found.append('lengths = "natural": output tokens are at most so many, and so is what is read of them again')
         return found
 
     @property

@@ -3,7 +3,8 @@
 Rules of the file:
 1. Equal seeds give equal prose, and a longer text begins as the shorter one does.
 2. A span has at most 36 characters, so that no 16 tokens come out of one span: two seeds must meet in two spans that follow each other
-   to share a block of a prefix cache. Of 10 million pairs of texts of 800 tokens none shared 16 tokens in a row.
+   to share a block of a prefix cache. Of 10 million pairs of texts of 800 tokens none shared 16 tokens in a row by our stub's
+   tokenizer; 4.5 million pairs shared 18 such runs by a byte-pair one (cl100k).
 """
 
 from functools import cached_property

@@ -10,6 +10,8 @@ from stub_process import running_stub
 from fanmark.agents import topologies
 from fanmark.loadgen import session, table
 from fanmark.loadgen.records import read_queries
+from fanmark.loadgen.results import assemble
+from fanmark.loadgen.run import Drift
 from fanmark.loadgen.scenario_check import check
 
 ARMS = [
@@ -52,3 +54,28 @@ def test_replies_that_end_early_are_counted_as_they_came(tmp_path: Path, api: st
         in said
     )
     assert sum(f"<= {CAP * n} / " in line for line in said for n in (1, 5, 7)) == 3
+
+
+@pytest.mark.parametrize(
+    ("lengths", "acceptance", "noted"),
+    [
+        ("forced", 0.625, True),
+        ("forced", 0.0, True),  # it guesses, and wrong
+        ("forced", None, False),  # it guesses nothing
+        ("natural", 0.625, False),
+    ],
+)
+def test_forced_lengths_are_called_degenerate_where_tokens_are_guessed(
+    lengths: str, acceptance: float | None, noted: bool
+) -> None:
+    scenario = check({"arm": ARMS, "workload": WORKLOAD | {"lengths": lengths}}, "f.toml", topologies())
+    server = {"reconciled": True, "alone": True, "reason": "", "alone_reason": "", "draft_acceptance": acceptance}
+    server["draft_tokens"] = {"client": None, "server": 800.0, "off_pct": None}
+    client = {"verdict": "ok", "reasons": [], "loop_lag_s": None, "cpu_s": None}
+    found = assemble(
+        scenario, [], {}, server, lambda _: client, Drift(), {"seconds": 0.0}, ending=None
+    )  # fmt: skip
+    said = [line for line in table.lines(found) if "degenerate" in line]
+    assert len(said) == noted and all(f"({acceptance:.1%} of them accepted)" in line for line in said)
+    guessed = [line for line in table.lines(found) if "guessed ahead 800 tokens" in line]
+    assert len(guessed) == (acceptance is not None)

@@ -191,6 +191,7 @@ def test_the_bundled_questions_are_those_of_the_seed() -> None:
     found = check(raw, source, TABLE)
     assert [q.answer for q in found.questions] == [line["answer"] for line in arithmetic()]
     assert [q.text for q in found.questions] == [line["prompt"] for line in arithmetic()]
+    assert [line.split(":")[0] for line in found.approximate()] == ["240 questions of a file", 'lengths = "natural"']
     planned = dry_run.plan(found, TABLE)
     assert planned["votes"]["calls"] == 5 * planned["single"]["calls"] == 300
 
