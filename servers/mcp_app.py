@@ -2,7 +2,7 @@
 answer goes back. What the tools do is the business of `Tools`.
 
 Rules of the file:
-1. The handshake era has sessions, at most `max_sessions`; one that a DELETE ended, or that was never opened, is 404.
+1. The handshake era has sessions, at most `max_sessions`, those that are idle make room; one that was ended or never opened is 404.
 2. An answer is one JSON body; it becomes a stream of events when a tool tells of its progress and the client asked for that.
 3. A client that gives a call up ends it: in the handshake era by notifications/cancelled, in the modern one by going away.
 """
@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from aiohttp import web
 
@@ -29,6 +30,9 @@ _STATUS = dict.fromkeys(
     ),
     400,
 ) | {codec.METHOD_NOT_FOUND: 404}
+
+_OWN_HOSTS = ("localhost", "127.0.0.1", "::1")
+IDLE_S = 1_800.0  # a session that is not used for so long makes room for a new one
 
 Progress = Callable[[float, float | None, str], Awaitable[None]]
 
@@ -70,6 +74,7 @@ class _Session:
     """One client's session, with what it has in flight."""
 
     version: str
+    used_at: float
     calls: dict[codec.Id, asyncio.Task[Any]] = field(default_factory=dict)
 
 
@@ -88,6 +93,8 @@ class McpApp:
         """The one entrance."""
         if request.path == "/metrics" and request.method == "GET":
             return web.Response(text=self._tools.metrics(len(self._sessions)))
+        if urlsplit(request.headers.get("Origin", "http://localhost")).hostname not in _OWN_HOSTS:
+            return web.Response(status=403, text="a page of another origin may not call tools")
         if request.path != "/mcp":
             return web.Response(status=404, text="there is /mcp and /metrics")
         if request.method == "POST":
@@ -150,6 +157,7 @@ class McpApp:
                 if call is not None:
                     call.cancel()
             return web.Response(status=202)
+        session.used_at = asyncio.get_running_loop().time()
         headers = {codec.SESSION_HEADER: name or ""}
         if message.method == "ping":
             return _json(codec.Result(message.id, {}), headers=headers)
@@ -163,12 +171,16 @@ class McpApp:
             session.calls.pop(message.id, None)
 
     def _initialize(self, message: codec.Request) -> web.StreamResponse:
+        now = asyncio.get_running_loop().time()
+        if len(self._sessions) >= self._max_sessions:
+            for idle in [n for n, s in self._sessions.items() if not s.calls and now - s.used_at >= IDLE_S]:
+                del self._sessions[idle]
         if len(self._sessions) >= self._max_sessions:
             return _json(codec.Failure(None, codec.INTERNAL_ERROR, "Too many open sessions"), 503)
         asked = message.params.get("protocolVersion")
         version = asked if asked in codec.HANDSHAKES else codec.LATEST_HANDSHAKE
         name = secrets.token_hex(16)
-        self._sessions[name] = _Session(version)
+        self._sessions[name] = _Session(version, now)
         result = {"protocolVersion": version, "capabilities": _CAPABILITIES, "serverInfo": INFO}
         return _json(codec.Result(message.id, result), headers={codec.SESSION_HEADER: name})
 

@@ -35,6 +35,7 @@ HEADER_MISMATCH, UNSUPPORTED_VERSION = -32020, -32022
 MAX_EVENT_BYTES = 64_000_000
 _EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?!\n)){2}")
 _WRAPPED = re.compile(r"=\?base64\?(.*)\?=")
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _PLAIN = re.compile(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?")
 
 Id = int | str
@@ -249,13 +250,15 @@ def header_text(value: str) -> str | None:
 def param_headers(schema: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, str]:
     """The headers in which a 2026-07-28 client repeats the arguments that a tool's schema marks by x-mcp-header."""
     found: dict[str, str] = {}
-    for name, part in (schema.get("properties") or {}).items():
+    properties = schema.get("properties")
+    for name, part in properties.items() if isinstance(properties, Mapping) else ():
         value = arguments.get(name)
         if not isinstance(part, Mapping) or value is None:
             continue
-        if isinstance(part.get("x-mcp-header"), str) and isinstance(value, bool | int | str):
+        header = part.get("x-mcp-header")
+        if isinstance(header, str) and _TOKEN.fullmatch(header) and isinstance(value, bool | int | str):
             text = str(value).lower() if isinstance(value, bool) else str(value)
-            found[PARAM_PREFIX + part["x-mcp-header"]] = header_value(text)
+            found[PARAM_PREFIX + header] = header_value(text)
         elif isinstance(value, Mapping):
             found |= param_headers(part, value)
     return found

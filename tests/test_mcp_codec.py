@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from fanmark.loadgen.lanes.mcp_session import (
     call_post,
     checked,
     opening,
+    result_of,
     session_refused,
 )
 from fanmark.servers import mcp_codec as codec
@@ -131,6 +133,24 @@ def test_marked_arguments_go_into_headers() -> None:
     }
     found = codec.param_headers(schema, {"region": "Zürich", "deep": {"on": True}, "other": "x", "left_out": None})
     assert found == {"Mcp-Param-Region": "=?base64?WsO8cmljaA==?=", "Mcp-Param-On": "true"}
+
+
+@given(objects, objects)
+def test_whatever_a_server_says_is_a_result_or_a_protocol_error(result: dict[str, Any], schema: dict[str, Any]) -> None:
+    codec.param_headers({"properties": schema, **schema}, result)
+    for said in (
+        result,
+        {"content": [result], "structuredContent": schema, "_meta": schema},
+        {"content": list(result)},
+    ):
+        try:
+            found = result_of(said, "here")
+            assert found.bytes == len(found.text.encode())
+        except ToolProtocolError:
+            pass
+    for page in (result, {"tools": [result]}, {"tools": [{"name": "a", **schema}]}, {"tools": schema}):
+        with suppress(ToolProtocolError):
+            opened(codec.MODERN, [Answer(200, codec.Result(1, page))])
 
 
 def opened(known: str | None, answers: Sequence[Answer]) -> tuple[list[Post], Opened]:

@@ -267,6 +267,29 @@ def test_a_reply_that_fails_costs_its_own_call(reply: bytes | None, kind: str, s
     with_recorder(recorder, use)
 
 
+def test_a_server_that_sends_on_to_its_own_path_is_followed_and_to_another_host_not() -> None:
+    class Moved(Recorder):
+        async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+            if request.path == "/mcp":
+                return web.Response(status=307, headers={"Location": "/mcp/"})
+            if request.path == "/away":
+                return web.Response(status=308, headers={"Location": "http://example.com/mcp"})
+            return await super().handle(request)
+
+    recorder = Moved()
+
+    async def use(url: str) -> None:
+        servers = await ToolServers.open([ToolServerSpec(url=url)], CALL_S)
+        assert [o for o, _ in await asked_by(servers, [(1, "a")])] == ["result"] * 2
+        await servers.close()
+        connection = ThinConnection(ToolServerSpec(url=url.replace("/mcp", "/away")))
+        with pytest.raises(ToolTransportError, match="HTTP 308"):
+            await connection.start(CALL_S)
+        await connection.close()
+
+    with_recorder(recorder, use)
+
+
 def test_a_run_by_url_does_not_need_the_sdk(start_tools: StartTools) -> None:
     server = start_tools("--latency-s", "0", "--result-tokens", "3")
     code = (

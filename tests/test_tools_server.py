@@ -11,6 +11,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar, cast
 
+import aiohttp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -270,3 +271,32 @@ def test_result_text_counts_and_repeats(tokens: int, seed: int | str) -> None:
     text = result_text(words, tokens, seed)
     assert len(Tokenizer(words).encode(text)) == tokens
     assert text == result_text(words, tokens, seed)
+
+
+def test_sessions_are_limited_ended_and_kept_from_other_origins() -> None:
+    """The third of two is 503 until one is deleted; a session that ended is 404; a web page may not call."""
+    asked = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "test", "version": "0"}}
+    opening = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": asked}
+
+    async def run() -> None:
+        with listen("127.0.0.1", 0) as sock:
+            url = f"http://127.0.0.1:{sock.getsockname()[1]}/mcp"
+            async with serving(sock, Behaviour(), max_sessions=2), aiohttp.ClientSession() as http:
+
+                async def post(body: Any, **headers: str) -> tuple[int, str]:
+                    async with http.post(url, json=body, headers=headers) as response:
+                        return response.status, response.headers.get("Mcp-Session-Id", "")
+
+                first, second, third = [await post(opening) for _ in range(3)]
+                assert (first[0], second[0], third[0]) == (200, 200, 503)
+                ping = {"jsonrpc": "2.0", "id": 2, "method": "ping"}
+                assert (await post(ping, **{"Mcp-Session-Id": first[1]}))[0] == 200
+                assert (await post(ping))[0] == 400
+                async with http.delete(url, headers={"Mcp-Session-Id": first[1]}) as response:
+                    assert response.status == 200
+                assert (await post(ping, **{"Mcp-Session-Id": first[1]}))[0] == 404
+                assert (await post(opening))[0] == 200
+                assert (await post(ping, Origin="http://example.com"))[0] == 403
+                assert (await post(ping, Origin="http://localhost:3000"))[0] == 400
+
+    asyncio.run(run())

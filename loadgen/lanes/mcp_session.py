@@ -97,7 +97,10 @@ def opening(known: str | None, where: str) -> Generator[Post, Answer, Opened]:
     params: dict[str, Any] = {}
     for page in range(MAX_PAGES):
         result = checked((yield post(session, f"list-{page}", "tools/list", params)), where)
-        tools += [_tool(each, where) for each in result.get("tools", ())]
+        listed = result.get("tools")
+        if not isinstance(listed, list):
+            raise ToolProtocolError(f"{where}: tools/list gave no list")
+        tools += [_tool(each, where) for each in listed]
         cursor = result.get("nextCursor")
         if not isinstance(cursor, str):
             break

@@ -41,6 +41,7 @@ from fanmark.servers import mcp_codec as codec
 
 if TYPE_CHECKING:
     import aiohttp
+    from yarl import URL
 
 CLOSE_S, LINGER_S = 2.0, 1.0
 RESUMES, RESUME_MS = 2, 1_000
@@ -165,6 +166,10 @@ class ThinConnection:
 
         try:
             response = await self._http.post(self._url, data=asked.body, headers=asked.headers, allow_redirects=False)
+            if (moved := self._moved(response)) is not None:
+                response.release()
+                self._url = moved
+                response = await self._http.post(moved, data=asked.body, headers=asked.headers, allow_redirects=False)
             try:
                 answer = await self._answer(response, asked.id)
             except BaseException:
@@ -180,6 +185,16 @@ class ThinConnection:
         except (aiohttp.ClientError, OSError) as e:
             reason = f"{type(e).__name__}: {e}".rstrip(": ")
             raise ToolTransportError(f"{self._where}: connection lost: {reason}") from None
+
+    def _moved(self, response: "aiohttp.ClientResponse") -> "URL | None":
+        """Where a server sends a POST on to, if that is its own: many have their endpoint at a path with a slash behind it."""
+        from yarl import URL
+
+        location = response.headers.get("Location")
+        if response.status not in (307, 308) or location is None:
+            return None
+        moved = self._url.join(URL(location))
+        return moved if moved.origin() == self._url.origin() else None
 
     async def _answer(self, response: "aiohttp.ClientResponse", id: codec.Id | None) -> Answer:
         status, session_id = response.status, response.headers.get(codec.SESSION_HEADER)
@@ -246,22 +261,21 @@ class ThinConnection:
         if response.content.is_eof() or response.status >= 300:
             response.release()
         else:
-            self._go_on(self._linger(response))
+            # closes it where the body is not whole even then; told here, as a task that is ended before it begins cannot
+            self._go_on(self._linger(response)).add_done_callback(lambda _: response.release())
 
     async def _linger(self, response: "aiohttp.ClientResponse") -> None:
         import aiohttp
 
-        try:
-            with suppress(aiohttp.ClientError, OSError, TimeoutError):
-                async with asyncio.timeout(LINGER_S):
-                    await response.read()
-        finally:
-            response.release()  # closes it where the body is not whole even now
+        with suppress(aiohttp.ClientError, OSError, TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                await response.read()
 
-    def _go_on(self, work: Coroutine[Any, Any, None]) -> None:
+    def _go_on(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
         self._aside.add(task)
         task.add_done_callback(self._aside.discard)
+        return task
 
     async def close(self) -> None:
         """See Connection."""
