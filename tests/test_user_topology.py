@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 
 from fanmark.agents import topologies
+from fanmark.agents.runtime import Topology
 from fanmark.loadgen import scenario_check
 from fanmark.loadgen.dry_run import plan
 from fanmark.loadgen.errors import ScenarioError
+from fanmark.loadgen.scenario import Scenario
+from fanmark.loadgen.simulate import Options, simulate
 from fanmark.loadgen.user_topology import with_users
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "own-topology.md"
@@ -16,11 +19,15 @@ SINGLE = '[[arm]]\nname = "single"\ntopology = "single"\nbaseline = true\n'
 LOAD = "[load]\nqueries = 2\n[workload]\nsystem = 30\nquestion = 20\nanswer = 10\ninstruction = 15\n"
 
 
-def planned(folder: Path, arm: str) -> dict[str, int]:
+def checked(folder: Path, arm: str) -> tuple[Scenario, dict[str, Topology]]:
     (folder / "own.toml").write_text(f"{SINGLE}{arm}\n{LOAD}")
     raw, source = scenario_check.read(str(folder / "own.toml"))
     table = with_users(raw, source, topologies())
-    found: dict[str, int] = plan(scenario_check.check(raw, source, table), table)["vote"]
+    return scenario_check.check(raw, source, table), table
+
+
+def planned(folder: Path, arm: str) -> dict[str, int]:
+    found: dict[str, int] = plan(*checked(folder, arm))["vote"]
     return found
 
 
@@ -32,6 +39,9 @@ def test_the_example_of_the_page(tmp_path: Path) -> None:
     # 4 calls a query: 4 x (30 + 20) + 3 x 10 + 15 read, 4 x 10 written
     assert (arm["calls"], arm["input_tokens"], arm["output_tokens"]) == (8, 2 * 245, 2 * 40)
     assert arm["longest_context_tokens"] == 30 + 20 + 3 * 10 + 15 + 10
+    run = simulate(*checked(tmp_path, toml), Options(tmp_path / "run", "test", [])).summary["arms"]["vote"]
+    assert run["expected"]["mismatches"] == 0 and run["queries"]["completed"] == 2 and run["params"] == {"voters": 3}
+    assert [run["per_query"][name]["mean"] for name in ("calls", "input_tokens", "depth", "width")] == [4, 245, 2, 3]
 
 
 def test_without_params_and_closed_form(tmp_path: Path) -> None:
@@ -39,6 +49,10 @@ def test_without_params_and_closed_form(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(code)
     arm = planned(tmp_path, '[[arm]]\nname = "vote"\ntopology = "own.py:run"\ntimes = 2\n')
     assert arm["calls"] is None
+    own = '[[arm]]\nname = "vote"\ntopology = "own.py:run"\ntimes = 3\n'
+    summary = simulate(*checked(tmp_path, own), Options(tmp_path / "run", "test", [])).summary
+    assert summary["arms"]["vote"]["per_query"]["input_tokens"]["mean"] == 3 * 20
+    assert summary["validity"]["reasons"]["counted"] == "2 queries equal their closed form; vote has no closed form"
 
 
 @pytest.mark.parametrize(
