@@ -1,4 +1,4 @@
-"""The quickstart's three arms against a real vLLM: every count as expected, every token as the server counted it."""
+"""Runs against a real vLLM, the quickstart's three arms and other shapes: every count as expected, every token as the server counted it."""
 
 import itertools
 import json
@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from between import between
 from test_cache_policy import COLD, OWN, fresh, run
+
+from fanmark.loadgen.records import read_queries
 
 pytestmark = pytest.mark.vllm
 
@@ -41,6 +43,77 @@ def test_the_quickstart_is_exact_on_vllm(vllm_url: str, tmp_path: Path, api: str
     assert [found["server"][name]["off_pct"] for name in COUNTERS] == [0.0] * 4
     assert found["server"]["prompt_tokens"]["server"] > 100_000
     assert found["validity"]["uncontaminated"] is True
+
+
+SMALL = """
+[[arm]]
+name = "single"
+topology = "single"
+baseline = true
+
+[[arm]]
+name = "orchestrator"
+topology = "orchestrator"
+workers = 2
+tool_calls = 1
+
+[[arm]]
+name = "tree-of-thought"
+topology = "tree-of-thought"
+depth = 2
+samples = 2
+beam = 1
+votes = 1
+
+[workload]
+system = 60
+question = 50
+instruction = 40
+plan = 16
+action = 12
+answer = 16
+judge_answer = 16
+vote = 4
+tool_result = 40
+
+[tools]
+latency_s = 0.01
+
+[load]
+users = 2
+turns = 2
+queries = 4
+warmup = 0
+"""
+RESOURCES = ("calls", "tool_calls", "input_tokens", "output_tokens", "depth", "width")
+
+
+@pytest.mark.parametrize("api", ["chat", "completions"])
+def test_orchestrator_tree_of_thought_and_sessions_are_exact_on_vllm(vllm_url: str, tmp_path: Path, api: str) -> None:
+    """A lead that plans and concludes, two workers of an action and an answer; twice two thoughts with a vote each. The second turn of
+    each session reads the first one's question and answer wherever its own question stands."""
+    (tmp_path / "small.toml").write_text(SMALL)
+    command = [sys.executable, "-m", "fanmark.loadgen.cli", "run", str(tmp_path / "small.toml"), "--target", vllm_url]
+    command += ["--api", api, "--json", "--quiet", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr + done.stdout
+    found = json.loads(done.stdout)
+    shapes = {"single": (1, 0, 1, 1), "orchestrator": (6, 2, 4, 2), "tree-of-thought": (8, 0, 4, 2)}
+    for name, shape in shapes.items():
+        arm = found["arms"][name]
+        assert arm["queries"] == {"started": 4, "completed": 4, "failed": 0, "abandoned": 0} and arm["errors"] == {}
+        assert arm["expected"]["mismatches"] == 0 and not arm["expected"]["approximate"]
+        means = [arm["per_query"][resource]["mean"] for resource in RESOURCES]
+        assert means == [arm["expected"][resource] for resource in RESOURCES], name
+        assert (means[0], means[1], *means[4:]) == shape
+    queries = [query for query in read_queries(tmp_path / "run") if query.arm == "single"]
+    read = {(query.session, query.turn): query.resources["input_tokens"] for query in queries}
+    for session in (0, 1):
+        assert read[session, 1] == 60 + 50
+        grown = (read[session, 2] or 0) - 60 - 2 * 50  # the answer of 16 tokens, as it is read again
+        assert grown == 16 if api == "completions" else 8 <= grown <= 40
+    validity = found["validity"]
+    assert [validity[tick] for tick in ("counted", "reconciled", "alone", "uncontaminated")] == [True] * 4, validity
 
 
 def test_a_warm_server_and_other_arms_leave_fresh_tokens_as_they_are(vllm_url: str, tmp_path: Path) -> None:
