@@ -98,6 +98,9 @@ def run(
     label: LabelOpt = None,
     out: OutOpt = None,
     metrics_port: Annotated[int, typer.Option(help="Port of /metrics; 0 takes a free one.")] = 0,
+    metrics_host: Annotated[
+        str, typer.Option(help="Address of /metrics; 0.0.0.0 is all of this host's.")
+    ] = "127.0.0.1",
     metrics_hold: HoldOpt = None,
     json: JsonOpt = False,
     strict: StrictOpt = False,
@@ -129,6 +132,7 @@ def run(
     options = session.Options(
         out=folder,
         metrics_port=metrics_port,
+        metrics_host=metrics_host,
         run_id=secrets.token_hex(4),
         version=_version(),
         command=sys.argv[1:],

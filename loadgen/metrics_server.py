@@ -1,4 +1,4 @@
-"""The port that a run is watched on: served on loopback from a thread, while the run goes on and for a while after it."""
+"""The port that a run is watched on: served from a thread, while the run goes on and for a while after it."""
 
 import asyncio
 import itertools
@@ -59,7 +59,7 @@ def _is_loopback(host: str) -> bool:
     return host.rpartition(":")[0].strip("[]") in ("127.0.0.1", "localhost", "::1")
 
 
-def serve(pages: Mapping[str, Page], port: int) -> tuple[int, Callable[[], None]]:
+def serve(pages: Mapping[str, Page], port: int, host: str = "127.0.0.1") -> tuple[int, Callable[[], None]]:
     """Serves pages by their path; gives the port and what ends it. Raises ScenarioError where the port is taken."""
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
     from socketserver import TCPServer
@@ -68,7 +68,7 @@ def serve(pages: Mapping[str, Page], port: int) -> tuple[int, Callable[[], None]
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
             page = pages.get(path)
-            if path != "/metrics" and not _is_loopback(self.headers.get("Host", "")):
+            if host == "127.0.0.1" and path != "/metrics" and not _is_loopback(self.headers.get("Host", "")):
                 self.send_error(403, "only by a name of this machine's own")
                 return
             if page is None:
@@ -93,17 +93,16 @@ def serve(pages: Mapping[str, Page], port: int) -> tuple[int, Callable[[], None]
         def server_bind(self) -> None:
             """Without looking up the host's name, which may take seconds."""
             TCPServer.server_bind(self)
-            self.server_name, self.server_port = "127.0.0.1", self.socket.getsockname()[1]
+            self.server_name, self.server_port = host, self.socket.getsockname()[1]
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             """Who does not wait for the reply is no concern of the run's."""
 
     try:
-        server = Server(("127.0.0.1", port), Handler)
+        server = Server((host, port), Handler)
     except OSError as e:
-        raise ScenarioError(
-            f"--metrics-port {port}: {e.strerror}: choose another, or leave it out for a free one"
-        ) from None
+        where = f"--metrics-port {port}" if host == "127.0.0.1" else f"--metrics-host {host} --metrics-port {port}"
+        raise ScenarioError(f"{where}: {e.strerror}: choose another, or leave it out for a free one") from None
     thread = threading.Thread(target=server.serve_forever, args=(_STOP_WITHIN_S,), daemon=True)
     thread.start()
 

@@ -24,7 +24,7 @@ from fanmark.loadgen.health import Health, client_part
 from fanmark.loadgen.link import Ended
 from fanmark.loadgen.live import Progress, tell
 from fanmark.loadgen.metrics import Metrics
-from fanmark.loadgen.metrics_server import Scrapes, hold, serve, texts_of
+from fanmark.loadgen.metrics_server import Page, Scrapes, hold, serve, texts_of
 from fanmark.loadgen.question_file import write_questions
 from fanmark.loadgen.reach import Reached, reach, settle
 from fanmark.loadgen.records import Journal, read_queries, read_windows
@@ -56,6 +56,7 @@ class Options:
     progress: TextIO | None
     workers: int = 1
     labels: Mapping[str, str] = field(default_factory=dict)
+    metrics_host: str = "127.0.0.1"
     metrics_hold_s: float | None = 0.0
 
 
@@ -78,9 +79,8 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
         watched = await told_of(scenario, topologies, reached, options.run_id, options.version, clock)
         scrapes = Scrapes(Metrics(tally, watched, texts_of(own_metrics(scenario, place))).scrape)
         course = _course(scenario, tally, clock)
-        port, stop_metrics = serve(
-            {"/metrics": scrapes, **LivePage(course, scenario.name).pages()}, options.metrics_port
-        )
+        pages: dict[str, Page] = {"/metrics": scrapes, **LivePage(course, scenario.name).pages()}
+        port, stop_metrics = serve(pages, options.metrics_port, options.metrics_host)
         stack.callback(stop_metrics)
         before = await server_side.read_all(endpoints)
         server_side.name_servers(endpoints, before)
@@ -89,8 +89,8 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
         stack.callback(journal.close)
         where = next(iter(place.targets.values())).replicas[0]
         tell(f"target   {where} ({next(iter(endpoints.values())).server})", options.progress)
-        tell(f"metrics  http://127.0.0.1:{port}/metrics", options.progress)
-        tell(f"live     http://127.0.0.1:{port}/", options.progress)
+        tell(f"metrics  http://{options.metrics_host}:{port}/metrics", options.progress)
+        tell(f"live     http://{options.metrics_host}:{port}/", options.progress)
         started = datetime.now(UTC)
         sampler = Sampler(options.out, clock.now, endpoints, before, tally)
         try:

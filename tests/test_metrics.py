@@ -383,3 +383,10 @@ def test_a_port_that_is_taken_is_told_with_the_mend(tally: Tally, taken: int) ->
         serve({"/metrics": Metrics(tally, TOLD, now=lambda: 200.0).scrape}, taken)
     mend = "choose another, or leave it out for a free one"
     assert str(caught.value) == f"--metrics-port {taken}: Address already in use: {mend}"
+
+
+def test_an_address_that_is_none_of_this_hosts_is_told(tally: Tally) -> None:
+    with pytest.raises(
+        ScenarioError, match=r"^--metrics-host 192\.0\.2\.9 --metrics-port 0: Cannot assign requested address: "
+    ):
+        serve({}, 0, "192.0.2.9")
