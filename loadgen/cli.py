@@ -38,6 +38,8 @@ ConcurrencyOpt = Annotated[int | None, typer.Option(help="Queries at a time of e
 WorkersOpt = Annotated[
     str, typer.Option(metavar="N|auto", help="Processes that share the queries out; auto: one per core less one.")
 ]
+KeyOpt = Annotated[str | None, typer.Option(help="Environment variable with the API key; OPENAI_API_KEY if it is set.")]
+HostOpt = Annotated[str, typer.Option(help="Address of /metrics; 0.0.0.0: all that this host has.")]
 HoldOpt = Annotated[
     float | None,
     typer.Option(
@@ -84,9 +86,7 @@ def run(
     target: Annotated[str | None, typer.Option(help="URL of an OpenAI-compatible server, .../v1.")] = None,
     model: Annotated[str | None, typer.Option(help="Model name; the first that the target lists.")] = None,
     api: Annotated[str | None, typer.Option(help="chat, or completions (token-id prompts: exact lengths).")] = None,
-    api_key_env: Annotated[
-        str | None, typer.Option(help="Environment variable with the API key; OPENAI_API_KEY if it is set.")
-    ] = None,
+    api_key_env: KeyOpt = None,
     queries: QueriesOpt = None,
     duration: DurationOpt = None,
     rate: RateOpt = None,
@@ -98,9 +98,7 @@ def run(
     label: LabelOpt = None,
     out: OutOpt = None,
     metrics_port: Annotated[int, typer.Option(help="Port of /metrics; 0 takes a free one.")] = 0,
-    metrics_host: Annotated[
-        str, typer.Option(help="Address of /metrics; 0.0.0.0 is all of this host's.")
-    ] = "127.0.0.1",
+    metrics_host: HostOpt = "127.0.0.1",
     metrics_hold: HoldOpt = None,
     json: JsonOpt = False,
     strict: StrictOpt = False,
