@@ -34,10 +34,13 @@ class Course:
         self.latest: Sample | None = None
         self.report: str | None = None
         self._seen, self._every = 0, 1
+        self._busy_s = dict.fromkeys(tally.arms, 0.0)  # for how long a query of the arm was in flight
+        self._calls_s = dict.fromkeys(tally.arms, 0.0)  # the arm's calls in flight, times that
         self._sums: deque[tuple[float, dict[str, Rates]]] = deque(maxlen=_RATE_OVER + 1)
 
     def add(self, sample: Sample) -> None:
-        """A second has passed."""
+        """The next sample, about a second after the last one."""
+        passed_s = sample.at - (self.latest.at if self.latest is not None else 0.0)
         self.latest = sample
         if self._seen % self._every == 0:
             self.samples.append(sample)
@@ -45,6 +48,10 @@ class Course:
         if len(self.samples) > MOST_SAMPLES:
             self.samples, self._every = self.samples[::2], self._every * 2
         self._sums.append((sample.at, self._ended()))
+        for name, arm in sample.arms.items():
+            if arm.queries_in_flight:
+                self._busy_s[name] += passed_s
+                self._calls_s[name] += arm.calls_in_flight * passed_s
 
     def _ended(self) -> dict[str, Rates]:
         return {
@@ -59,6 +66,11 @@ class Course:
         (start_at, before), (end_at, after) = self._sums[0], self._sums[-1]
         seconds = max(end_at - start_at, 1e-9)
         return Rates(*((b - a) / seconds for a, b in zip(before[arm], after[arm], strict=True)))
+
+    def point(self, arm: str) -> tuple[float, float] | None:
+        """Where the arm has been so far: its queries/s and mean calls in flight while it had queries in flight; None before that."""
+        seconds = self._busy_s[arm]
+        return (self.tally.arms[arm].completed / seconds, self._calls_s[arm] / seconds) if seconds else None
 
     @property
     def done(self) -> int:

@@ -10,7 +10,7 @@ from fanmark.loadgen.course import MOST_SAMPLES, Course
 from fanmark.loadgen.health import ClientState
 from fanmark.loadgen.live import Progress
 from fanmark.loadgen.records import Call, Query
-from fanmark.loadgen.samples import Sample, ServerSample
+from fanmark.loadgen.samples import ArmSample, Sample, ServerSample
 from fanmark.loadgen.tally import Tally
 
 
@@ -54,7 +54,9 @@ def test_the_view_fits_80_columns_and_says_what_a_watcher_needs() -> None:
             _query(tally, "single", 1, 100 + i, latency_s=2.0)
             _query(tally, "debate", 9, 100 + i, latency_s=8.0)
         targets = {"default": ServerSample(running=12.0, waiting=3.0, kv_use=0.345), "silent": None}
-        course.add(Sample(second, targets, {}))
+        # in flight at one of the two samples
+        course.add(Sample(second, targets, {"debate": ArmSample(int(second) % 2, 7)}))
+    assert course.point("debate") == (12.0, 7.0) and course.point("single") is None
     _query(tally, "debate", 9, None, latency_s=None)
     console = Console(file=io.StringIO(), width=80)
     console.print(Progress(course, _Utf8()).view())

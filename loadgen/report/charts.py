@@ -84,7 +84,7 @@ def cumulative(title: str, arms: Mapping[str, Counter[int]], rows: svg.Rows, nam
         y = 164 - 160 * share
         parts += [line(0, y, 100, y, "grid"), text(0, y - 3, f"{share:.0%}", "tick")]
     for i, (arm, counts) in enumerate(known.items()):
-        kinds[arm] = f"curve c{i % svg.KINDS}"
+        kinds[arm] = svg.curve_kind(i)
         parts.append(svg.curve(_steps(counts, scale), 4, 160, kinds[arm]))
     label = f"{title}, by arm. The table below has the quantiles"
     return figure(title, key(kinds), picture(label, 182, parts), svg.numbers(name, rows))

@@ -16,8 +16,8 @@ _SCRIPT = (
 )
 _HTML = "text/html; charset=utf-8"
 _NOTE = (
-    "<p>So far, and logarithmic. Counts have a 95 % interval from 10 queries of both arms on, which is wider than the report's will be; "
-    "times hold at the load above, and have none yet.</p>"
+    "<p>So far, on a logarithmic scale. Counts have a 95 % interval from 10 queries of both arms on, wider than the report's will be; "
+    "times hold at the load so far, and have none yet.</p>"
 )
 
 Page = Callable[[str], tuple[str, bytes]]
@@ -70,13 +70,14 @@ class LivePage:
         told = [f"{x:.2f}x the {word}" for r, word in named.items() if (x := tally.amplification(arm, r)) is not None]
         if not told:
             return f"No {arm} query can be compared yet."
-        return f"At {self._point(arm)} ({tally.baseline}: {self._point(tally.baseline)}), one {arm} query costs " + (
-            f"{words.listed(told)} of a {tally.baseline} query, so far."
+        return (
+            f"So far, at {self._point(arm)} ({tally.baseline}: {self._point(tally.baseline)}), one {arm} query costs "
+            f"{words.listed(told)} of a {tally.baseline} query."
         )
 
     def _point(self, arm: str) -> str:
-        rates = self._course.rates(arm)
-        return f"{short(rates and rates.queries)} queries/s, {self._course.tally.arms[arm].calls_in_flight} calls in flight"
+        queries, calls = self._course.point(arm) or (None, None)
+        return f"{short(queries)} queries/s, {short(calls)} calls in flight"
 
     def _rows(self) -> list[list[str]]:
         rows = [[

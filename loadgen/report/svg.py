@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from fanmark.loadgen.table import number
 
-KINDS = 6  # colours and dashes, in turn: classes c0 ... c5
+_COLOURS, _DASHES = 6, 5  # classes c0 ... c5, d0 ... d4
 
 Points = Sequence[tuple[float, float]]  # x in percent, y from 0 (bottom) to 1
 Rows = Sequence[Sequence[str]]
@@ -89,6 +89,11 @@ def curve(points: Points, top: float, height: float, kind: str) -> str:
         f'<svg x="0" y="{top:g}" width="100%" height="{height:g}" viewBox="0 0 100 100" preserveAspectRatio="none">'
         f'<polyline points="{path}" class="curve {kind}"/></svg>'
     )
+
+
+def curve_kind(i: int) -> str:
+    """The class of the i-th of some curves; 30 are unlike each other."""
+    return f"curve c{i % _COLOURS} d{i % _DASHES}"
 
 
 def axis(scale: Scale, top: float, bottom: float, unit: str = "", shown: Callable[[float], str] = number) -> list[str]:

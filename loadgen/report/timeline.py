@@ -104,7 +104,7 @@ def _panel(title: str, at: Sequence[float], series: Series, unit: str, counted: 
         ]
     kinds = {}
     for i, (word, values) in enumerate(series.items()):
-        kinds[word] = f"curve c{i % svg.KINDS}"
+        kinds[word] = svg.curve_kind(i)
         points = [(times.at(t), None if v is None else top.at(v) / 100) for t, v in zip(at, values, strict=True)]
         parts += [svg.curve(piece, 4, _HEIGHT, kinds[word]) for piece in _pieces(points)]
     few_at, few = binned(at, series, _ROWS)
