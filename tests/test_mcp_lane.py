@@ -22,6 +22,7 @@ from fanmark.loadgen.lanes.mcp import (
     ToolServers,
     ToolServerSpec,
     ToolTransportError,
+    Trip,
     arguments_for,
 )
 from fanmark.servers.tool_specs import ALL_TOOLS
@@ -85,9 +86,11 @@ asyncio.run(main())
 """
 
 
-def with_servers(use: Callable[[ToolServers], Awaitable[T]], *specs: ToolServerSpec, ready_s: float = READY_S) -> T:
+def with_servers(
+    use: Callable[[ToolServers], Awaitable[T]], *specs: ToolServerSpec, ready_s: float = READY_S, **how: Any
+) -> T:
     async def run() -> T:
-        servers = await ToolServers.open(specs, ready_s)
+        servers = await ToolServers.open(specs, ready_s, **how)
         try:
             return await use(servers)
         finally:
@@ -119,7 +122,8 @@ async def answer_to(servers: ToolServers, tool: Tool) -> str:
     return result.text
 
 
-def test_embedded_server_through_the_lane(tools_url: str) -> None:
+@pytest.mark.parametrize("transport", ["thin", "sdk"])
+def test_embedded_server_through_the_lane(tools_url: str, transport: str) -> None:
     async def use(servers: ToolServers) -> None:
         assert [(t.name, t.input_schema, t.read_only) for t in servers.tools] == [
             (spec.name, spec.input_schema, True) for spec in ALL_TOOLS
@@ -134,7 +138,7 @@ def test_embedded_server_through_the_lane(tools_url: str) -> None:
         assert failed.is_error
         assert failed.text == "bad arguments: $: 'query' is a required property"
 
-    with_servers(use, ToolServerSpec(url=tools_url))
+    with_servers(use, ToolServerSpec(url=tools_url), transport=transport)
 
 
 def test_two_servers_with_the_same_tools_keep_apart(tools_url: str) -> None:
@@ -308,6 +312,33 @@ def test_mcp_server_time_over_stdio(tmp_path: Path) -> None:
     with_servers(use, ToolServerSpec(command=command))
 
 
+@pytest.mark.real
+def test_a_command_has_a_process_for_each_session(tmp_path: Path) -> None:
+    """One for the listing, which ends with it, and one for each query, which ends with that."""
+    pids = tmp_path / "pids"
+    command = ["sh", "-c", f"echo $$ >> {pids}; exec {TIME_SERVER} --local-timezone UTC"]
+
+    async def use(servers: ToolServers) -> None:
+        def lives(place: int) -> bool:
+            try:
+                os.kill(int(pids.read_text().split()[place]), 0)
+            except ProcessLookupError:
+                return False
+            return True
+
+        trips = [Trip(query, "agent") for query in (1, 2)]
+        for trip in trips * 2:
+            result = await servers.call("get_current_time", {"timezone": "UTC"}, timeout_s=CALL_S, trip=trip)
+            assert not result.is_error
+        assert all(trip.opened_session and (trip.session_s or 0) > 0 for trip in trips)
+        assert [lives(place) for place in range(3)] == [False, True, True]
+        servers.end(1)
+        await asyncio.gather(*servers._ending)
+        assert [lives(place) for place in range(3)] == [False, False, True]
+
+    with_servers(use, ToolServerSpec(command=command), sessions="per_query")
+
+
 async def exercise_everything(servers: ToolServers) -> None:
     names = {t.name for t in servers.tools}
     assert {"echo", "get-sum", "get-tiny-image", "get-structured-content", "get-resource-links"} <= names
@@ -347,7 +378,7 @@ def test_a_session_that_a_restarted_server_does_not_know_is_replaced(everything_
             with everything_over_http(everything_program, port=int(url.removesuffix("/mcp").rpartition(":")[2])):
                 probe = await ToolServers.open([ToolServerSpec(url=url)], READY_S)
                 await probe.close()
-                assert [await outcome(servers, "echo", {"message": "2"}) for _ in range(2)][1] == "Echo: 2"
+                assert [await outcome(servers, "echo", {"message": "2"}) for _ in range(2)] == ["Echo: 2"] * 2
         finally:
             await servers.close()
 
