@@ -10,20 +10,15 @@ Rules of the file:
 
 import asyncio
 import json
-import math
-import random
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 from fanmark.agents.runtime import Author, Message
 from fanmark.loadgen.errors import CallError, ScenarioError
 from fanmark.loadgen.questions import CHARS_PER_TOKEN
-from fanmark.servers.prose import Prose, cut
+from fanmark.servers.prose import LEAST_PROSE_CHARS, Prose, cut, filler, spread, sum_up
 
-_LEAST_PROSE_CHARS = 24
-
-W = TypeVar("W")
 Count = Callable[[str], Awaitable[int]]
 
 
@@ -200,7 +195,7 @@ class ChatPrompts(_Kept):
             return await self._whole(text.author, stem, text.first)
         if self._template is None:
             chars = max(1, round(text.tokens * self._chars_per_token))
-            content = f"{stem} {self._prose.text(text.seed, chars + _LEAST_PROSE_CHARS)}".lstrip()
+            content = f"{stem} {self._prose.text(text.seed, chars + LEAST_PROSE_CHARS)}".lstrip()
             return Part(cut(content, chars) or content[:chars], None)
         n = text.tokens - self._template.share(text.author, text.first)
         salted = len(await self._tokenizer.encode(text.opening)) if text.opening and self._tokenizer else 0
@@ -266,7 +261,7 @@ class TokenPrompts(_Kept):
         if text.whole:
             ids = await self._tokenizer.encode(stem)
             return Part(ids, len(ids))
-        chars = round((text.tokens + _spread(text.tokens)) * self._chars_per_token)
+        chars = round((text.tokens + spread(text.tokens)) * self._chars_per_token)
         ids = (await self._tokenizer.encode(f"{stem} {self._prose.text(text.seed, chars)}"))[: text.tokens]
         words = filler(self._word_ids, text.seed)
         return Part([*ids, *(next(words) for _ in range(text.tokens - len(ids)))], text.tokens)
@@ -288,28 +283,13 @@ async def measure_prose(tokenizer: Tokenizer) -> float:
     return len(sample) / max(1, tokens)
 
 
-def filler(words: Sequence[W], seed: str) -> Iterator[W]:
-    """An endless stream of words, the same for the same seed; two seeds share no run of 16 tokens but by a chance below 1e-30."""
-    draw, n = random.Random(seed).getrandbits, len(words)
-    bits = n.bit_length()
-    while True:
-        place = draw(bits)
-        if place < n:
-            yield words[place]
-
-
-def _spread(tokens: int) -> float:
-    """By how many tokens prose of the right number of characters may well be off: a standard deviation or so."""
-    return 0.6 * math.sqrt(tokens)
-
-
 async def compose(
     stem: str, tokens: int, prose: Callable[[int], str], chars_per_token: float, words: Iterator[str], count: Count
 ) -> str:
     """A text of exactly `tokens` by `count`: the stem, prose (of so many characters) and words of one token each; or the stem cut at a
     word. Raises ScenarioError if it cannot be had."""
-    chars = round((tokens - _spread(tokens)) * chars_per_token) - len(stem)
-    body = prose(chars) if chars >= _LEAST_PROSE_CHARS else ""
+    chars = round((tokens - spread(tokens)) * chars_per_token) - len(stem)
+    body = prose(chars) if chars >= LEAST_PROSE_CHARS else ""
     ends: list[str] = []
     for _ in range(12):
         text = " ".join(part for part in (stem, body, *ends) if part)
@@ -321,31 +301,11 @@ async def compose(
         elif off <= len(ends):
             del ends[-off:]
         elif body:
-            body = cut(body, len(body) - round((off - len(ends)) * chars_per_token) - _LEAST_PROSE_CHARS)
+            body = cut(body, len(body) - round((off - len(ends)) * chars_per_token) - LEAST_PROSE_CHARS)
             ends = []
         else:
             stem, ends = await _cut_stem(stem, tokens, count), []
     raise ScenarioError(f'no text of {tokens} tokens can be made for the target\'s tokenizer: use api = "completions"')
-
-
-def sum_up(
-    stem: str,
-    tokens: int,
-    prose: Callable[[int], str],
-    chars_per_token: float,
-    words: Iterator[str],
-    count: Callable[[str], int],
-) -> str:
-    """The same where parts can be counted: a stem that fits, too much prose, and of that the last words left out."""
-    chars = round((tokens + _spread(tokens)) * chars_per_token) - len(stem)
-    body = prose(chars) if chars >= _LEAST_PROSE_CHARS else ""
-    over = count(stem) + count(body) - tokens
-    if over > 0:
-        body, *left_out = body.rsplit(" ", over)
-        over -= count(" ".join(left_out))
-    if over > 0:  # it had too few words
-        body, over = "", over - count(body)
-    return " ".join(part for part in (stem, body, *(next(words) for _ in range(-over))) if part)
 
 
 async def _cut_stem(stem: str, tokens: int, count: Count) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from fanmark.servers import mcp_codec as codec
 from fanmark.servers.mcp_app import Broken, Dropped, Progress, Refused
+from fanmark.servers.prose import Filler
 from fanmark.servers.tokenizer import vocabulary
 from fanmark.servers.tool_arguments import mistake_in
 from fanmark.servers.tool_faults import ToolFault, ToolFaultPlan
@@ -19,7 +20,6 @@ from fanmark.servers.tool_specs import (
     SEED_META,
     Behaviour,
     draw_latency_s,
-    result_text,
 )
 from fanmark.servers.tool_work import WorkError, Workshop
 
@@ -71,8 +71,8 @@ class ToolCalls:
         self.listing: Sequence[Mapping[str, Any]] = [spec.listed() for spec in specs]
         self._behaviour = behaviour
         self._specs = {spec.name: spec for spec in specs}
-        self._words = vocabulary()
-        self._workshop = Workshop(self._words)
+        self._filler = Filler()
+        self._workshop = Workshop(vocabulary())
         self._plan = ToolFaultPlan(behaviour.faults, behaviour.seed)
         self._metrics = ToolMetrics()
         self._slots = Slots(behaviour.concurrency, behaviour.queue, self._metrics)
@@ -135,7 +135,7 @@ class ToolCalls:
                 tokens = round(draw_latency_s(behaviour.synthetic_tokens, f"size {seed}"))
         await asyncio.sleep(draw_latency_s(latency_s, seed))
         if tokens is not None:
-            return result_text(self._words, min(tokens, MAX_RESULT_TOKENS), seed), False
+            return self._filler.text(min(tokens, MAX_RESULT_TOKENS), seed), False
         if name == "slow_job":
             return await _slow_job(progress, **arguments), False
         try:

@@ -50,7 +50,7 @@ def _tool(name: str, description: str, properties: Mapping[str, Any], required: 
         "required": list(required),
         "additionalProperties": False,
     }
-    return ToolSpec(name, description + " Offline: own data, or filler words.", schema)
+    return ToolSpec(name, description + " Offline: own data, or filler text.", schema)
 
 
 def _string(description: str, max_length: int, **more: Any) -> dict[str, Any]:
@@ -184,7 +184,7 @@ MORE_TOOLS: tuple[ToolSpec, ...] = (
     ),
     _tool(
         "synthetic",
-        "Wait and return filler words, as long and as many as the server's distributions or the arguments say.",
+        "Wait and return filler text, as long and as many as the server's distributions or the arguments say.",
         {
             "latency_s": {"type": "number", "description": "Seconds to wait", "minimum": 0, "maximum": 3_600},
             "result_tokens": _integer("Words to return", 0, MAX_RESULT_TOKENS, 300),
@@ -266,11 +266,3 @@ def draw_latency_s(latency: Latency, seed: int | str) -> float:
         variance = math.log1p(cv**2)
         drawn = rng.lognormvariate(math.log(mean) - variance / 2, math.sqrt(variance))
     return min(max(drawn, low), high)
-
-
-def result_text(words: Sequence[str], result_tokens: int, seed: int | str) -> str:
-    """`result_tokens` words of the stub's vocabulary with a space between, the same for the same seed.
-
-    Each word is one token of fanmark.servers.tokenizer, so the text has exactly `result_tokens` of them.
-    """
-    return " ".join(random.Random(f"result {seed}").choices(words, k=result_tokens))

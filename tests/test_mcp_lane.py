@@ -25,6 +25,7 @@ from fanmark.loadgen.lanes.mcp import (
     Trip,
     arguments_for,
 )
+from fanmark.servers.tokenizer import Tokenizer, vocabulary
 from fanmark.servers.tool_specs import ALL_TOOLS
 from fanmark.servers.vllm import free_port
 
@@ -132,7 +133,7 @@ def test_embedded_server_through_the_lane(tools_url: str, transport: str) -> Non
             *(servers.call("search", {"query": "x"}, timeout_s=CALL_S, meta=seeded(i % 40)) for i in range(80))
         )
         assert not any(r.is_error for r in results)
-        assert {len(r.text.split()) for r in results} == {30}
+        assert {Tokenizer(vocabulary()).count(r.text) for r in results} == {30}
         assert len({r.text for r in results}) == 40
         failed = await servers.call("search", {}, timeout_s=CALL_S)
         assert failed.is_error

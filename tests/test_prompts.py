@@ -18,12 +18,11 @@ from fanmark.loadgen.prompts import (
     Template,
     Text,
     TokenPrompts,
-    filler,
     measure_prose,
     measure_template,
 )
 from fanmark.loadgen.tokenizers import LocalTokenizer
-from fanmark.servers.prose import Prose
+from fanmark.servers.prose import Prose, filler
 from fanmark.servers.tokenizer import Tokenizer as StubTokenizer
 from fanmark.servers.tokenizer import vocabulary
 

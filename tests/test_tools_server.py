@@ -20,9 +20,10 @@ from mcp import Client
 from mcp.shared.exceptions import MCPError
 from mcp_peers import StartTools
 
+from fanmark.servers.prose import Filler
 from fanmark.servers.tokenizer import Tokenizer, vocabulary
 from fanmark.servers.tool_arguments import mistake_in
-from fanmark.servers.tool_specs import ALL_TOOLS, Behaviour, ToolSpec, check_latency, draw_latency_s, result_text
+from fanmark.servers.tool_specs import ALL_TOOLS, Behaviour, ToolSpec, check_latency, draw_latency_s
 from fanmark.servers.tools import listen, serving
 
 T = TypeVar("T")
@@ -66,7 +67,7 @@ def test_sdk_client_lists_and_calls_over_http(tools_url: str, mode: str, version
             (spec.name, spec.description, spec.input_schema) for spec in ALL_TOOLS
         ]
         assert all(t.annotations is not None and t.annotations.read_only_hint for t in tools)
-        assert len((await search(client)).split()) == 30
+        assert Tokenizer(vocabulary()).count(await search(client)) == 30
         assert await search(client, seed=5) == await search(client, seed="5") != await search(client, seed=6)
 
     with_client(tools_url, mode, use)
@@ -265,12 +266,14 @@ def test_latency_stays_within_its_ends(kind: str, mean: float, cv: float, low: f
     assert drawn == draw_latency_s(latency, seed)
 
 
+FILLER = Filler()
+
+
 @given(st.integers(0, 500), st.integers() | st.text())
 def test_result_text_counts_and_repeats(tokens: int, seed: int | str) -> None:
-    words = vocabulary()
-    text = result_text(words, tokens, seed)
-    assert len(Tokenizer(words).encode(text)) == tokens
-    assert text == result_text(words, tokens, seed)
+    text = FILLER.text(tokens, seed)
+    assert len(Tokenizer(vocabulary()).encode(text)) == tokens and text.isascii()
+    assert text == FILLER.text(tokens, seed)
 
 
 def test_sessions_are_limited_ended_and_kept_from_other_origins() -> None:

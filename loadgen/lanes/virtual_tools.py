@@ -10,6 +10,7 @@ from fanmark.loadgen.lanes.mcp_model import Trip
 from fanmark.loadgen.scenario import Tools
 from fanmark.loadgen.toolset import ToolSet
 from fanmark.servers.prompts import tools_text
+from fanmark.servers.prose import Filler
 from fanmark.servers.tokenizer import Tokenizer, vocabulary
 from fanmark.servers.tool_specs import (
     RESULT_TOKENS_META,
@@ -17,7 +18,6 @@ from fanmark.servers.tool_specs import (
     TOOLS,
     Latency,
     draw_latency_s,
-    result_text,
 )
 
 
@@ -54,7 +54,7 @@ class VirtualTools:
         self.tools: Sequence[VirtualTool] = [VirtualTool(t.name, t.description, t.input_schema) for t in TOOLS]
         self._latency_s = latency_s
         self._round_trip_s = round_trip_s
-        self._words = vocabulary()
+        self._filler = Filler()
 
     async def call(
         self, name: str, arguments: dict[str, Any], *, timeout_s: float, meta: Mapping[str, Any] | None, trip: Trip
@@ -67,8 +67,8 @@ class VirtualTools:
         await asyncio.sleep(min(wait_s, timeout_s))
         if wait_s > timeout_s:
             raise CallError("tool_transport", f"tool {name}: no answer within {timeout_s:g} s")
-        text = result_text(self._words, tokens, seed)
-        return Result(text, len(text))  # the words are ASCII
+        text = self._filler.text(tokens, seed)
+        return Result(text, len(text))  # it is ASCII
 
     def end(self, query: Hashable) -> None:
         """There are no sessions to end."""
