@@ -34,14 +34,15 @@ _SUMS = ("calls", "input_tokens", "output_tokens", "dollars")
 _SAMPLE = 200  # queries looked at where a closed loop's duration leaves their number open
 
 _WALKED = 20  # queries that are walked through, for their longest context and what is fresh in them
+_WALKED_OF_SESSIONS = 1000  # for they differ from turn to turn
 
 
 def plan(scenario: Scenario, topologies: Mapping[str, Topology]) -> dict[str, Any]:
     """Per arm: queries, calls, tool_calls, input_tokens, fresh_tokens_at_best, output_tokens, longest_context_tokens, peak_calls_in_flight,
     seconds, dollars; the same sums for its `warmup`, which are not in the others; and the claim of its preset. At best: by a perfect prefix
     cache. Dollars take nothing for cached. The peak is an upper bound: all queries at once. What cannot be known ahead is None. The schemas
-    of tool servers of one's own and the rounding of a real tokenizer are not in it; the longest context is that of the first 20 queries,
-    from which fresh tokens are extrapolated."""
+    of tool servers of one's own and the rounding of a real tokenizer are not in it; the longest context is that of the first 20 queries
+    (1,000 of sessions), from which fresh tokens are extrapolated."""
     schemas = cache(partial(_schema_tokens, scenario))
     numbers = counted_numbers(scenario)
     places = planned_sessions(scenario, _SAMPLE)
@@ -188,7 +189,7 @@ def _arm(arm: _Arm, numbers: Sequence[int] | None) -> dict[str, Any]:
         return found
     n = queries if queries is not None else _SAMPLE
     sums = arm.sums(numbers if numbers is not None else range(n))
-    walked = [arm.walk(i) for i in range(min(n, _WALKED))]
+    walked = [arm.walk(i) for i in range(min(n, _WALKED_OF_SESSIONS if arm.session_of else _WALKED))]
     longest = max((made.context_tokens for query in walked for made in query), default=0)
     at_once = load.concurrency if queries is None or load.mode == "closed" else queries // load.repeats
     found |= {"longest_context_tokens": longest, "peak_calls_in_flight": at_once * sums["width"]}

@@ -133,7 +133,9 @@ def _arm(arm: Arm, scenario: Scenario, counted: Counted, base: Counted) -> dict[
     }
     found["quality"] = quality(queries, scenario.questions, forced=scenario.workload.lengths == "forced")
     found["stopped"] = dict(Counter(query.stopped for query in completed if query.stopped is not None))
-    found["by_part"] = _by_part(completed) if arm.mix else None
+    found["by_part"] = _per_query_by(completed, lambda query: query.part or "") if arm.mix else None
+    turns = [query for query in completed if query.turn is not None]
+    found["by_turn"] = _per_query_by(turns, lambda query: query.turn) if scenario.load.users is not None else None
     found["critical_path"] = critical.shares(completed)
     found["waste"] = waste(queries)
     found["claim"] = held(arm, lambda unit, resource: _claimed(found, unit, resource))
@@ -238,14 +240,14 @@ def _groups(queries: Sequence[Query]) -> dict[str, Any]:
     }
 
 
-def _by_part(queries: Sequence[Query]) -> dict[str, Any]:
-    """The parts of a mix: how many queries each was, and their per_query resources."""
-    parts: dict[str, list[Query]] = defaultdict(list)
+def _per_query_by(queries: Sequence[Query], group: Callable[[Query], Any]) -> dict[str, Any]:
+    """By part of a mix, or by turn of a session: how many queries there were, and their per_query resources."""
+    groups: dict[Any, list[Query]] = defaultdict(list)
     for query in queries:
-        parts[query.part or ""].append(query)
+        groups[group(query)].append(query)
     return {
-        part: {"queries": len(mine), **{name: _of(mine, name) for name in (*COUNTS, *TIMES)}}
-        for part, mine in sorted(parts.items())
+        str(name): {"queries": len(mine), **{resource: _of(mine, resource) for resource in (*COUNTS, *TIMES)}}
+        for name, mine in sorted(groups.items())
     }
 
 

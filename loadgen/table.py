@@ -242,6 +242,12 @@ def checks(summary: Mapping[str, Any]) -> list[str]:
             found.append(
                 f"{name:<8} {part}: {mine['queries']} queries, {number(calls['mean'])} calls and {number(latency['mean'])} s each"
             )
+        if turns := list((arm["by_turn"] or {}).items()):
+            told = [
+                f"turn {turn} {number((mine['input_tokens'] or {}).get('mean'))} tokens in and {number(mine['latency_s']['mean'])} s"
+                for turn, mine in (turns if len(turns) < 3 else [turns[0], turns[-1]])
+            ]
+            found.append(f"{name:<8} on average of its sessions: {', '.join(told)}")
         waste = arm["waste"]
         if waste["given_up"]:
             found.append(

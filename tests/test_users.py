@@ -1,6 +1,8 @@
 """Sessions: a user's queries in a row, each reading the turns before it. Counted by lists of messages that know no sessions."""
 
 import asyncio
+import re
+import tomllib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -20,7 +22,7 @@ from test_workers import run as run_on
 from two_arms import queries as some_queries
 
 from fanmark.agents import topologies
-from fanmark.loadgen import dry_run, session
+from fanmark.loadgen import dry_run, session, table
 from fanmark.loadgen.demand import draw_demand
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.records import Query, read_queries, read_windows
@@ -152,7 +154,13 @@ def test_a_plan_is_what_a_run_costs(tmp_path: Path) -> None:
 
 def test_users_think_and_at_most_one_query_of_each_is_under_way(tmp_path: Path) -> None:
     found = scenario({"users": 3, "turns": TURNS, "think_s": THINKING, "queries": 40, "warmup": 0}, SINGLE)
-    _, queries = ran(found, tmp_path / "run")
+    summary, queries = ran(found, tmp_path / "run")
+    by_turn = summary["arms"]["single"]["by_turn"]
+    assert sum(turn["queries"] for turn in by_turn.values()) == 40 and [*by_turn] == ["1", "2", "3", "4", "5"]
+    assert [turn["input_tokens"]["mean"] for turn in by_turn.values()] == [500 + 400 * i for i in range(5)]
+    said = "\n".join(table.lines(summary))
+    latencies = [table.number(by_turn[turn]["latency_s"]["mean"]) for turn in "15"]
+    assert f"turn 1 500 tokens in and {latencies[0]} s, turn 5 2,100 tokens in and {latencies[1]} s" in said
     pauses = []
     for asked in conversations(queries).values():
         for before, query in pairwise(asked):
@@ -164,6 +172,16 @@ def test_users_think_and_at_most_one_query_of_each_is_under_way(tmp_path: Path) 
     for query in queries:
         assert sum(other.due_at <= query.due_at < other.done_at for other in queries) <= 3
     assert sum(query.due_at == 0.0 for query in queries) == 3
+
+
+def test_the_example_of_the_page_says_what_the_page_says(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "sessions.md").read_text()
+    toml, printed = re.findall(r"```(?:toml)?\n(.*?)```", page, re.DOTALL)
+    summary, _ = ran(check(tomllib.loads(toml), "page.toml", TABLE), tmp_path / "run")
+    for line in printed.strip().splitlines():
+        arm, *tokens = re.findall(r"^\w+|[\d,]+(?= tokens in)", line)
+        turns = list(summary["arms"][arm]["by_turn"].values())
+        assert [table.number(turn["input_tokens"]["mean"]) for turn in (turns[0], turns[-1])] == tokens
 
 
 def test_sessions_are_the_same_in_every_arm_and_end_with_the_queries() -> None:
