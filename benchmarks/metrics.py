@@ -2,8 +2,9 @@
 
 usage: python benchmarks/metrics.py [--arms N] [--calls N]
 
-"a call" is all that the tally does for it (call_started and call_finished), the sums of the live view and of the client's verdict
-included; a call has 150 gaps between its tokens in as many buckets as is printed. "a scrape" is the thread CPU that writing the text takes,
+"a call" is what stands between its reply and what comes next (call_started and call_finished); "added" is what adding it to all sums
+takes afterwards, those of the live view and of the client's verdict included, at most 100 calls at a time. A call has 150 gaps between its
+tokens in as many buckets as is printed. "a scrape" is the thread CPU that writing the text takes,
 in which the loop may stand still, and what a loop of 1 ms beats saw of it: how late its latest beat was, with scrapes and without.
 Medians, of a tally in which each arm has 8 tools, 5 roles and 2 targets.
 """
@@ -12,16 +13,22 @@ import argparse
 import asyncio
 import random
 import statistics
-import threading
+import subprocess
+import sys
 import time
-import urllib.request
 
 from fanmark.loadgen.metrics import Metrics, Told
 from fanmark.loadgen.metrics_server import serve
 from fanmark.loadgen.records import Call, gap_bucket
-from fanmark.loadgen.tally import Tally
+from fanmark.loadgen.tally import MOST_PENDING, Tally
 
 ROUNDS = 7
+SCRAPER = """
+import sys, time, urllib.request
+while True:
+    urllib.request.urlopen(sys.argv[1]).read()
+    time.sleep(0.2)
+"""
 TOOLS = [f"tool_{i}" for i in range(8)]
 ROLES = ["agent", "judge", "worker", "critic", "leader"]
 
@@ -42,18 +49,28 @@ def tool_call(rng: random.Random, arm: str) -> Call:
     )  # fmt: skip
 
 
-def per_call_us(tally: Tally, calls: list[Call]) -> float:
-    """CPU of one call, the loop around it taken off."""
-
-    def spent(body: bool) -> float:
-        start_s = time.process_time()
-        for each in calls:
-            if body:
+def per_call_us(tally: Tally, calls: list[Call]) -> tuple[float, float]:
+    """CPU of one call on its path, the loop around it taken off, and of adding it."""
+    on_path, added = [], []
+    batches = [calls[start : start + MOST_PENDING - 1] for start in range(0, len(calls), MOST_PENDING - 1)]
+    for _ in range(ROUNDS):
+        path_s = add_s = 0.0
+        for batch in batches:
+            at = [time.process_time()]
+            for _ in batch:
+                pass
+            at.append(time.process_time())
+            for each in batch:
                 tally.call_started(each)
                 tally.call_finished(each)
-        return time.process_time() - start_s
-
-    return statistics.median((spent(True) - spent(False)) / len(calls) for _ in range(ROUNDS)) * 1e6
+            at.append(time.process_time())
+            assert tally.arms
+            at.append(time.process_time())
+            path_s += (at[2] - at[1]) - (at[1] - at[0])
+            add_s += at[3] - at[2]
+        on_path.append(path_s / len(calls) * 1e6)
+        added.append(add_s / len(calls) * 1e6)
+    return statistics.median(on_path), statistics.median(added)
 
 
 def cpu_ms(metrics: Metrics, accept: str) -> tuple[float, int]:
@@ -66,17 +83,8 @@ def cpu_ms(metrics: Metrics, accept: str) -> tuple[float, int]:
     return statistics.median(times) * 1e3, len(body)
 
 
-async def latest_beat_ms(url: str | None, seconds: float = 3.0) -> float:
-    """The median over tenths of a second of the latest of a loop's 1 ms beats, with five scrapes a second or none."""
-    done = threading.Event()
-
-    def scrape() -> None:
-        while not done.wait(0.2):
-            if url is not None:
-                urllib.request.urlopen(url).read()
-
-    thread = threading.Thread(target=scrape)
-    thread.start()
+async def latest_beat_ms(seconds: float = 3.0) -> float:
+    """The median over fifths of a second of the latest of a loop's 1 ms beats."""
     loop, worst, end_at = asyncio.get_running_loop(), [], time.monotonic() + seconds
     while time.monotonic() < end_at:
         late_s, until = 0.0, time.monotonic() + 0.2
@@ -85,8 +93,6 @@ async def latest_beat_ms(url: str | None, seconds: float = 3.0) -> float:
             await asyncio.sleep(0.001)
             late_s = max(late_s, loop.time() - due_at)
         worst.append(late_s)
-    done.set()
-    await asyncio.to_thread(thread.join)
     return statistics.median(worst) * 1e3
 
 
@@ -99,17 +105,19 @@ def main() -> None:
     tally = Tally(dict.fromkeys(names, "debate"), names[0])
     for kinds in (1, 5, 21):
         calls = [call(rng, rng.choice(names), kinds) for _ in range(given.calls)]
-        print(f"a call     {per_call_us(tally, calls):6.2f} us  with gaps of {kinds} kinds")
+        print("a call     {:6.2f} us, added {:.2f} us  with gaps of {} kinds".format(*per_call_us(tally, calls), kinds))
     calls = [tool_call(rng, rng.choice(names)) for _ in range(given.calls)]
-    print(f"tool call  {per_call_us(tally, calls):6.2f} us")
+    print("tool call  {:6.2f} us, added {:.2f} us".format(*per_call_us(tally, calls)))
     told = Told("r", targets=["big", "small"], roles=dict.fromkeys(names, ROLES), tools=dict.fromkeys(names, TOOLS))
     metrics = Metrics(tally, told)
     for name, accept in (("classic", ""), ("OpenMetrics", "application/openmetrics-text")):
         ms, size = cpu_ms(metrics, accept)
         print(f"a scrape   {ms:6.2f} ms  of CPU, {name}, {size / 1e3:.0f} kB")
     port, stop = serve({"/metrics": metrics.scrape}, 0)
-    for name, url in (("without scrapes", None), ("with scrapes", f"http://127.0.0.1:{port}/metrics")):
-        print(f"late beat  {asyncio.run(latest_beat_ms(url)):6.2f} ms  {name}")
+    print(f"late beat  {asyncio.run(latest_beat_ms()):6.2f} ms  without scrapes")
+    with subprocess.Popen([sys.executable, "-c", SCRAPER, f"http://127.0.0.1:{port}/metrics"]) as scraper:
+        print(f"late beat  {asyncio.run(latest_beat_ms()):6.2f} ms  with five scrapes a second")
+        scraper.kill()
     stop()
 
 

@@ -1,9 +1,16 @@
-"""Running sums of a run, told by the runtime; the live view and the metrics read them. Nothing here decides a result."""
+"""Running sums of a run, told by the runtime; the live view and the metrics read them. Nothing here decides a result.
+
+A call that ends is only put down; it is added to the sums when somebody looks, which the sampler does each second, or when MOST_PENDING
+have ended. So what stands between a reply and the next call is a fifth of a microsecond (benchmarks/metrics.py), and no look
+takes long.
+"""
 
 import bisect
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any
 
 from fanmark.loadgen.amplification import COUNTS
 from fanmark.loadgen.health import ClientState
@@ -14,6 +21,7 @@ SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120,
 GAPS_S = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 60, 600)
 CALLS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TOKENS = (100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5, 1e6, 1e7)
+MOST_PENDING = 100  # calls: adding them takes less than a millisecond
 LEAST_QUERIES = 10  # of an arm, for an interval while the run goes on
 TOKEN_KINDS = {
     "input": "input_tokens",
@@ -142,7 +150,9 @@ class Tally:
     """All arms' sums, and the client's own delays."""
 
     def __init__(self, arms: dict[str, str], baseline: str) -> None:
-        self.arms = {name: ArmTally(topology) for name, topology in arms.items()}
+        self._arms = {name: ArmTally(topology) for name, topology in arms.items()}
+        self._ended: deque[Call] = deque()  # and not yet added
+        self._adding = Lock()  # those who look do so from several threads
         self.baseline = baseline
         self.send_delay: Counter[int] = Counter()  # of calls, by log bucket (records.gap_bucket), as the next
         self.ttft: Counter[int] = Counter()
@@ -151,14 +161,34 @@ class Tally:
         self.begun: list[float] = []  # when arms began to be counted, block after block, in the run's time
         self.validity: dict[str, bool] = {}  # the ticks that are known, set at the run's end
 
+    @property
+    def arms(self) -> dict[str, ArmTally]:
+        """All sums until now."""
+        self._add_ended()
+        return self._arms
+
+    def _add_ended(self) -> None:
+        with self._adding:
+            for _ in range(len(self._ended)):
+                self._add(self._ended.popleft())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker sends of it."""
+        self._add_ended()
+        return {name: value for name, value in vars(self).items() if name != "_adding"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._adding = Lock()
+
     def replace(self, workers: Sequence["Tally"]) -> None:
         """Becomes the sum of the workers' tallies."""
-        arms = {name: ArmTally(arm.topology) for name, arm in self.arms.items()}
+        arms = {name: ArmTally(arm.topology) for name, arm in self._arms.items()}
         for worker in workers:
             for name, arm in arms.items():
                 arm.merge(worker.arms[name])
             self.clients.update(worker.clients)
-        self.arms = arms
+        self._arms = arms
         self.send_delay = sum((worker.send_delay for worker in workers), Counter())
         self.ttft = sum((worker.ttft for worker in workers), Counter())
         self.chunks = sum(worker.chunks for worker in workers)
@@ -166,13 +196,17 @@ class Tally:
         self.begun = max((worker.begun for worker in workers), key=len)  # the workers begin at one instant
 
     def call_started(self, call: Call) -> None:
-        self.arms[call.arm].calls_in_flight += 1
+        self._arms[call.arm].calls_in_flight += 1
 
     def call_finished(self, call: Call) -> None:
-        arm = self.arms[call.arm]
-        arm.calls_in_flight -= 1
-        if call.query < 0:
-            return
+        self._arms[call.arm].calls_in_flight -= 1
+        if call.query >= 0:
+            self._ended.append(call)
+            if len(self._ended) >= MOST_PENDING:
+                self._add_ended()
+
+    def _add(self, call: Call) -> None:
+        arm = self._arms[call.arm]
         outcome = call.error or call.refused or ("tool_error" if call.tool_error else "completed")
         if call.kind == "tool_call":
             arm.add_tool_call(call, outcome)
@@ -201,13 +235,13 @@ class Tally:
     def call_retried(self, call: Call) -> None:
         """An attempt failed and the call will be sent again; it stays in flight meanwhile."""
         if call.query >= 0:
-            self.arms[call.arm].retries += 1
+            self._arms[call.arm].retries += 1
 
     def query_started(self, arm: str) -> None:
-        self.arms[arm].started += 1
+        self._arms[arm].started += 1
 
     def query_finished(self, query: Query) -> None:
-        arm = self.arms[query.arm]
+        arm = self._arms[query.arm]
         arm.finished[query.outcome] += 1
         if query.outcome != "completed":
             return
