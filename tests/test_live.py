@@ -1,5 +1,6 @@
 """The progress line: numbers of a known tally."""
 
+import http.client
 import io
 import math
 from itertools import pairwise
@@ -9,7 +10,9 @@ from rich.console import Console
 from fanmark.loadgen.course import MOST_SAMPLES, Course
 from fanmark.loadgen.health import ClientState
 from fanmark.loadgen.live import Progress
+from fanmark.loadgen.metrics_server import serve
 from fanmark.loadgen.records import Call, Query
+from fanmark.loadgen.report.live_page import LivePage
 from fanmark.loadgen.samples import ArmSample, Sample, ServerSample
 from fanmark.loadgen.tally import Tally
 
@@ -111,3 +114,29 @@ def test_a_long_course_keeps_ever_fewer_samples() -> None:
     assert MOST_SAMPLES / 2 <= len(kept) <= MOST_SAMPLES
     assert {b - a for a, b in pairwise(kept)} == {16.0}
     assert kept[0] == 0.0 and course.latest is not None and course.latest.at == 10 * MOST_SAMPLES - 1
+
+
+def test_the_port_tells_a_browser_nothing_that_came_by_a_foreign_name() -> None:
+    """A name that its owner has bent to 127.0.0.1 makes a browser send that name. A scraper may come by any."""
+    course = Course(Tally({"single": "single"}, "single"), 24, lambda: 30.0)
+    port, stop = serve({"/metrics": lambda _: ("text/plain", b"sums"), **LivePage(course, "a run").pages()}, 0)
+    try:
+        for path, name, status in (
+            ("/", f"127.0.0.1:{port}", 200),
+            ("/", f"localhost:{port}", 200),
+            ("/live", f"[::1]:{port}", 200),
+            ("/live", f"evil.example:{port}", 403),
+            ("/", "127.0.0.1.evil.example:80", 403),
+            ("/metrics", f"load:{port}", 200),
+            ("/other", f"localhost:{port}", 404),
+        ):
+            connection = http.client.HTTPConnection("127.0.0.1", port)
+            connection.request("GET", path, headers={"Host": name})
+            reply = connection.getresponse()
+            assert reply.status == status, (path, name)
+            if status == 200:
+                assert reply.headers["Content-Security-Policy"] == "frame-ancestors 'none'"
+            assert (b"a run, running for 30 s" in reply.read()) == (status == 200 and path != "/metrics")
+            connection.close()
+    finally:
+        stop()

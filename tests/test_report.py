@@ -8,6 +8,8 @@ from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pages import Node, loaded, parse
 
 from fanmark.agents import topologies
@@ -16,7 +18,8 @@ from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.records import critical_path, read_queries
 from fanmark.loadgen.report import gather as gathering
 from fanmark.loadgen.report.gather import gather
-from fanmark.loadgen.report.svg import Scale, log_scale
+from fanmark.loadgen.report.svg import Scale, figure, log_scale, numbers, picture
+from fanmark.loadgen.report.svg import text as svg_text
 from fanmark.loadgen.report.swimlane import lanes
 from fanmark.loadgen.report.timeline import binned
 from fanmark.loadgen.report.write import render
@@ -67,6 +70,22 @@ def test_the_page_needs_nothing_else_and_runs_nothing(page: Node) -> None:
 def test_what_comes_from_elsewhere_is_text(page: Node) -> None:
     cells = {row[0]: row[1] for row in section(page, "To repeat this run").all("table")[1].rows()}
     assert cells["labels.note"] == NASTY
+
+
+words = st.text(st.characters(exclude_categories=("Cc", "Cs")), min_size=1)
+
+
+@settings(max_examples=50)
+@given(st.lists(st.tuples(words, words), min_size=1), words)
+def test_whatever_a_cell_holds_is_read_as_it_was_written(rows: list[tuple[str, str]], title: str) -> None:
+    found = parse(figure(title, picture(title, 10, [svg_text(50, 5, title)]), numbers("id", rows, title)))
+    assert found.all("table")[0].rows() == [list(row) for row in rows]
+    assert (
+        found.all("text")[0].text
+        == found.all("svg")[0].attributes["aria-label"]
+        == found.all("figcaption")[0].text
+        == title
+    )
 
 
 def test_every_picture_says_what_it_shows_and_has_its_numbers_beside_it(page: Node) -> None:
