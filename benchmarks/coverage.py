@@ -107,7 +107,7 @@ def engine() -> None:
             one = simulated(seed, {**load, "duration": 26}, slots)["reflection"]
             covered.add("batch means", one["amplification"]["latency_s"])
             steady += one["window"]["steady"]
-            five = simulated(seed, {**load, "duration": 6, "repeats": 5}, slots)["reflection"]
+            five = simulated(seed, {**load, "duration": 15, "repeats": 5}, slots)["reflection"]
             covered.add("repeats", five["amplification"]["latency_s"])
         p90_s, in_flight = long_run["per_query"]["latency_s"]["p90"], long_run["load"]["calls_in_flight"]["mean"]
         told = (

@@ -13,6 +13,10 @@ from fanmark.loadgen.window import p90
 LEAST_REPEATS = 5
 LEAST_BATCHES, MOST_BATCHES = 10, 20
 BATCH_LATENCIES = 2.0  # a batch is at least so many times the p90 query latency long
+REPEAT_LATENCIES = (
+    12.0  # and the window of one repeat of several: shorter ones still show that the server was empty before
+)
+SHORT_REPEATS = f"repeats of less than {REPEAT_LATENCIES:g} x the p90 query latency, no interval"
 NO_INTERVAL = "one short run, no interval"
 
 COUNTS = (
@@ -93,6 +97,9 @@ def _of_times(
     found: dict[str, Any] = {"ratio": ratio, "low": None, "high": None, "method": NO_INTERVAL}
     if arm is base:
         return found | {"low": 1.0, "high": 1.0, "method": "the baseline itself"}
+    long_s = max(p90([q.done_at - q.due_at for q in each.queries]) for each in (arm, base))
+    if len(arm.windows) > 1 and min(w.seconds for w in (*arm.windows, *base.windows)) < REPEAT_LATENCIES * long_s:
+        return found | {"method": SHORT_REPEATS}
     means = [_by_repeat(each, name) for each in (arm, base)]
     repeats = [r for r in means[0] if means[0][r] > 0 and means[1].get(r, 0) > 0]
     if len(repeats) >= LEAST_REPEATS:

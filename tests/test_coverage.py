@@ -27,7 +27,7 @@ def ratio(arms: list[Counted], *, interleaved: bool = True) -> dict[str, float |
     return found
 
 
-@pytest.mark.parametrize(("windows", "repeats", "method"), [(30, 1, " batch means"), (8, 5, "t over 5 repeats")])
+@pytest.mark.parametrize(("windows", "repeats", "method"), [(30, 1, " batch means"), (16, 5, "t over 5 repeats")])
 def test_intervals_of_times_hold_the_truth_about_as_often_as_they_say(
     true: tuple[float, float], windows: int, repeats: int, method: str
 ) -> None:
@@ -49,6 +49,12 @@ def test_a_bootstrap_over_queries_and_batches_of_arms_apart_give_no_interval_of_
     long = counted("1", 0.3, 16, 20.0, 40 * true[1])
     assert ratio(long)["low"] is not None
     assert ratio(long, interleaved=False)["method"] == "one short run, no interval"
+
+
+def test_short_repeats_give_no_interval_of_times(true: tuple[float, float]) -> None:
+    found = ratio(counted("1", 0.3, 16, 20.0, 6 * true[1], repeats=6))
+    assert found["ratio"] is not None and found["low"] is None
+    assert found["method"] == "repeats of less than 12 x the p90 query latency, no interval"
 
 
 @pytest.mark.parametrize("busy", [1.3, 2.0, 4.0])
