@@ -379,7 +379,9 @@ class QueryRuntime:
         messages other queries send too; arms with one salt between them also share what belongs to a query."""
         if salt is None:
             return None
-        given = {m.key for m in messages if word_for_word(m, self.demand.query, self.world.questions) is not None}
+        questions = self.world.questions
+        asking = messages if questions else ()
+        given = {m.key for m in asking if word_for_word(m, self.demand.query, questions) is not None}
         own = {m.key for m in messages if m.per_query or m.source is not None} - given
         listed: list[tuple[Hashable, int]] = []
         if tools is not None and not any(key == ("tools",) for key, _, _ in prompt):

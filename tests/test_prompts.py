@@ -172,6 +172,34 @@ def test_a_prompt_is_as_long_as_its_messages_by_the_servers_own_count(
         assert server.count(messages[:n]) == sum(text.tokens for text in texts[:n])
 
 
+@given(
+    st.sampled_from(sorted(SERVERS)),
+    st.sampled_from(["system", "user"]),
+    st.lists(st.tuples(authors, st.sampled_from(STEMS[:3]), st.booleans()), min_size=1, max_size=5),
+    st.sampled_from(["", "[3f9a-debate]"]),
+)
+def test_texts_that_go_as_they_are_are_as_long_as_the_server_says(
+    name: str, head: Author, said: list[tuple[Author, str, bool]], opening: str
+) -> None:
+    server = SERVERS[name]()
+    prompts = chat(server)
+    texts = [Text(head, said[0][1], 0, "7/0/question", True, opening, whole=True)]
+    for i, (author, stem, whole) in enumerate(said[1:]):  # some that are made stand between them
+        tokens = 0 if whole else prompts.minimum(author, False) + 40
+        texts.append(Text(author, stem, tokens, f"7/{i}/other", whole=whole))
+
+    async def made() -> list[Any]:
+        return await asyncio.gather(*(prompts.part(text) for text in texts))
+
+    parts = run(made())
+    if opening:
+        assert parts[0].content == f"{opening}\n{said[0][1]}"
+    assert all(part.content == text.stem for text, part in zip(texts[1:], parts[1:], strict=True) if text.whole)
+    messages = [{"role": text.author, "content": part.content} for text, part in zip(texts, parts, strict=True)]
+    for n in range(1, len(messages) + 1):
+        assert server.count(messages[:n]) == sum(part.size for part in parts[:n])
+
+
 @pytest.mark.parametrize("name", SERVERS)
 @pytest.mark.parametrize(("author", "first"), [("system", True), ("user", True), ("user", False), ("assistant", False)])
 def test_too_short_a_message_is_refused_with_its_minimum_and_the_minimum_can_be_had(
