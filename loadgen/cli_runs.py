@@ -30,3 +30,18 @@ def report(
     else:
         write(out, text)
         print(f"report   {out}")
+
+
+def verify(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs or simulations.")],
+) -> int:
+    """Recomputes every figure of the summaries from the runs' other files, and tells what differs (exit 1)."""
+    from fanmark.agents import topologies
+    from fanmark.loadgen import verify as check
+
+    differ = 0
+    for folder in runs:
+        found = check.verify(folder, topologies())
+        differ += len(found.differ)
+        print("\n".join(check.lines(folder, found)))
+    return int(differ > 0)

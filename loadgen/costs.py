@@ -70,14 +70,14 @@ def dollars(calls: list[Call], prices: Mapping[str, Prices | None]) -> float | N
     return total / 1e6
 
 
-def mismatches(query: Query, *, exact_output: bool) -> list[str]:
+def mismatches(query: Query) -> list[str]:
     """The resources in which a completed query differs from its closed form; unknown ones are not compared."""
     off = []
     for name, expected in query.expected.items():
         measured = query.resources[name]
         if expected is None or measured is None:
             continue
-        bound = query.bound or (name == "output_tokens" and not exact_output)
+        bound = query.bound or (name == "output_tokens" and query.output_bound)
         if measured > expected if bound else measured != expected:
             off.append(name)
     return off

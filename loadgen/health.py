@@ -97,6 +97,19 @@ def worst(words: Sequence[str]) -> str:
     return max(words, key=WORDS.index, default=WORDS[0])
 
 
+def told_by(calls: Sequence[Call]) -> dict[str, Any]:
+    """What of the `client` part is known from the counted calls that were sent alone."""
+    delays = [delay_s for call in calls if (delay_s := call.send_delay_s) is not None]
+    new = sum(call.connect_s is not None for call in calls)
+    # chunks that came together with a call's first are in no gap: a reply that came all at once is coalesced as a whole
+    chunks = sum(merge_gaps([call.gaps for call in calls]).values()) + len(calls)
+    return {
+        "send_delay_s": distribution(delays),
+        "connections": {"new": new, "reused": len(calls) - new},
+        "coalesced_share": min(1.0, sum(call.coalesced for call in calls) / chunks) if chunks else 0.0,
+    }
+
+
 def client_part(states: Mapping[int, ClientState], calls: Sequence[Call], host_busy_seconds: int = 0) -> dict[str, Any]:
     """The `client` part of summary.json from the workers' states and the counted calls that were sent: the verdict is the worst worker's,
     CPU and memory are sums. A host that was busy for `host_busy_seconds` on end strains the client, whoever made it so."""
@@ -109,9 +122,6 @@ def client_part(states: Mapping[int, ClientState], calls: Sequence[Call], host_b
     judged = {worker: judge(state, p99(delays[worker]), median_ttft_s) for worker, state in states.items()}
     host = [f"the host's CPU was above 80 % for {host_busy_seconds} s"] if host_busy_seconds >= _BUSY_S else []
     word = worst([each.word for each in judged.values()] + [WORDS[1]] * bool(host))
-    new = sum(call.connect_s is not None for call in calls)
-    # chunks that came together with a call's first are in no gap: a reply that came all at once is coalesced as a whole
-    chunks = sum(merge_gaps([call.gaps for call in calls]).values()) + len(calls)
     return {
         "verdict": word,
         "reasons": [
@@ -122,9 +132,7 @@ def client_part(states: Mapping[int, ClientState], calls: Sequence[Call], host_b
         ]
         + host,
         "loop_lag_s": gap_distribution(sum((state.loop_lag for state in states.values()), Counter[int]())),
-        "send_delay_s": distribution([delay_s for each in delays.values() for delay_s in each]),
-        "connections": {"new": new, "reused": len(calls) - new},
-        "coalesced_share": min(1.0, sum(call.coalesced for call in calls) / chunks) if chunks else 0.0,
+        **told_by(calls),
         "cpu_s": sum(state.cpu_s for state in states.values()),
         "rss_mb": sum(state.rss_mb for state in states.values()),
         "host_busy_seconds": host_busy_seconds,

@@ -12,7 +12,7 @@ from typing import Any
 
 from fanmark.loadgen.health import ClientState
 from fanmark.loadgen.reach import Place
-from fanmark.loadgen.run import Drift, Ending
+from fanmark.loadgen.run import Ending
 from fanmark.loadgen.scenario import Scenario
 from fanmark.loadgen.tally import Tally
 
@@ -77,7 +77,6 @@ class Ended:
     """How a run, or a worker's part of one, ended. `ending` None: with its schedule. `states` are by worker."""
 
     ending: Ending | None
-    drift: Drift
     states: dict[int, ClientState]
     notes: list[str] = field(default_factory=list)
 

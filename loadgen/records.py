@@ -4,6 +4,7 @@ All instants (`_at`) are seconds since the run's start (warm-up comes first) on 
 server's; None is "the server did not say", never 0.
 """
 
+import hashlib
 import math
 import threading
 from collections import Counter, deque
@@ -24,6 +25,14 @@ Phase = Literal["lead-in", "window", "lead-out"]  # only the queries of the wind
 R = TypeVar("R")
 
 WINDOWS = "windows.jsonl"
+KEPT = (
+    "queries.jsonl",
+    "calls.jsonl",
+    WINDOWS,
+    "samples.jsonl",
+    "scenario.toml",
+    "questions.jsonl",
+)  # what summary.json rests on
 _COPIED_BYTES = 1 << 20
 _OF_FEW_WORDS = ("arm", "role", "target", "tool", "finish", "lane")
 _encoder = msgspec.json.Encoder()
@@ -139,8 +148,10 @@ class Call(msgspec.Struct, omit_defaults=False, kw_only=True):
 class Query(msgspec.Struct, kw_only=True):
     """One query: a line of queries.jsonl. `resources` are the per_query resources of summary.json, None where unknown; `expected` is
     the closed form of this query, with `bound` the most that it may cost; `mismatches` names the resources that differ from it. `warmup`:
-    it does not count, for its `phase` is not the window. `correct`: whether the final answer is the known one, None where that
-    cannot be judged. `calls` are the last attempts, one for each call; those before them are `retried`."""
+    it does not count, for its `phase` is not the window. `output_bound`: of output tokens alone the closed form is a bound.
+    `written_tokens` are those of replies that were read again, and `reread_tokens` what they counted then; `unexplained_tokens` were found
+    in a cache though the run had not sent them. `correct`: whether the final answer is the known one, None where that cannot be judged.
+    `calls` are the last attempts, one for each call; those before them are `retried`."""
 
     query: int
     arm: str
@@ -160,6 +171,10 @@ class Query(msgspec.Struct, kw_only=True):
     retried: list[Call] = []
     stopped: str | None = None
     bound: bool = False
+    output_bound: bool = False
+    written_tokens: int = 0
+    reread_tokens: int = 0
+    unexplained_tokens: int = 0
     part: str | None = None
     correct: bool | None = None
     session: int | None = None
@@ -305,6 +320,16 @@ def read_queries(folder: Path, begun: Iterable[Query] = ()) -> list[Query]:
 def read_windows(folder: Path) -> list[Window]:
     """The windows of a run's folder; a run without a duration has none."""
     return [msgspec.json.decode(line, type=Window) for line in _bytes(folder / WINDOWS)]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """`files` of summary.json: the SHA-256 of each file that it rests on."""
+    found = {}
+    for name in KEPT:
+        if (folder / name).exists():
+            with (folder / name).open("rb") as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def _bytes(path: Path) -> list[bytes]:

@@ -11,7 +11,7 @@ from fanmark.loadgen import summary, table
 from fanmark.loadgen.endpoint import Endpoint
 from fanmark.loadgen.errors import LostError
 from fanmark.loadgen.records import Call, Query, Window
-from fanmark.loadgen.run import Drift, Ending
+from fanmark.loadgen.run import Ending
 from fanmark.loadgen.scenario import Scenario
 from fanmark.loadgen.table import number
 from fanmark.loadgen.tally import Tally
@@ -27,7 +27,6 @@ def assemble(
     endpoints: Mapping[str, Endpoint],
     server: dict[str, Any],
     client_report: ClientReport,
-    drift: Drift,
     run_part: dict[str, Any],
     stub: tuple[bool, str] | None = None,
     *,
@@ -37,18 +36,12 @@ def assemble(
     kv: Sequence[tuple[float, float]] | None = None,
 ) -> dict[str, Any]:
     """The whole of summary.json."""
-    arms = summary.summarise_arms(scenario, queries, windows, kv, run_part["seconds"] if ending is not None else None)
-    ends_early = scenario.workload.lengths != "forced" or any("ignore_eos" in e.dropped for e in endpoints.values())
-    for arm in arms.values():
-        arm["expected"]["output_at_most"] |= ends_early
-    counted = [c for q in queries if not q.warmup for c in q.calls if c.kind == "call" and c.sent_at is not None]
+    counted = counted_calls(queries)
     client = client_report(counted)
-    knowable = scenario.workload.cache != "warm" and any(c.cached_tokens is not None for c in counted)
+    cut_at = run_part["seconds"] if ending is not None else None
+    found = recomputable(scenario, queries, windows, kv, cut_at, client, server, stub)
     parts = list(server.values()) if "reconciled" not in server else [server]
-    ticked = {
-        key: None if any(p[key] is None for p in parts) else all(p[key] for p in parts)
-        for key in ("reconciled", "alone")
-    } | {said: "; ".join(dict.fromkeys(p[said] for p in parts)) for said in ("reason", "alone_reason")}
+    told = any(c.cached_tokens is not None for c in counted)
     targets = {
         name: {"url": e.config.replicas[0], "model": e.model, "server": e.server, "lane": e.lane.name}
         | ({"urls": e.config.replicas, "spread": e.config.spread} if e.config.urls else {})
@@ -60,15 +53,47 @@ def assemble(
         "ended": None if ending is None else {"why": ending.why, "reason": ending.reason},
         "run": run_part,
         "target": next(iter(targets.values())) if len(targets) == 1 else targets,
-        "validity": summary.validity(
-            arms, ticked, client, drift.unexplained if knowable else None, stub, warm=scenario.workload.cache == "warm"
-        ),
-        "arms": arms,
+        **found,
         "client": client,
         "server": server,
         "tools": tools_part(tools, queries),
-        "retokenized_pct": 100.0 * (drift.read - drift.written) / drift.written if drift.written else None,
-        "notes": _notes(scenario, arms, endpoints, parts, queries, told=knowable or not counted),
+        "notes": _notes(scenario, found["arms"], endpoints, parts, queries, told=told or not counted),
+    }
+
+
+def counted_calls(queries: Sequence[Query]) -> list[Call]:
+    """The counted queries' calls that were sent."""
+    return [c for q in queries if not q.warmup for c in q.calls if c.kind == "call" and c.sent_at is not None]
+
+
+def recomputable(
+    scenario: Scenario,
+    queries: Sequence[Query],
+    windows: Sequence[Window],
+    kv: Sequence[tuple[float, float]] | None,
+    cut_at: float | None,
+    client: Mapping[str, Any],
+    server: Mapping[str, Any],
+    stub: tuple[bool, str] | None,
+) -> dict[str, Any]:
+    """What of summary.json follows from the records, given what client and servers told of themselves."""
+    arms = summary.summarise_arms(scenario, queries, windows, kv, cut_at)
+    if scenario.workload.lengths != "forced":
+        for arm in arms.values():
+            arm["expected"]["output_at_most"] = True
+    parts = list(server.values()) if "reconciled" not in server else [server]
+    ticked = {
+        key: None if any(p[key] is None for p in parts) else all(p[key] for p in parts)
+        for key in ("reconciled", "alone")
+    } | {said: "; ".join(dict.fromkeys(p[said] for p in parts)) for said in ("reason", "alone_reason")}
+    warm = scenario.workload.cache == "warm"
+    knowable = not warm and any(call.cached_tokens is not None for call in counted_calls(queries))
+    unexplained = sum(query.unexplained_tokens for query in queries) if knowable else None
+    written, reread = (sum(getattr(query, name) for query in queries) for name in ("written_tokens", "reread_tokens"))
+    return {
+        "validity": summary.validity(arms, ticked, client, unexplained, stub, warm=warm),
+        "arms": arms,
+        "retokenized_pct": 100.0 * (reread - written) / written if written else None,
     }
 
 

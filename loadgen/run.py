@@ -82,21 +82,6 @@ class Stop:
         self.forced.set()
 
 
-@dataclass
-class Drift:
-    """Tokens of replies as they were written, and as they count when read again."""
-
-    written: int = 0
-    read: int = 0
-    unexplained: int = 0
-
-    def add(self, other: "Drift") -> None:
-        """Sums up what another worker found."""
-        self.written += other.written
-        self.read += other.read
-        self.unexplained += other.unexplained
-
-
 class Run:
     """One execution of a scenario. `endpoints` are by name; without targets in the scenario there is one, "default"."""
 
@@ -114,7 +99,6 @@ class Run:
         crew: Crew | None = None,
     ) -> None:
         self.scenario = scenario
-        self.drift = Drift()
         self.stop = Stop()
         self._topologies = topologies
         self._endpoints = endpoints
@@ -329,16 +313,15 @@ class Run:
 
     async def _account(self, query: Query, runtime: QueryRuntime) -> None:
         """What the query cost, and where that differs from its closed form."""
-        prices = {name: endpoint.config.prices for name, endpoint in self._endpoints.items()}
-        query.resources = resources(query.needed, query.due_at, query.done_at, prices, query.retried)
+        query.resources = resources(query.needed, query.due_at, query.done_at, self.scenario.prices, query.retried)
         if query.outcome != "abandoned":
-            query.expected, at_most = await self._expected(runtime)
+            query.expected, at_most = await self._expected(query, runtime)
             query.bound = at_most or query.stopped is not None
+        query.output_bound = not self._world.forced or any("ignore_eos" in e.dropped for e in self._endpoints.values())
         if query.outcome == "completed":
-            exact = self._world.forced and not any("ignore_eos" in e.dropped for e in self._endpoints.values())
-            query.mismatches = mismatches(query, exact_output=exact)
-            query.correct = None if exact else self._correct(runtime)
-        self.drift.unexplained += runtime.unexplained_tokens
+            query.mismatches = mismatches(query)
+            query.correct = self._correct(runtime) if query.output_bound else None
+        query.unexplained_tokens = runtime.unexplained_tokens
 
     def _correct(self, runtime: QueryRuntime) -> bool | None:
         """Whether the final answer is the known one; None where there is none, or where it is filler."""
@@ -366,7 +349,7 @@ class Run:
             raise CallError("timeout", f"{limit} was reached before any call had ended")
         return limit
 
-    async def _expected(self, runtime: QueryRuntime) -> tuple[dict[str, int | None], bool]:
+    async def _expected(self, query: Query, runtime: QueryRuntime) -> tuple[dict[str, int | None], bool]:
         """The closed form with the real sizes of what could not be drawn: replies and tool results as they are read again; and whether it
         is a bound."""
         topology = runtime.demand.topology
@@ -384,8 +367,8 @@ class Run:
                 runtime.sizes[key] = counted[0] if counted else None
                 written = next((c.output_tokens for c in runtime.calls if c.call == runtime.numbers.get(base)), None)
                 if counted and written:
-                    self.drift.written += written
-                    self.drift.read += counted[1]
+                    query.written_tokens += written
+                    query.reread_tokens += counted[1]
         output, total = expected_tokens(form, runtime.demand.lengths, runtime.sizes)
         expected = {
             "calls": form.calls,

@@ -100,6 +100,11 @@ class Target(Table, frozen=True):
         """The addresses that calls go to, one or several."""
         return [url.rstrip("/") for url in self.urls or [self.url or ""]]
 
+    @property
+    def metrics_of(self) -> list[str]:
+        """Where its servers tell of themselves."""
+        return self.metrics_urls or [f"{url.removesuffix('/v1')}/metrics" for url in self.replicas]
+
 
 class Stub(Table, frozen=True):
     """The embedded stub server, when there is no target. `tool_calls`: how many its model asks for in a conversation, where it decides."""
@@ -300,6 +305,11 @@ class Scenario(Table, frozen=True):
         if self.workload.lengths == "natural":
             found.append('lengths = "natural": output tokens are at most so many, and so is what is read of them again')
         return found
+
+    @property
+    def prices(self) -> dict[str, Prices | None]:
+        """By target; the embedded stub has none."""
+        return {name: target.prices for name, target in self.targets.items()}
 
     @property
     def baseline(self) -> Arm:

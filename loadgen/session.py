@@ -27,7 +27,7 @@ from fanmark.loadgen.metrics import Metrics
 from fanmark.loadgen.metrics_server import Page, Scrapes, hold, serve, texts_of
 from fanmark.loadgen.question_file import write_questions
 from fanmark.loadgen.reach import Reached, reach, settle
-from fanmark.loadgen.records import Journal, read_queries, read_windows
+from fanmark.loadgen.records import Journal, digests, read_queries, read_windows
 from fanmark.loadgen.report.live_page import LivePage
 from fanmark.loadgen.report.write import write_report
 from fanmark.loadgen.results import assemble, so_far, write_summary
@@ -115,7 +115,7 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
         run_part = _run_part(scenario, options, started, seconds, place.time_scale)
         client = partial(client_part, ended.states, host_busy_seconds=sampler.host_busy_seconds)
         found = assemble(
-            scenario, queries, endpoints, server, client, ended.drift, run_part, stub,
+            scenario, queries, endpoints, server, client, run_part, stub,
             ending=ended.ending, windows=read_windows(options.out), kv=kv_use(read_samples(options.out)),
             tools=listing(reached.tools, endpoints) if reached.tools is not None else None,
         )  # fmt: skip
@@ -132,6 +132,7 @@ def _leave(out: Path, found: dict[str, Any], endpoints: Mapping[str, HttpEndpoin
     """Writes the summary, without a secret in it, and the report; gives both as they were written."""
     for endpoint in endpoints.values():
         found = endpoint.shape.secrets.clean(found)
+    found["files"] = digests(out)
     write_summary(out, found)
     return found, write_report(out)
 
@@ -193,7 +194,7 @@ async def _alone(
     await last.enter_async_context(_signals(one.stop.ask, options.progress))
     beside = [*_progress(course, options), sampler.watch(lambda: {0: health.look()}, course.add)]
     ending = await carry_out(one, tally, health, journal, beside)
-    return Ended(ending, one.drift, {0: health.look()})
+    return Ended(ending, {0: health.look()})
 
 
 async def _crew(

@@ -24,7 +24,7 @@ from fanmark.loadgen.lanes.virtual import VirtualEndpoint
 from fanmark.loadgen.lanes.virtual_tools import VirtualTools
 from fanmark.loadgen.minimums import check_lengths, check_roles
 from fanmark.loadgen.reach import tool_latency, uses_tools
-from fanmark.loadgen.records import Call, read_queries, read_windows
+from fanmark.loadgen.records import Call, digests, read_queries, read_windows
 from fanmark.loadgen.report.write import write_report
 from fanmark.loadgen.results import assemble, write_summary
 from fanmark.loadgen.run import Run
@@ -141,12 +141,13 @@ async def _simulate(
     }
     parts = server if len(server) > 1 else next(iter(server.values()))
     found = assemble(
-        scenario, queries, endpoints, parts, _no_client, one.drift, run_part,
+        scenario, queries, endpoints, parts, _no_client, run_part,
         ending=ending, windows=read_windows(options.out), kv=kv_use(read_samples(options.out)),
         tools=listing(tools, endpoints) if tools is not None else None,
     )  # fmt: skip
     found["notes"] = list(dict.fromkeys(found["notes"]))  # engines of one profile have the same caveats
     found["environment"] = environment(options.labels, None, endpoints, told, {})
+    found["files"] = digests(options.out)
     write_summary(options.out, found)
     write_report(options.out)
     return Result(found)

@@ -201,7 +201,8 @@ def _expected(queries: Sequence[Query]) -> dict[str, Any]:
         known = [value for value in values if value is not None]
         found[name] = math.fsum(known) / len(known) if known and len(known) == len(values) else None
     found["mismatches"] = sum(bool(query.mismatches) for query in queries)
-    found["at_most"] = found["output_at_most"] = any(query.bound for query in queries)
+    found["at_most"] = any(query.bound for query in queries)
+    found["output_at_most"] = found["at_most"] or any(query.output_bound for query in queries)
     found["approximate"] = bool(queries) and found["input_tokens"] is None
     return found
 

@@ -47,7 +47,7 @@ class HttpEndpoint(Endpoint):
         self.headers = {**shape.headers, "Content-Type": "application/json"}
         self._tokenizer: RemoteTokenizer | None = None
         self._metrics = MetricsOf(
-            config.metrics_urls or [f"{url.removesuffix('/v1')}/metrics" for url in config.replicas],
+            config.metrics_of,
             self._scrape,
             guessed=not config.metrics_urls,
         )

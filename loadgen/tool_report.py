@@ -25,11 +25,9 @@ class Listing:
 
 
 def tools_part(listing: Listing | None, queries: Iterable[Query]) -> dict[str, Any] | None:
-    """`tools` of summary.json; None where no arm has any. Sessions that calls had to start, warm-up included: with "shared", those that
-    replaced a lost one; the run's own are not among them."""
+    """`tools` of summary.json; None where no arm has any."""
     if listing is None:
         return None
-    started = [call for query in queries for call in query.calls if call.opened_session]
     tokens = listing.tokens
     return {
         "servers": listing.servers,
@@ -41,11 +39,18 @@ def tools_part(listing: Listing | None, queries: Iterable[Query]) -> dict[str, A
             "bytes": len(msgspec.json.encode(listing.exposed)) if listing.exposed else 0,
             "tokens": next(iter(tokens.values())) if len(tokens) == 1 else dict(tokens),
         },
-        "sessions": {
-            "count": len(started),
-            "failed": sum(call.sent_at is None for call in started),
-            "start_s": distribution([call.session_s for call in started if call.session_s is not None]),
-        },
+        "sessions": sessions(queries),
+    }
+
+
+def sessions(queries: Iterable[Query]) -> dict[str, Any]:
+    """Sessions that calls had to start, warm-up included: with "shared", those that replaced a lost one; the run's own are not among
+    them."""
+    started = [call for query in queries for call in query.calls if call.opened_session]
+    return {
+        "count": len(started),
+        "failed": sum(call.sent_at is None for call in started),
+        "start_s": distribution([call.session_s for call in started if call.session_s is not None]),
     }
 
 

@@ -69,14 +69,14 @@ async def work(task: Task, link: Link) -> Ended:
         link.send(Ready())
         go = await link.receive()
         if not isinstance(go, Go):
-            return Ended(None, one.drift, {})
+            return Ended(None, {})
         clock.start(go.origin_s)
         health = Health(clock.now)
         ending = await carry_out(
             one, tally, health, journal, [_report(link, tally, health), member.listen(one.stop)], task.index
         )
     notes = [note for endpoint in reached.endpoints.values() for note in endpoint.notes]
-    return Ended(ending, one.drift, {task.index: health.look()}, notes)
+    return Ended(ending, {task.index: health.look()}, notes)
 
 
 async def _report(link: Link, tally: Tally, health: Health) -> None:

@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -22,9 +23,9 @@ from fanmark.loadgen.health import WORDS, ClientState
 from fanmark.loadgen.link import Ask, Ended, Go, Link, Meeting, Ready, Refused, Say, Snapshot, Task
 from fanmark.loadgen.reach import Place
 from fanmark.loadgen.records import Journal, Query, read_begun, read_queries
-from fanmark.loadgen.run import GRACE_S, INTERRUPTED, Drift, Ending
+from fanmark.loadgen.run import GRACE_S, INTERRUPTED, Ending
 from fanmark.loadgen.run_clock import RunClock
-from fanmark.loadgen.scenario import Scenario
+from fanmark.loadgen.scenario import Prices, Scenario
 from fanmark.loadgen.tally import Tally
 
 _READY_TIMEOUT_S = 60.0
@@ -175,7 +176,7 @@ class Workers:
 
     def _sum(self) -> Ended:
         """The workers' ends as one. Those that died are named."""
-        total = Ended(None, Drift(), {})
+        total = Ended(None, {})
         for worker in self._workers:
             total.states[worker.index] = worker.state
             if worker.ended is None:
@@ -186,7 +187,6 @@ class Workers:
                 continue
             if _RANK.index(_why(worker.ended.ending)) > _RANK.index(_why(total.ending)):
                 total.ending = worker.ended.ending
-            total.drift.add(worker.ended.drift)
             total.notes += worker.ended.notes
         if self._asked:
             total.ending = INTERRUPTED
@@ -198,7 +198,7 @@ class Workers:
             if worker.lost_at is None:
                 journal.take(worker.out)
             else:
-                for query in salvaged(worker.out, f"worker {worker.index} died", worker.lost_at):
+                for query in salvaged(worker.out, f"worker {worker.index} died", worker.lost_at, self._scenario.prices):
                     journal.write(query)
             shutil.rmtree(worker.out)
 
@@ -219,7 +219,7 @@ def _why(ending: Ending | None) -> str | None:
     return None if ending is None else ending.why
 
 
-def salvaged(folder: Path, error: str, lost_at: float) -> list[Query]:
+def salvaged(folder: Path, error: str, lost_at: float, prices: Mapping[str, Prices | None]) -> list[Query]:
     """What a worker that died left: the queries that it had finished, and as abandoned those that it had only begun, with the calls that
     were on disk."""
     begun = [
@@ -234,5 +234,5 @@ def salvaged(folder: Path, error: str, lost_at: float) -> list[Query]:
     found = read_queries(folder, begun)
     for query in found:
         if not query.resources:
-            query.resources = resources(query.calls, query.due_at, query.done_at, {})
+            query.resources = resources(query.calls, query.due_at, query.done_at, prices, query.retried)
     return found

@@ -21,6 +21,7 @@ from fanmark.loadgen.arrivals import open_loop
 from fanmark.loadgen.crew import Alone, share
 from fanmark.loadgen.errors import FanmarkError
 from fanmark.loadgen.tally import Histogram, Tally
+from fanmark.loadgen.verify import verify
 
 SCENARIO: dict[str, Any] = {
     "name": "shared-out",
@@ -94,6 +95,7 @@ def run(stub: Stub, out: Path, workers: int, between: Between | None = None, **l
         found = runner.run(both()).summary
         assert asyncio.all_tasks(runner.get_loop()) == set()
     assert not list(out.glob("worker-*")) and workers_of(os.getpid()) == []
+    assert verify(out, topologies()).differ == []
     return found
 
 
