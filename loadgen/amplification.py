@@ -68,7 +68,8 @@ def amplification(arm: Counted, base: Counted, name: str, seed: int, *, interlea
         return None
     if name in TIMES:
         return _of_times(arm, base, name, own, against, interleaved=interleaved)
-    found = paired_ratio(own, against, seed)
+    sessions = {q.query: q.session for each in (arm, base) for q in each.queries if q.session is not None}
+    found = paired_ratio(own, against, seed, sessions)
     if found is None:
         return None
     factor = own_waste / base_waste

@@ -2,7 +2,8 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from fanmark.loadgen.records import bucket_gap_s
@@ -60,10 +61,13 @@ def _quantile(ordered: Sequence[float], q: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-def paired_ratio(own: Mapping[int, float], base: Mapping[int, float], seed: int) -> dict[str, Any] | None:
-    """Ratio of means with a 95 % bootstrap interval. Query numbers are resampled, each with what both arms have of it: that takes out
-    what the arms have in common, and a number that one arm did not complete still counts for the other. No interval where an arm has
-    fewer than two. None where the baseline's mean is 0 or an arm is empty."""
+def paired_ratio(
+    own: Mapping[int, float], base: Mapping[int, float], seed: int, sessions: Mapping[int, int] = MappingProxyType({})
+) -> dict[str, Any] | None:
+    """Ratio of means with a 95 % bootstrap interval. Query numbers are resampled, each with what both arms have of it: that takes
+    out what the arms have in common, and a number that one arm did not complete still counts for the other. Queries of one of the
+    `sessions` are resampled together, for a later one's prompt holds the earlier. No interval where an arm has fewer than two. None
+    where the baseline's mean is 0 or an arm is empty."""
     if not own or not base:
         return None
     base_mean = math.fsum(base.values()) / len(base)
@@ -78,11 +82,18 @@ def paired_ratio(own: Mapping[int, float], base: Mapping[int, float], seed: int)
     import numpy as np
 
     numbers = sorted(own.keys() | base.keys())
-    rows = np.array([(own.get(i, 0.0), i in own, base.get(i, 0.0), i in base) for i in numbers])
+    method = "paired bootstrap over sessions" if sessions else "paired bootstrap over queries"
+    groups: dict[Any, list[int]] = {}
+    for i in numbers:
+        groups.setdefault(("session", sessions[i]) if i in sessions else i, []).append(i)
+    if len(groups) < 2:
+        return too_few
+    each = np.array([(own.get(i, 0.0), i in own, base.get(i, 0.0), i in base) for i in numbers])
+    rows = each if len(groups) == len(numbers) else _summed(each, numbers, groups.values())
     draw = np.random.default_rng(seed)
-    at_once = max(1, _DRAWN_AT_ONCE // len(numbers))
+    at_once = max(1, _DRAWN_AT_ONCE // len(rows))
     sums = [
-        rows[draw.integers(0, len(numbers), (min(at_once, RESAMPLES - done), len(numbers)))].sum(axis=1)
+        rows[draw.integers(0, len(rows), (min(at_once, RESAMPLES - done), len(rows)))].sum(axis=1)
         for done in range(0, RESAMPLES, at_once)
     ]
     own_sum, own_n, base_sum, base_n = np.concatenate(sums).T
@@ -91,7 +102,15 @@ def paired_ratio(own: Mapping[int, float], base: Mapping[int, float], seed: int)
         return too_few
     ratios = (own_sum * base_n)[usable] / (base_sum * own_n)[usable]
     low, high = np.quantile(ratios, [0.025, 0.975])
-    return found | {"low": float(low), "high": float(high), "method": "paired bootstrap over queries"}
+    return found | {"low": float(low), "high": float(high), "method": method}
+
+
+def _summed(rows: Any, numbers: Sequence[int], groups: Iterable[Sequence[int]]) -> Any:
+    """The rows of each group in one."""
+    import numpy as np
+
+    place = {number: i for i, number in enumerate(numbers)}
+    return np.array([rows[[place[i] for i in group]].sum(axis=0) for group in groups])
 
 
 def by_repeats(own: Sequence[float], base: Sequence[float]) -> tuple[float, float]:

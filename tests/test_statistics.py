@@ -1,6 +1,7 @@
 """Distributions against numpy's, intervals against the truth of synthetic experiments, occupancy against a count."""
 
 import math
+import random
 from collections import Counter
 from collections.abc import Sequence
 
@@ -113,6 +114,42 @@ def test_a_query_that_one_arm_did_not_complete_still_counts_for_the_other() -> N
     found = paired_ratio({i: 3 * base[i] for i in range(10)}, base, 7)
     assert found is not None and found["low"] < found["ratio"] < found["high"]
     assert found["ratio"] == pytest.approx(3 * np.mean(list(base.values())[:10]) / np.mean(list(base.values())))
+
+
+def test_queries_of_a_session_are_resampled_together() -> None:
+    """Where the arms' own answers make their contexts grow apart, an interval over queries is far too narrow."""
+
+    def drawn(trial: int) -> tuple[dict[int, float], dict[int, float], dict[int, int]]:
+        rng = random.Random(trial)
+        own: dict[int, float] = {}
+        base: dict[int, float] = {}
+        session: dict[int, int] = {}
+        for number in range(60):
+            told, told_by_base = 0.0, 0.0
+            for _ in range(rng.randint(1, 7)):
+                i, question = len(own), rng.lognormvariate(5, 0.6)
+                own[i], base[i] = 4 * (320 + told + question), 300 + told_by_base + question
+                told += question + rng.lognormvariate(5, 1.0)
+                told_by_base += question + rng.lognormvariate(4.5, 0.6)
+                session[i] = number
+        return own, base, session
+
+    many = [drawn(10**6 + i) for i in range(400)]
+    truth = sum(sum(own.values()) for own, _, _ in many) / sum(sum(base.values()) for _, base, _ in many)
+    hits = [0, 0]
+    for trial in range(50):
+        own, base, session = drawn(trial)
+        for kind, sessions in enumerate(({}, session)):
+            found = paired_ratio(own, base, 7, sessions)
+            assert found is not None
+            hits[kind] += found["low"] <= truth <= found["high"]
+    assert hits[0] < 40 and hits[1] >= 43, hits
+    assert paired_ratio(own, base, 7, dict.fromkeys(own, 1)) == {
+        "ratio": pytest.approx(sum(own.values()) / sum(base.values())),
+        "low": None,
+        "high": None,
+        "method": "too few queries",
+    }
 
 
 def test_the_interval_is_the_same_for_the_same_seed_and_order_does_not_count() -> None:
