@@ -40,6 +40,7 @@ WorkersOpt = Annotated[
 ]
 KeyOpt = Annotated[str | None, typer.Option(help="Environment variable with the API key; OPENAI_API_KEY if it is set.")]
 HostOpt = Annotated[str, typer.Option(help="Address of /metrics; 0.0.0.0: all that this host has.")]
+OtlpOpt = Annotated[str | None, typer.Option(metavar="URL", help="Send spans to this OpenTelemetry collector (HTTP).")]
 HoldOpt = Annotated[
     float | None,
     typer.Option(
@@ -100,6 +101,7 @@ def run(
     metrics_port: Annotated[int, typer.Option(help="Port of /metrics; 0 takes a free one.")] = 0,
     metrics_host: HostOpt = "127.0.0.1",
     metrics_hold: HoldOpt = None,
+    otlp: OtlpOpt = None,
     json: JsonOpt = False,
     strict: StrictOpt = False,
     quiet: Annotated[bool, typer.Option(help="No progress.")] = False,
@@ -119,18 +121,18 @@ def run(
     checked = scenario_check.check(raw, source, table)
     if dry_run:
         return _dry_run(checked, table, json)
-    if not yes:
-        from fanmark.loadgen.dry_run import check_guarded
-
-        check_guarded(checked, table)
+    from fanmark.loadgen import dry_run as planning
     from fanmark.loadgen import session
     from fanmark.loadgen.environment import labels_of
 
+    if not yes:
+        planning.check_guarded(checked, table)
     folder = _folder(out, checked.name)
     options = session.Options(
         out=folder,
         metrics_port=metrics_port,
         metrics_host=metrics_host,
+        otlp=otlp,
         run_id=secrets.token_hex(4),
         version=_version(),
         command=sys.argv[1:],

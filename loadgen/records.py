@@ -8,7 +8,7 @@ import hashlib
 import math
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
@@ -234,6 +234,7 @@ class Journal:
         self._flushing = threading.Lock()
         self._through = through
         self._lost: LostError | None = None
+        self.told: Callable[[Query], None] = lambda query: None  # of each query that is written
 
     def begin(self, query: Begun) -> None:
         """A query that begins."""
@@ -242,6 +243,7 @@ class Journal:
 
     def write(self, query: Query) -> None:
         """One query with all its calls, those that were sent again first."""
+        self.told(query)
         calls = _encoder.encode_lines([*query.retried, *query.calls])
         row = msgspec.structs.asdict(query)
         del row["calls"], row["retried"]

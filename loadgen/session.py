@@ -25,9 +25,10 @@ from fanmark.loadgen.link import Ended
 from fanmark.loadgen.live import Progress, tell
 from fanmark.loadgen.metrics import Metrics
 from fanmark.loadgen.metrics_server import Page, Scrapes, hold, serve, texts_of
+from fanmark.loadgen.otlp import Facts, Spans, check_url
 from fanmark.loadgen.question_file import write_questions
 from fanmark.loadgen.reach import Reached, reach, settle
-from fanmark.loadgen.records import Journal, digests, read_queries, read_windows
+from fanmark.loadgen.records import Journal, Query, digests, read_queries, read_windows
 from fanmark.loadgen.report.live_page import LivePage
 from fanmark.loadgen.report.write import write_report
 from fanmark.loadgen.results import assemble, so_far, write_summary
@@ -58,6 +59,7 @@ class Options:
     labels: Mapping[str, str] = field(default_factory=dict)
     metrics_host: str = "127.0.0.1"
     metrics_hold_s: float | None = 0.0
+    otlp: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class Result:
 async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: Options) -> Result:
     """Runs the scenario and leaves its folder. Raises FanmarkError before anything is sent where something is wrong."""
     _check_guard(scenario, options.workers)
+    if options.otlp is not None:
+        check_url(options.otlp)
     async with AsyncExitStack() as last, AsyncExitStack() as stack:
         place = await settle(scenario, topologies, stack)
         clock = RunClock(place.time_scale)
@@ -87,6 +91,7 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
         surroundings = await _surroundings(scenario, options, endpoints, before)
         journal = open_folder(options.out, scenario)
         stack.callback(journal.close)
+        spans = _spans(scenario, options, endpoints, clock, journal)
         where = next(iter(place.targets.values())).replicas[0]
         tell(f"target   {where} ({next(iter(endpoints.values())).server})", options.progress)
         tell(f"metrics  http://{options.metrics_host}:{port}/metrics", options.progress)
@@ -107,10 +112,7 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
         queries = read_queries(options.out)
         server = await server_side.reconciled(endpoints, before, queries)
         if any(state.lost_at is not None for state in ended.states.values()):
-            parts = [server] if "reconciled" in server else list(server.values())
-            for part in parts:
-                reason = "a worker died with calls under way"
-                part |= {"reconciled": None, "alone": None, "reason": reason, "alone_reason": reason}
+            _not_reconcilable(server)
         stub = await server_side.stub_on_time(endpoints, before, queries, place.time_scale)
         run_part = _run_part(scenario, options, started, seconds, place.time_scale)
         client = partial(client_part, ended.states, host_busy_seconds=sampler.host_busy_seconds)
@@ -119,13 +121,43 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
             ending=ended.ending, windows=read_windows(options.out), kv=kv_use(read_samples(options.out)),
             tools=listing(reached.tools, endpoints) if reached.tools is not None else None,
         )  # fmt: skip
-        notes = [*ended.notes, *found["notes"]]
+        notes = [*ended.notes, *found["notes"], *_sent(spans, queries, options.workers)]
         found["notes"] = list(dict.fromkeys(notes))  # what is lost first; all workers notice the same
         found, course.report = _leave(options.out, found | {"environment": surroundings}, endpoints)
         tally.validity = {tick: ok for tick, ok in found["validity"].items() if isinstance(ok, bool)}
         watched.ended_at = time.time()
         await _hold(scrapes.hold_s if options.metrics_hold_s is None else options.metrics_hold_s, options.progress)
         return Result(found)
+
+
+def _not_reconcilable(server: dict[str, Any]) -> None:
+    reason = "a worker died with calls under way"
+    for part in [server] if "reconciled" in server else list(server.values()):
+        part |= {"reconciled": None, "alone": None, "reason": reason, "alone_reason": reason}
+
+
+def _spans(
+    scenario: Scenario, options: Options, endpoints: Mapping[str, HttpEndpoint], clock: RunClock, journal: Journal
+) -> Spans | None:
+    """Where spans are wanted: what sends them, told of each query as it ends."""
+    if options.otlp is None:
+        return None
+    models = {name: endpoint.model for name, endpoint in endpoints.items()}
+    facts = Facts(
+        options.run_id, scenario.name, options.version, models, lambda: clock.began_at, time_scale=clock.time_scale
+    )
+    spans = Spans(options.otlp, facts)
+    journal.told = spans.put
+    return spans
+
+
+def _sent(spans: Spans | None, queries: Sequence[Query], workers: int) -> list[str]:
+    """Ends the sending of spans, those of workers' queries first; what is to be told of it."""
+    if spans is None:
+        return []
+    for query in queries if workers > 1 else []:
+        spans.put(query)
+    return spans.close()
 
 
 def _leave(out: Path, found: dict[str, Any], endpoints: Mapping[str, HttpEndpoint]) -> tuple[dict[str, Any], str]:
