@@ -46,7 +46,11 @@ def said_in(call: int, body: Chunks, *, stream: bool) -> Said:
     for part in parts:
         if part.strip() == b"[DONE]":
             continue
-        for choice in msgspec.json.decode(part, type=_Reply).choices:
+        try:
+            choices = msgspec.json.decode(part, type=_Reply).choices
+        except msgspec.ValidationError:  # of a form that nobody quotes
+            continue
+        for choice in choices:
             message = choice.message or choice.delta or _Message()
             texts.setdefault(choice.index, []).append(choice.text or message.content or "")
             ids += [asked.id for asked in message.tool_calls or () if asked.id]

@@ -57,6 +57,11 @@ def test_a_tool_call_is_found_by_its_id() -> None:
     assert depends_on([said], texts_read({"messages": messages[1:]})) == []
 
 
+def test_a_reply_of_another_form_is_quoted_by_nobody() -> None:
+    body = json.dumps({"choices": [{"message": {"content": "words enough", "tool_calls": [{"id": 7}]}}]}).encode()
+    assert said_in(1, [(0.0, body)], stream=False) == Said(1, [], [])
+
+
 @given(st.lists(st.text(alphabet="ab \n", min_size=1, max_size=8), min_size=1, max_size=3), st.data())
 def test_choices_of_a_stream_are_told_apart_however_it_is_mixed(texts: list[str], data: st.DataObject) -> None:
     left = {i: list(text) for i, text in enumerate(texts)}
