@@ -95,6 +95,13 @@ def built(panel: panels.Panel) -> Any:
     return made.span(panel.width).height(HEIGHT)
 
 
+def chosen(variable: str) -> schema.VariableOption:
+    """What a variable begins with: all of its values, but of resources one, for each has three lines."""
+    if variable == "resource":
+        return schema.VariableOption(selected=True, text=["output_tokens"], value=["output_tokens"])
+    return schema.VariableOption(selected=True, text="All", value="$__all")
+
+
 def page_json(page: Page) -> dict[str, Any]:
     """One dashboard."""
     board = dashboard.Dashboard(page.title).uid(page.uid).description(page.description).tags(["fanmark"])
@@ -111,7 +118,7 @@ def page_json(page: Page) -> dict[str, Any]:
             .multi(True)
             .include_all(True)
             .all_value(".*")
-            .current(schema.VariableOption(selected=True, text="All", value="$__all"))
+            .current(chosen(name))
         )
     for title, row in page.rows:
         board = board.with_row(dashboard.Row(title))

@@ -65,7 +65,7 @@ AMPLIFICATION = (
         "Amplification by resource",
         "An arm's mean per query divided by the baseline's, over all queries so far. Absent below 10 queries of either arm.",
         "suffix:x",
-        ((f"{RATIO}{{{OF}}}", "{{arm}} {{resource}}"),),
+        ((f"{RATIO}{{{ARM}}}", "{{arm}} {{resource}}"),),
         kind="bars",
     ),
     Panel(
@@ -160,9 +160,9 @@ TRAFFIC = (
     ),
     Panel(
         "Calls that failed",
-        "By class: connect, timeout, http_429, http_4xx, http_5xx, stream_cut, bad_reply, budget, cancelled.",
+        "Of the chosen arms, by class: connect, timeout, http_429, http_4xx, http_5xx, stream_cut, bad_reply, budget, cancelled.",
         "reqps",
-        ((rate("fanmark_calls_total", "arm, outcome", f'{CALL}, outcome!="completed"'), "{{arm}} {{outcome}}"),),
+        ((rate("fanmark_calls_total", "outcome", f'{CALL}, outcome!="completed"'), "{{outcome}}"),),
     ),
     Panel(
         "Attempts sent again",

@@ -24,11 +24,11 @@ class Prometheus:
     """Answers queries."""
 
     def __init__(self, url: str) -> None:
-        self._url = url
+        self.url = url
 
     def get(self, path: str, **parameters: str) -> Any:
         """What the API says. An expression that it refuses fails the test."""
-        url = f"{self._url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
+        url = f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
         try:
             with urllib.request.urlopen(url, timeout=30) as reply:
                 return json.load(reply)["data"]
@@ -37,7 +37,7 @@ class Prometheus:
 
     def ready(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self._url}/-/ready", timeout=5) as reply:
+            with urllib.request.urlopen(f"{self.url}/-/ready", timeout=5) as reply:
                 return bool(reply.status == 200)
         except OSError:
             return False

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import CHROMIUM, opened
 from free_port import free_port
 from prometheus_client.parser import text_string_to_metric_families
 from running_prometheus import Prometheus, needs_prometheus, needs_promtool, scraping
@@ -180,6 +181,7 @@ def test_every_query_of_every_panel_and_rule_returns_data_of_a_run(tmp_path: Pat
             time.sleep(0.2)
         rules = ask_all(prometheus, start_at)
         check_variables(prometheus, start_at)
+        check_picture(prometheus, start_at, tmp_path / "preview.html")
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=30)
         assert process.returncode == 0
@@ -187,6 +189,19 @@ def test_every_query_of_every_panel_and_rule_returns_data_of_a_run(tmp_path: Pat
     traces = {trace_id(run_id, arm, i) for arm in ("single", "debate", "mcp-chain") for i in range(14)}
     assert rules["traces"] and rules["traces"] <= traces
     assert rules["firing"] <= {"FanmarkTickFailed", "FanmarkClientStrained", "FanmarkClientLimited"}
+
+
+def check_picture(prometheus: Prometheus, start_at: float, path: Path) -> None:
+    """The dashboards without a Grafana: every panel is drawn, and a browser takes the page."""
+    asked = [prometheus.url, "--start", str(start_at), "--end", str(time.time())]
+    done = subprocess.run([sys.executable, str(FOLDER / "preview.py"), *asked], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    path.write_text(done.stdout)
+    assert done.stdout.count("<section") == len(PANELS) and "no data" not in done.stdout
+    lines = sum(len(panel["targets"]) for _, panel in PANELS if panel["type"] == "timeseries")
+    assert done.stdout.count('vector-effect="non-scaling-stroke"') >= lines
+    if CHROMIUM is not None:
+        assert opened(path.as_uri()).count("<section") == len(PANELS)
 
 
 def ask_all(prometheus: Prometheus, start_at: float) -> dict[str, set[str]]:
@@ -228,6 +243,10 @@ def check_variables(prometheus: Prometheus, start_at: float) -> None:
     expr = next(e for e in exprs(BOARDS["fan-out"]) if "started" in e)
     chosen = prometheus.series(filled(expr, arm="debate"), start_at, time.time())
     assert {series["labels"]["arm"] for series in chosen} == {"debate"}
+    ratio = prometheus.series(
+        filled(exprs(BOARDS["fan-out"])[1], resource="calls", arm="debate"), start_at, time.time()
+    )
+    assert [(series["labels"]["resource"], series["values"][-1]) for series in ratio] == [("calls", 9.0)]
     for target, some in (("default", True), ("other", False)):
         expr = next(e for e in exprs(BOARDS["fan-out"]) if "ttft" in e)
         assert bool(prometheus.series(filled(expr, target=target), start_at, time.time())) is some
