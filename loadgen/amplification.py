@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fanmark.loadgen.records import Query, Window
-from fanmark.loadgen.statistics import Batched, by_batches, by_repeats, paired_ratio
+from fanmark.loadgen.statistics import PAIRED, Batched, by_batches, by_repeats, paired_ratio, resampled
 from fanmark.loadgen.steadiness import Verdict
 from fanmark.loadgen.window import p90
 
@@ -68,8 +68,7 @@ def amplification(arm: Counted, base: Counted, name: str, seed: int, *, interlea
         return None
     if name in TIMES:
         return _of_times(arm, base, name, own, against, interleaved=interleaved)
-    sessions = {q.query: q.session for each in (arm, base) for q in each.queries if q.session is not None}
-    found = paired_ratio(own, against, seed, sessions)
+    found = paired_ratio(own, against, seed, _sessions(arm, base))
     if found is None:
         return None
     factor = own_waste / base_waste
@@ -98,8 +97,7 @@ def _of_times(
     found: dict[str, Any] = {"ratio": ratio, "low": None, "high": None, "method": NO_INTERVAL}
     if arm is base:
         return found | {"low": 1.0, "high": 1.0, "method": "the baseline itself"}
-    long_s = max(p90([q.done_at - q.due_at for q in each.queries]) for each in (arm, base))
-    if len(arm.windows) > 1 and min(w.seconds for w in (*arm.windows, *base.windows)) < REPEAT_LATENCIES * long_s:
+    if _short_repeats(arm, base):
         return found | {"method": SHORT_REPEATS}
     means = [_by_repeat(each, name) for each in (arm, base)]
     repeats = [r for r in means[0] if means[0][r] > 0 and means[1].get(r, 0) > 0]
@@ -111,6 +109,55 @@ def _of_times(
         low, high = by_batches(*batched)
         return found | {"low": low, "high": high, "method": f"{batched[2]} batch means"}
     return found
+
+
+def change(
+    second: tuple[Counted, Counted], first: tuple[Counted, Counted], name: str, seed: int
+) -> dict[str, Any] | None:
+    """How an amplification differs between two runs, from the arm and the baseline of each: ratio of the ratios, by the same rules."""
+    (arm, base), (other, other_base) = second, first
+    every = (arm, other_base, base, other)
+    costs = [_costs(each.queries, name) for each in every]
+    values = [known for known, _ in costs if known is not None]
+    if len(values) < len(every) or not all(math.fsum(each.values()) for each in values):
+        return None
+    found: dict[str, Any] = {"ratio": 1.0, "low": None, "high": None, "method": NO_INTERVAL}
+    for mine, factor, side in zip(values, (waste for _, waste in costs), (1, 1, -1, -1), strict=True):
+        found["ratio"] *= (math.fsum(mine.values()) / len(mine) * factor) ** side
+    interval: tuple[float, float] | None
+    if name in COUNTS:
+        factor = costs[0][1] * costs[1][1] / (costs[2][1] * costs[3][1])
+        sessions = _sessions(*every)
+        interval = resampled(values[:2], values[2:], seed, sessions) if min(map(len, values)) > 1 else None
+        if interval is None:
+            return found | {"method": "too few queries"}
+        return found | {
+            "low": interval[0] * factor,
+            "high": interval[1] * factor,
+            "method": PAIRED + ("sessions" if sessions else "queries"),
+        }
+    if any(each.over_capacity for each in every):
+        return {"ratio": None, "low": None, "high": None, "method": "over capacity"}
+    if _short_repeats(*every):
+        return found | {"method": SHORT_REPEATS}
+    means = [_by_repeat(each, name) for each in every]
+    repeats = [r for r in means[0] if all(each.get(r, 0) > 0 for each in means)]
+    if len(repeats) < LEAST_REPEATS:
+        return found
+    low, high = by_repeats([means[0][r] * means[1][r] for r in repeats], [means[2][r] * means[3][r] for r in repeats])
+    return found | {"low": low, "high": high, "method": f"t over {len(repeats)} repeats"}
+
+
+def _sessions(*arms: Counted) -> dict[int, int]:
+    """The session of each query that is a turn of one."""
+    return {q.query: q.session for each in arms for q in each.queries if q.session is not None}
+
+
+def _short_repeats(*arms: Counted) -> bool:
+    """Whether repeats are so short that their means lean on each other."""
+    long_s = max(p90([q.done_at - q.due_at for q in each.queries]) for each in arms)
+    windows = [window for each in arms for window in each.windows]
+    return len(arms[0].windows) > 1 and min(window.seconds for window in windows) < REPEAT_LATENCIES * long_s
 
 
 def _by_repeat(counted: Counted, name: str) -> dict[int, float]:

@@ -27,7 +27,14 @@ serve_app = typer.Typer(
 )
 app.add_typer(serve_app, name="serve")
 
-for command in (cli_engine.profiles, cli_engine.calibrate, cli_engine.validate, cli_runs.report, cli_runs.verify):
+for command in (
+    cli_engine.profiles,
+    cli_engine.calibrate,
+    cli_engine.validate,
+    cli_runs.report,
+    cli_runs.verify,
+    cli_runs.compare,
+):
     app.command()(command)
 
 ScenarioArg = Annotated[str, typer.Argument(help="A TOML file, or the name of a bundled scenario (fanmark scenarios).")]

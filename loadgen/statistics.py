@@ -11,6 +11,7 @@ from fanmark.loadgen.records import bucket_gap_s
 SUPPORT = {"p50": 1, "p90": 29, "p99": 299}  # the fewest samples that give the quantile
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 RESAMPLES = 2000
+PAIRED = "paired bootstrap over "
 Z_95 = 1.959964
 _DRAWN_AT_ONCE = 200_000  # query numbers: what a bootstrap holds in memory does not grow with the queries
 
@@ -77,18 +78,31 @@ def paired_ratio(
     too_few = found | {"method": "too few queries"}
     if min(len(own), len(base)) < 2:
         return too_few
+    method = PAIRED + ("sessions" if sessions else "queries")
     if own == base:  # an arm against itself: each resample's ratio is 1
-        return found | {"low": 1.0, "high": 1.0, "method": "paired bootstrap over queries"}
+        return found | {"low": 1.0, "high": 1.0, "method": PAIRED + "queries"}
+    interval = resampled([own], [base], seed, sessions)
+    return too_few if interval is None else found | {"low": interval[0], "high": interval[1], "method": method}
+
+
+def resampled(
+    above: Sequence[Mapping[int, float]],
+    below: Sequence[Mapping[int, float]],
+    seed: int,
+    sessions: Mapping[int, int] = MappingProxyType({}),
+) -> tuple[float, float] | None:
+    """95 % bootstrap interval of the product of the means `above` over that of those `below`, as `paired_ratio` has it; None where there
+    is too little to resample."""
     import numpy as np
 
-    numbers = sorted(own.keys() | base.keys())
-    method = "paired bootstrap over sessions" if sessions else "paired bootstrap over queries"
+    parts = [*above, *below]
+    numbers = sorted(set[int]().union(*parts))
     groups: dict[Any, list[int]] = {}
     for i in numbers:
         groups.setdefault(("session", sessions[i]) if i in sessions else i, []).append(i)
     if len(groups) < 2:
-        return too_few
-    each = np.array([(own.get(i, 0.0), i in own, base.get(i, 0.0), i in base) for i in numbers])
+        return None
+    each = np.array([[x for part in parts for x in (part.get(i, 0.0), i in part)] for i in numbers])
     rows = each if len(groups) == len(numbers) else _summed(each, numbers, groups.values())
     draw = np.random.default_rng(seed)
     at_once = max(1, _DRAWN_AT_ONCE // len(rows))
@@ -96,13 +110,14 @@ def paired_ratio(
         rows[draw.integers(0, len(rows), (min(at_once, RESAMPLES - done), len(rows)))].sum(axis=1)
         for done in range(0, RESAMPLES, at_once)
     ]
-    own_sum, own_n, base_sum, base_n = np.concatenate(sums).T
-    usable = (own_n > 0) & (base_sum > 0)
-    if not usable.any():
-        return too_few
-    ratios = (own_sum * base_n)[usable] / (base_sum * own_n)[usable]
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    return found | {"low": float(low), "high": float(high), "method": method}
+    columns = np.concatenate(sums).T
+    totals, counts, n = columns[::2], columns[1::2], len(above)
+    over = totals[:n].prod(axis=0) * counts[n:].prod(axis=0)
+    under = totals[n:].prod(axis=0) * counts[:n].prod(axis=0)
+    if not (under > 0).any():
+        return None
+    low, high = np.quantile(over[under > 0] / under[under > 0], [0.025, 0.975])
+    return float(low), float(high)
 
 
 def _summed(rows: Any, numbers: Sequence[int], groups: Iterable[Sequence[int]]) -> Any:

@@ -35,14 +35,7 @@ def summarise_arms(
 ) -> dict[str, Any]:
     """`arms` of summary.json from all of a run's queries and windows; what is not counted is load, and nothing else. `kv` is the servers'
     KV use at instants, where they tell it; `cut_at`, when a run was cut short."""
-    windows = [msgspec.structs.replace(w, end_at=min(w.end_at, cut_at or math.inf)) for w in windows]
-    windows = [window for window in windows if window.seconds > 0]
-    by_arm: dict[str, Counted] = {}
-    for arm in scenario.arms:
-        mine = [query for query in queries if query.arm == arm.name]
-        own = [window for window in windows if arm.name in window.arms]
-        verdicts = _verdicts(scenario, queries, arm, mine, own, kv, cut=cut_at is not None)
-        by_arm[arm.name] = Counted([query for query in mine if not query.warmup], own, verdicts)
+    by_arm = counted_by_arm(scenario, queries, windows, kv, cut_at)
     found: dict[str, Any] = {}
     for arm in scenario.arms:
         mine = [query for query in queries if query.arm == arm.name]
@@ -52,6 +45,25 @@ def summarise_arms(
         )
         found[arm.name]["window"] = _window(scenario.load_of(arm), by_arm[arm.name], cut_at is not None)
     return found
+
+
+def counted_by_arm(
+    scenario: Scenario,
+    queries: Sequence[Query],
+    windows: Sequence[Window],
+    kv: Sequence[tuple[float, float]] | None,
+    cut_at: float | None,
+) -> dict[str, Counted]:
+    """What counts of each arm."""
+    windows = [msgspec.structs.replace(w, end_at=min(w.end_at, cut_at or math.inf)) for w in windows]
+    windows = [window for window in windows if window.seconds > 0]
+    by_arm: dict[str, Counted] = {}
+    for arm in scenario.arms:
+        mine = [query for query in queries if query.arm == arm.name]
+        own = [window for window in windows if arm.name in window.arms]
+        verdicts = _verdicts(scenario, queries, arm, mine, own, kv, cut=cut_at is not None)
+        by_arm[arm.name] = Counted([query for query in mine if not query.warmup], own, verdicts)
+    return by_arm
 
 
 def _verdicts(
