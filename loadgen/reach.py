@@ -1,9 +1,11 @@
 """What a run stands on: its own servers started where the scenario names none, targets and tools connected and measured."""
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -14,10 +16,14 @@ from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.lengths import Dist
 from fanmark.loadgen.minimums import check_lengths, check_roles
 from fanmark.loadgen.scenario import Scenario, Target, ToolServer
+from fanmark.loadgen.shaping import key_hint, shaped_tool_server, tool_server_key
 from fanmark.loadgen.target import HttpEndpoint, connect
 from fanmark.loadgen.toolset import ToolSet
 from fanmark.loadgen.user_topology import agents, check_agents
 from fanmark.servers.tool_specs import TOOLS
+
+if TYPE_CHECKING:
+    from fanmark.loadgen.lanes.mcp_model import ToolServerSpec
 
 
 @dataclass(frozen=True)
@@ -62,9 +68,9 @@ async def reach(
     await check_roles(scenario, topologies)
     tools = None
     if place.tool_servers is not None:
-        from fanmark.loadgen.lanes.mcp import ToolServers, ToolServerSpec
+        from fanmark.loadgen.lanes.mcp import ToolServers
 
-        specs = [ToolServerSpec(url=server.url, command=server.command) for server in place.tool_servers]
+        specs = [_spec(server, i, scenario.source) for i, server in enumerate(place.tool_servers)]
         servers = await ToolServers.open(
             specs, scenario.tools.ready_timeout_s, transport=scenario.tools.transport, sessions=scenario.tools.session
         )
@@ -84,8 +90,23 @@ async def reach(
         said = "its agent sends no cache salt (docs/own-topology.md): what others left in the cache may count as cached"
         next(iter(endpoints.values())).notes += [f"{name}: {said}" for name in unsalted]
     next(iter(endpoints.values())).notes += place.caveats
+    next(iter(endpoints.values())).notes += [
+        f"tool server {server.url}: insecure = true: whose certificate answers is not checked"
+        for server in place.tool_servers or []
+        if server.insecure
+    ]
     check_lengths(scenario, topologies, endpoints)
     return Reached(endpoints, tools)
+
+
+def _spec(server: ToolServer, index: int, source: str) -> "ToolServerSpec":
+    """A tool server with its secrets filled in. Raises ScenarioError."""
+    from fanmark.loadgen.lanes.mcp_model import ToolServerSpec
+
+    shape = shaped_tool_server(server, f"{source}: {tool_server_key(index)}", os.environ)
+    return ToolServerSpec(
+        server.url, server.command, shape.headers, shape.env, shape.tls, shape.secrets, key_hint(server)
+    )
 
 
 def uses_tools(scenario: Scenario, topologies: Mapping[str, Topology]) -> bool:

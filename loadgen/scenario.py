@@ -144,11 +144,27 @@ ANSWER_KINDS = ("answer", "judge_answer", "action", "critique", "plan", "vote", 
 RUN_KINDS = ("system", "role")  # drawn once a run, so that all queries share them
 
 
+OF_URL = ("headers", "api_key_env", "api_key_file", "auth_header", "ca_file", "insecure")  # of a tool server
+
+
 class ToolServer(Table, frozen=True):
-    """A tool server of the user's: by URL (streamable HTTP) or by command (stdio)."""
+    """A tool server of the user's: by URL (streamable HTTP), with the keys that a target has, or by command (stdio), which has `env` and a
+    few harmless variables of ours for its environment."""
 
     url: str | None = None
     command: list[str] | None = None
+    env: dict[str, str | FromEnv] = {}
+    headers: dict[str, str | FromEnv] = {}
+    api_key_env: str | None = None
+    api_key_file: str | None = None
+    auth_header: str = "Authorization"
+    ca_file: str | None = None
+    insecure: bool = False
+
+    @property
+    def as_target(self) -> Target:
+        """What of it is as a target's, so that the same rules hold."""
+        return Target(**{key: getattr(self, key) for key in ("url", *OF_URL)})
 
 
 class Tools(Table, frozen=True):

@@ -30,7 +30,8 @@ from fanmark.loadgen.scenario import (
     Tools,
     Workload,
 )
-from fanmark.loadgen.target_check import check_budget, check_targets
+from fanmark.loadgen.shaping import tool_server_key
+from fanmark.loadgen.target_check import check_budget, check_targets, check_tool_server
 
 _CLEARS = {  # what --set KEY=VALUE puts out of force
     "load.queries": "load.duration",
@@ -239,6 +240,7 @@ def _check_tools(file: _File, source: str) -> None:
     for i, server in enumerate(tools.server):
         if (server.url is None) == (server.command is None) or server.command == []:
             raise ScenarioError(f"{source}: [[tools.server]] number {i + 1}: give either url or command")
+        check_tool_server(server, f"{source}: {tool_server_key(i)}")
         if tools.transport == "thin" and server.url is None:
             raise ScenarioError(
                 f'{source}: [tools] transport = "thin": [[tools.server]] number {i + 1} is a command, which the SDK alone '

@@ -10,7 +10,7 @@ from urllib.parse import urlencode, urlsplit
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.mistakes import show
 from fanmark.loadgen.redaction import Secrets
-from fanmark.loadgen.scenario import ClientCert, FromEnv, Target
+from fanmark.loadgen.scenario import ClientCert, FromEnv, Target, ToolServer
 
 T = TypeVar("T")
 
@@ -38,24 +38,21 @@ def target_key(name: str) -> str:
     return "[target]" if name == "default" else f"[targets.{name}]"
 
 
+def tool_server_key(index: int) -> str:
+    """How a message calls the table of this tool server."""
+    return f"[[tools.server]] number {index + 1}"
+
+
+def key_hint(config: Target | ToolServer) -> str:
+    """The mend where a server answers 401 or 403."""
+    given = config.api_key_env or config.api_key_file
+    return f"the key in {given} is refused" if given else "name its variable by api_key_env"
+
+
 def shaped(config: Target, where: str, environ: Mapping[str, str]) -> Shape:
     """Reads the keys. Raises ScenarioError, which begins with `where` (the file and the table) and shows none of them."""
     secrets = Secrets()
-
-    def filled(value: Any, key: str) -> Any:
-        """The value with every {env = NAME} in it read from the environment."""
-        if isinstance(value, FromEnv) or (isinstance(value, dict) and value.keys() == {"env"}):
-            name = value.env if isinstance(value, FromEnv) else str(value["env"])
-            found = _variable(name, f"{where} {key} = {{ env = {show(name)} }}", environ)
-            secrets.add(found)
-            return found
-        if isinstance(value, dict):
-            return {k: filled(v, f"{key}.{k}") for k, v in value.items()}
-        return [filled(v, key) for v in value] if isinstance(value, list) else value
-
-    def table(values: Mapping[str, Any], key: str) -> dict[str, Any]:
-        return {k: filled(v, f"{key}.{k}") for k, v in values.items()}
-
+    filled, table = _fillers(where, environ, secrets)
     headers = table(config.headers, "headers")
     key = _key(config, where, environ)
     if key is not None:
@@ -81,6 +78,46 @@ def shaped(config: Target, where: str, environ: Mapping[str, str]) -> Shape:
         proxy=proxy,
         secrets=secrets,
     )
+
+
+@dataclass(frozen=True)
+class ToolShape:
+    """A tool server's table with its secrets in it: headers and TLS of a URL, the environment of a command."""
+
+    headers: dict[str, str]
+    env: dict[str, str]
+    tls: ssl.SSLContext | bool
+    secrets: Secrets
+
+
+def shaped_tool_server(config: ToolServer, where: str, environ: Mapping[str, str]) -> ToolShape:
+    """As `shaped`."""
+    shape = shaped(config.as_target, where, environ)
+    env = _fillers(where, environ, shape.secrets)[1](config.env, "env")
+    return ToolShape(shape.headers, env, own_tls(config.as_target, where), shape.secrets)
+
+
+def _fillers(
+    where: str, environ: Mapping[str, str], secrets: Secrets
+) -> tuple[Callable[[Any, str], Any], Callable[[Mapping[str, Any], str], dict[str, Any]]]:
+    """What puts the environment's values into a value, and into each of a table; they are secrets from then on."""
+
+    def filled(value: Any, key: str) -> Any:
+        """The value with every {env = NAME} in it read from the environment."""
+        if isinstance(value, FromEnv) or (isinstance(value, dict) and value.keys() == {"env"}):
+            name = value.env if isinstance(value, FromEnv) else str(value["env"])
+            found = _variable(name, f"{where} {key} = {{ env = {show(name)} }}", environ)
+            secrets.add(found)
+            secrets.add(" ".join(found.split()))  # as a message says it, in one line
+            return found
+        if isinstance(value, dict):
+            return {k: filled(v, f"{key}.{k}") for k, v in value.items()}
+        return [filled(v, key) for v in value] if isinstance(value, list) else value
+
+    def table(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+        return {k: filled(v, f"{key}.{k}") for k, v in values.items()}
+
+    return filled, table
 
 
 def _variable(name: str, given: str, environ: Mapping[str, str]) -> str:
@@ -116,6 +153,12 @@ def _key(config: Target, where: str, environ: Mapping[str, str]) -> str | None:
     if not key:
         raise ScenarioError(f"{given}: is empty: give a file with the API key, and nothing else")
     return key
+
+
+def own_tls(config: Target, where: str) -> ssl.SSLContext | bool:
+    """As `tls_of`, or True where nothing of it is said. Raises ScenarioError."""
+    own = config.ca_file is not None or config.client_cert is not None or config.insecure
+    return tls_of(config, where) if own else True
 
 
 def tls_of(config: Target, where: str) -> ssl.SSLContext:

@@ -3,7 +3,6 @@
 import asyncio
 import itertools
 import os
-import ssl
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -20,7 +19,7 @@ from fanmark.loadgen.lanes.sse import Reply
 from fanmark.loadgen.prompts import ChatPrompts, TokenPrompts, measure_prose, measure_template
 from fanmark.loadgen.redaction import RedactedLane
 from fanmark.loadgen.scenario import Target
-from fanmark.loadgen.shaping import Shape, shaped, target_key, tls_of
+from fanmark.loadgen.shaping import Shape, key_hint, own_tls, shaped, target_key
 from fanmark.loadgen.tokenizers import LocalTokenizer, RemoteTokenizer, one_token_words
 from fanmark.servers.tokenizer import Tokenizer as StubTokenizer
 from fanmark.servers.tokenizer import vocabulary
@@ -89,7 +88,7 @@ class HttpEndpoint(Endpoint):
 
         if self._pool is None:
             limits = httpx2.Limits(keepalive_expiry=60)
-            tls = _tls(self.config, target_key(self.name))
+            tls = own_tls(self.config, target_key(self.name))
             self._pool = httpx2.AsyncHTTPTransport(verify=tls, proxy=self.shape.proxy, trust_env=False, limits=limits)
         return self._pool
 
@@ -181,7 +180,7 @@ async def connect(
         answers = await _models(endpoint)
         if lane.name == "fast" and config.lane == "auto" and any(300 <= status < 400 for status, _ in answers):
             await lane.close()
-            lane = HttpLane(now, tls=_tls(config, where), proxy=shape.proxy)  # sent on elsewhere: aiohttp follows
+            lane = HttpLane(now, tls=own_tls(config, where), proxy=shape.proxy)  # sent on elsewhere: aiohttp follows
             endpoint = HttpEndpoint(name, config, lane, shape)
             answers = await _models(endpoint)
         listed = [_listed(config, url, *answer) for url, answer in zip(endpoint.urls, answers, strict=True)]
@@ -217,13 +216,8 @@ def _lane(
     if config.lane == "openai":
         from fanmark.loadgen.lanes.openai_sdk import OpenaiLane
 
-        return OpenaiLane(now, tls=_tls(config, where), proxy=shape.proxy)
-    return HttpLane(now, tls=_tls(config, where), proxy=shape.proxy)
-
-
-def _tls(config: Target, where: str) -> ssl.SSLContext | bool:
-    own = config.ca_file is not None or config.client_cert is not None or config.insecure
-    return tls_of(config, where) if own else True
+        return OpenaiLane(now, tls=own_tls(config, where), proxy=shape.proxy)
+    return HttpLane(now, tls=own_tls(config, where), proxy=shape.proxy)
 
 
 async def _models(endpoint: HttpEndpoint) -> list[tuple[int, bytes]]:
@@ -249,9 +243,7 @@ async def _models_of(endpoint: HttpEndpoint, url: str) -> tuple[int, bytes]:
 
 def _listed(config: Target, url: str, status: int, body: bytes) -> list[dict[str, Any]]:
     if status in (401, 403):
-        given = config.api_key_env or config.api_key_file
-        hint = f"the key in {given} is refused" if given else "name its variable by api_key_env"
-        raise ScenarioError(f"{url}: wants an API key (HTTP {status}): {hint}")
+        raise ScenarioError(f"{url}: wants an API key (HTTP {status}): {key_hint(config)}")
     if status == 407:
         raise UnreachableError(
             f"{url}: the proxy wants a password (HTTP 407): give its address with one, from the environment"

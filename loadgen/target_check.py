@@ -2,17 +2,19 @@
 
 import ipaddress
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.mistakes import show
 from fanmark.loadgen.redaction import is_secret_name
-from fanmark.loadgen.scenario import Budget, FromEnv, Target
+from fanmark.loadgen.scenario import OF_URL, Budget, FromEnv, Target, ToolServer
 from fanmark.loadgen.shaping import target_key
 
 _SECRET_PARAM = r"(.*_)?(api_?key|password|secret|access_?token|authorization)"
+_VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
+_BARE = ToolServer()
 _PRIVATE_ENDINGS = ("localhost", "local", "internal", "lan", "home.arpa", "test")
 
 
@@ -25,6 +27,32 @@ def check_targets(targets: Mapping[str, Target], source: str) -> None:
         _check_secrets(target, where)
         for url in target.metrics_urls:
             _check_metrics_url(target, url, where)
+
+
+def check_tool_server(server: ToolServer, where: str) -> None:
+    """Raises ScenarioError where keys are not for its kind, or a target's might not be so either."""
+    of_other = [
+        key for key in (OF_URL if server.url is None else ("env",)) if getattr(server, key) != getattr(_BARE, key)
+    ]
+    if of_other:
+        own = "a command has env = { NAME = ... }" if server.url is None else "a url has headers = { NAME = ... }"
+        raise ScenarioError(f"{where} {of_other[0]}: it is for a {'url' if server.url is None else 'command'}: {own}")
+    if server.url is None:
+        _check_plain("env", server.env, where)
+        for name in server.env:
+            if not re.fullmatch(_VARIABLE, name):
+                raise ScenarioError(f"{where} env: {show(name)} is no variable's name: use letters, digits and _")
+        _check_variables(_inside(server.env, "env"), where)
+        return
+    _check_address(server.url, "url", where, "http://HOST:PORT/mcp")
+    secret = next((name for name, _ in parse_qsl(urlsplit(server.url).query, True) if is_secret_name(name)), None)
+    if secret is not None:
+        raise ScenarioError(
+            f"{where} url: a secret stands in the address (not shown), as {secret}: give it in a header, as headers.NAME = "
+            '{ env = "NAME" }'
+        )
+    _check_lane(server.as_target, where)
+    _check_secrets(server.as_target, where)
 
 
 def check_budget(budget: Budget | None, targets: Mapping[str, Target], source: str) -> None:
@@ -53,18 +81,22 @@ def _check_addresses(target: Target, where: str) -> None:
         )
     for url in target.replicas if target.url is None else [target.url]:
         key = "url" if target.url is not None else "urls"
-        if "@" in url:
-            raise ScenarioError(
-                f'{where} {key}: a name or password stands in the address (not shown): give headers.Authorization = {{ env = "NAME" }}'
-            )
-        if not re.match(r"https?://[^/\s?#]+", url):
-            raise ScenarioError(f"{where} {key} = {show(url)}: must be http://HOST:PORT/v1 or https://...")
+        _check_address(url, key, where, "http://HOST:PORT/v1")
         if "?" in url or "#" in url:
             raise ScenarioError(
                 f"{where} {key} = {show(re.split('[?#]', url)[0])} with a query string: give it as query = {{ NAME = ... }}"
             )
     if len(set(target.replicas)) < len(target.replicas):
         raise ScenarioError(f"{where} urls: an address stands there twice: give each replica once")
+
+
+def _check_address(url: str, key: str, where: str, like: str) -> None:
+    if "@" in url:
+        raise ScenarioError(
+            f'{where} {key}: a name or password stands in the address (not shown): give headers.Authorization = {{ env = "NAME" }}'
+        )
+    if not re.match(r"https?://[^/\s?#]+", url):
+        raise ScenarioError(f"{where} {key} = {show(url)}: must be {like} or https://...")
 
 
 def _check_metrics_url(target: Target, url: str, where: str) -> None:
@@ -105,11 +137,7 @@ def _check_secrets(target: Target, where: str) -> None:
             f'{where} proxy: a password stands in it (not shown): put the whole address into the environment: proxy = {{ env = "NAME" }}'
         )
     for key in ("headers", "query"):
-        for name, value in getattr(target, key).items():
-            if isinstance(value, str) and is_secret_name(name):
-                raise ScenarioError(
-                    f'{where} {key}.{name}: a secret stands in the scenario (not shown): give {name} = {{ env = "NAME" }}'
-                )
+        _check_plain(key, getattr(target, key), where)
     for where_, params in [
         ("params", target.params),
         *((f"roles.{r}.params", s.params) for r, s in target.roles.items()),
@@ -125,8 +153,21 @@ def _check_secrets(target: Target, where: str) -> None:
     if (target.api_key_env or target.api_key_file) and target.auth_header.lower() in map(str.lower, target.headers):
         raise ScenarioError(f"{where}: both an API key and headers.{target.auth_header}: give one of the two")
     named = [("api_key_env", target.api_key_env)] if target.api_key_env is not None else []
-    for key, variable in [*named, *_variables(target)]:
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable) or _looks_like_a_key(variable):
+    _check_variables([*named, *_variables(target)], where)
+
+
+def _check_plain(key: str, values: Mapping[str, str | FromEnv], where: str) -> None:
+    """No value stands in the scenario whose name says that it is a secret."""
+    for name, value in values.items():
+        if isinstance(value, str) and is_secret_name(name):
+            raise ScenarioError(
+                f'{where} {key}.{name}: a secret stands in the scenario (not shown): give {name} = {{ env = "NAME" }}'
+            )
+
+
+def _check_variables(named: Iterable[tuple[str, str]], where: str) -> None:
+    for key, variable in named:
+        if not re.fullmatch(_VARIABLE, variable) or _looks_like_a_key(variable):
             raise ScenarioError(
                 f"{where} {key}: what is given (not shown) looks like the secret itself: give the name of an environment "
                 "variable that holds it"
@@ -135,26 +176,26 @@ def _check_secrets(target: Target, where: str) -> None:
 
 def _variables(target: Target) -> Iterator[tuple[str, str]]:
     """The names of all variables that the table refers to, with where they stand."""
-
-    def inside(value: Any, key: str) -> Iterator[tuple[str, str]]:
-        if isinstance(value, FromEnv):
-            yield key, value.env
-        elif isinstance(value, dict) and value.keys() == {"env"}:
-            yield key, str(value["env"])
-        elif isinstance(value, dict):
-            for name, below in value.items():
-                yield from inside(below, f"{key}.{name}")
-        elif isinstance(value, list):
-            for below in value:
-                yield from inside(below, key)
-
     for key in ("headers", "query", "params"):
         for name, value in getattr(target, key).items():
-            yield from inside(value, f"{key}.{name}")
+            yield from _inside(value, f"{key}.{name}")
     for role, shape in target.roles.items():
         for name, value in shape.params.items():
-            yield from inside(value, f"roles.{role}.params.{name}")
-    yield from inside(target.proxy, "proxy")
+            yield from _inside(value, f"roles.{role}.params.{name}")
+    yield from _inside(target.proxy, "proxy")
+
+
+def _inside(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, FromEnv):
+        yield key, value.env
+    elif isinstance(value, dict) and value.keys() == {"env"}:
+        yield key, str(value["env"])
+    elif isinstance(value, dict):
+        for name, below in value.items():
+            yield from _inside(below, f"{key}.{name}")
+    elif isinstance(value, list):
+        for below in value:
+            yield from _inside(below, key)
 
 
 def _looks_like_a_key(name: str) -> bool:

@@ -25,15 +25,22 @@ class Asked:
 @dataclass
 class Echo:
     """What the server does, and what it was asked. `listed` is the status of /models, `call` how a call ends: a status, or "malformed",
-    "error-event", "finish", "cut", "sent-on", "well"."""
+    "error-event", "finish", "cut", "sent-on", "well". At /mcp it is a tool server: `tools_listed` is the status of what comes before a
+    tool call, `tool` how a tool call ends: a status, "rpc-error", "tool-error", "malformed", "well"."""
 
     models: tuple[str, ...] = ("echo", "lora")
     listed: int = 200
     call: int | str = "well"
+    tools_listed: int = 200
+    tool: int | str = "well"
     scrape: str | None = None  # where metrics are read while a call is under way
     asked: list[Asked] = field(default_factory=list)
     scraped: list[str] = field(default_factory=list)
     url: str = ""
+
+    @property
+    def tool_calls(self) -> list[Asked]:
+        return [asked for asked in self.asked if asked.path == "/mcp" and asked.body["method"] == "tools/call"]
 
     @property
     def calls(self) -> list[Asked]:
@@ -81,6 +88,8 @@ def _handler(echo: Echo) -> type[BaseHTTPRequestHandler]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             echo.asked.append(Asked("POST", self.path, dict(self.headers), body))
+            if self.path == "/mcp":
+                return self._tools(body)
             if not self.path.startswith("/v1/chat/completions"):
                 return self._error(404)
             if echo.scrape is not None:
@@ -96,6 +105,35 @@ def _handler(echo: Echo) -> type[BaseHTTPRequestHandler]:
                 self.send_header("Content-Length", "0")
                 return self.end_headers()
             return self._stream(body)
+
+        def _tools(self, body: Any) -> None:
+            method, said = body["method"], self._said()
+            ends = echo.tool if method == "tools/call" else echo.tools_listed
+            if isinstance(ends, int) and ends != 200:
+                if ends == 401:
+                    return self._error(ends, pad=200)  # JSON, but no JSON-RPC
+                return self._send(ends, ("." * 215 + said).encode(), "text/plain")
+            reply: dict[str, Any] = {"jsonrpc": "2.0", "id": body.get("id")}
+            if method == "tools/list":
+                tool = {
+                    "name": f"search {said[-20:]}",
+                    "description": said,
+                    "inputSchema": {"type": "object", "title": said},
+                }
+                reply["result"] = {"tools": [{**tool, "annotations": {"readOnlyHint": True}}]}
+            elif method == "tools/call" and ends == "rpc-error":
+                reply["error"] = {"code": -32050, "message": said}
+            elif method == "tools/call":
+                reply["result"] = {"content": [{"type": "text", "text": said}], "isError": ends == "tool-error"}
+            elif method == "initialize":
+                reply["result"] = {
+                    "protocolVersion": "2025-11-25",
+                    "capabilities": {},
+                    "serverInfo": {"name": said, "version": "1"},
+                }
+            else:
+                return self._send(202 if "id" not in body else 404, b"")
+            self._send(200, said.encode() if ends == "malformed" else json.dumps(reply).encode())
 
         def _stream(self, body: Any) -> None:
             n = int(body.get("max_tokens", 1))

@@ -205,6 +205,127 @@ def test_workers_say_no_secret(command: Command) -> None:
     assert "HTTP 401" in found.files["calls.jsonl"]
 
 
+CHAIN = '[[arm]]\nname = "chain"\ntopology = "tool-chain"\ntool_calls = 1\n[tools]\nready_timeout_s = 5\n'
+SERVER = 'url = "{url}"\nheaders = {{ X-Gateway-Auth = {{ env = "HEADER" }} }}\napi_key_env = "KEY"\n'
+
+
+def with_tools(command: Command, target: Echo, tools: Echo, server: str = SERVER, transport: str = "auto") -> Outcome:
+    table = server.format(url=tools.url.replace("/v1", "/mcp"))
+    text = f'url = "{target.url}"\n{CHAIN}transport = "{transport}"\n[[tools.server]]\n{table}'
+    return command.run(text, "--json", "--set", "load.abort_on_errors=false")
+
+
+@pytest.mark.parametrize("transport", ["thin", "sdk"])
+@pytest.mark.parametrize(
+    ("ends", "error"),
+    [
+        (401, "tool_transport"),
+        (500, "tool_transport"),
+        ("rpc-error", "tool_protocol"),
+        ("malformed", "tool_protocol"),
+        ("tool-error", None),
+        ("well", None),
+    ],
+)
+def test_tool_calls_whose_server_says_the_secrets_back(
+    command: Command, transport: str, ends: int | str, error: str | None
+) -> None:
+    """What it says goes into prompts, and the target, which has none of these secrets, says those back in its turn."""
+    with echoing(Echo(tool=ends)) as tools, echoing(Echo(call="finish")) as target:
+        found = with_tools(command, target, tools, transport=transport)
+    assert len(tools.tool_calls) == 3, found.files["calls.jsonl"]
+    for asked in tools.asked:
+        sent = {name.lower(): value for name, value in asked.headers.items()}
+        assert (sent["x-gateway-auth"], sent["authorization"]) == (SECRETS["HEADER"], f"Bearer {SECRETS['KEY']}")
+    assert leaks(found.all) == []
+    bodies = json.dumps([asked.body for asked in target.asked])
+    assert leaks(bodies) == [] and "[redacted]" in bodies
+    made = [json.loads(line) for line in found.files["calls.jsonl"].splitlines()]
+    made = [call for call in made if call["kind"] == "tool_call"]
+    if (transport, ends) != ("sdk", "malformed"):
+        assert {call["error"] for call in made} == {error}
+    if ends == "rpc-error" or (transport == "thin" and ends in (401, 500)):
+        assert all("[redacted]" in call["message"] for call in made)
+    assert 'api_key_env = "KEY"' in found.files["scenario.toml"]
+    assert 'env = "HEADER"' in found.files["scenario.toml"]
+
+
+TOOLS_BEFORE: dict[str, tuple[Echo, str, int, str]] = {
+    # what the tool server does, its table, the exit code, and what is said
+    "a refused key": (Echo(tools_listed=401), SERVER, 3, "the key in KEY is refused"),
+    "no key": (Echo(tools_listed=403), 'url = "{url}"', 3, "lets nobody in (HTTP 403: ..."),
+    "a key that is not set": (Echo(), SERVER.replace("KEY", "NOT_SET"), 2, "set the environment variable NOT_SET"),
+    "a key that is not set, of a command": (
+        Echo(),
+        'command = ["true"]\nenv.X = {{ env = "NOT_SET" }}',
+        2,
+        '[[tools.server]] number 1 env.X = { env = "NOT_SET" }: the value is missing',
+    ),
+    "authorities that are not there": (
+        Echo(),
+        'url = "https://127.0.0.1:9/mcp"\nca_file = "/no.pem"',
+        2,
+        "[[tools.server]] number 1 ca_file",
+    ),
+    "a command that says its environment and ends": (
+        Echo(),
+        'command = ["sh", "-c", "echo $TOKEN $OTHER >&2; exit 3"]\nenv.TOKEN = {{ env = "KEY" }}\nenv.OTHER = {{ env = "PARAM" }}',
+        3,
+        "| [redacted] [redacted]",
+    ),
+    "a secret in plain": (Echo(), f"url = \"{{url}}\"\nheaders.Authorization = '{SECRETS['KEY']}'", 2, "(not shown)"),
+    "one of a command": (Echo(), f"command = ['true']\nenv.API_KEY = '{SECRETS['KEY']}'", 2, "(not shown)"),
+    "a key for a variable": (Echo(), f"command = ['true']\nenv.X.env = '{SECRETS['KEY']}'", 2, "(not shown)"),
+    "a key in the address": (Echo(), f"url = '{{url}}?api_key={SECRETS['KEY']}'", 2, "(not shown), as api_key"),
+    "a password in the address": (Echo(), f"url = 'http://u:{SECRETS['KEY']}@h/mcp'", 2, "(not shown)"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "transport"), [*((name, "auto") for name in TOOLS_BEFORE), ("a refused key", "sdk"), ("no key", "sdk")]
+)
+def test_tool_servers_that_cannot_be_had_say_no_secret(command: Command, name: str, transport: str) -> None:
+    tools, server, code, said = TOOLS_BEFORE[name]
+    if transport == "sdk":
+        said = said.partition(": ...")[0]
+    with echoing(Echo(**{**tools.__dict__, "asked": []})) as tools, echoing(Echo()) as target:
+        found = with_tools(command, target, tools, server, transport)
+    assert (found.code, found.out, found.files) == (code, "", {}), found.err
+    assert said in found.err and found.err.count("\n") == 1, found.err
+    assert leaks(found.err) == []
+    assert target.calls == [] and tools.tool_calls == []
+
+
+def test_a_command_gets_what_its_table_says_of_the_environment_and_no_more(command: Command) -> None:
+    """And what it says back in a result goes into no prompt."""
+    server = (
+        "import json, os, sys\nfor line in sys.stdin:\n"
+        + """
+    asked = json.loads(line)
+    tool = {"name": "env", "inputSchema": {"type": "object"}, "annotations": {"readOnlyHint": True}}
+    replies = {
+        "initialize": {"protocolVersion": "2025-11-25", "capabilities": {}, "serverInfo": {"name": "x", "version": "1"}},
+        "tools/list": {"tools": [tool]},
+        "tools/call": {"content": [{"type": "text", "text": json.dumps(dict(os.environ))}]},
+    }
+    if asked.get("method") in replies:
+        print(json.dumps({"jsonrpc": "2.0", "id": asked["id"], "result": replies[asked["method"]]}), flush=True)
+    elif "id" in asked:
+        print(json.dumps({"jsonrpc": "2.0", "id": asked["id"], "error": {"code": -32601, "message": "no"}}), flush=True)
+"""
+    )
+    (command.folder / "server.py").write_text(server)
+    table = f"command = ['{sys.executable}', '{command.folder}/server.py']\nenv = {{ MODE = 'plain', TOKEN = {{ env = 'KEY' }} }}"
+    with echoing(Echo(call="finish")) as target:
+        found = with_tools(command, target, Echo(), table.replace("{", "{{").replace("}", "}}"))
+    said = [message["content"] for call in target.calls for message in call.body["messages"]]
+    told = json.loads(next(text for text in said if text.startswith("{")))
+    assert (told["MODE"], told["TOKEN"]) == ("plain", "[redacted]")
+    assert not set(SECRETS) & set(told), "a variable of the run's own"
+    assert "PATH" in told
+    assert leaks(found.all) == []
+
+
 @pytest.fixture
 def unused_tcp_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -7,7 +7,8 @@ itself. A tool's own error (isError) is a result.
 
 import asyncio
 import re
-from collections.abc import Coroutine, Hashable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from fanmark.loadgen.errors import CallError
@@ -18,6 +19,7 @@ from fanmark.loadgen.lanes.mcp_model import (
     RemoteTool,
     Tool,
     ToolProtocolError,
+    ToolRefusedError,
     ToolResult,
     ToolServerError,
     ToolServerSpec,
@@ -63,8 +65,11 @@ async def _opened(spec: ToolServerSpec, connection: Connection, ready_timeout_s:
             return
         except TimeoutError:
             reason = reason or f"no answer within {ready_timeout_s:g} s"
+        except ToolRefusedError as e:
+            reason = spec.secrets.redact(str(e).removeprefix(f"{where}: "))
+            raise ToolServerError(f"{where} lets nobody in ({reason}): {spec.key_hint}") from None
         except CallError as e:
-            reason = str(e).removeprefix(f"{where}: ")
+            reason = spec.secrets.redact(str(e).removeprefix(f"{where}: "))
             if spec.url is not None and isinstance(e, ToolTransportError) and loop.time() < deadline_at:
                 await asyncio.sleep(min(FIRST_BACKOFF_S, deadline_at - loop.time()))
                 continue
@@ -119,13 +124,15 @@ class ToolServers:
     def _name_tools(self) -> None:
         """Give every tool a name that no other has: the later of two alike is led by its server's label."""
         for place, (spec, connection) in enumerate(zip(self._specs, self._shared, strict=True)):
+            clean: Callable[[Any], Any] = spec.secrets.clean
             for remote in connection.tools:
-                plain = re.sub(r"[^A-Za-z0-9_-]", "_", remote.name)
+                plain = re.sub(r"[^A-Za-z0-9_-]", "_", clean(remote.name))
                 candidates = [plain, f"{spec.label}__{plain}"]
                 candidates += [f"{i}__{plain}" for i in range(2, len(self._specs) + 2)]
                 name = next(short for c in candidates if (short := c[:64]) not in self._by_name)
+                schema = clean(remote.input_schema)
                 self.tools.append(
-                    Tool(name, remote.description, remote.input_schema, remote.read_only, spec.name, remote.name)
+                    Tool(name, clean(remote.description), schema, remote.read_only, spec.name, remote.name)
                 )
                 self._by_name[name] = (place, remote)
 
@@ -140,13 +147,19 @@ class ToolServers:
     ) -> ToolResult:
         """Call a tool by its name in `tools`. `meta` goes into the request's `_meta` (keys as "fanmark/seed").
 
-        Raises ToolTransportError or ToolProtocolError; a tool's own error is a result with `is_error`.
+        Raises ToolTransportError or ToolProtocolError; a tool's own error is a result with `is_error`. A secret that a server says back is
+        taken out, as prompts go to another server, which may say it again.
         """
         if name not in self._by_name:
             raise ToolProtocolError(f"no tool {name!r}: there are {', '.join(self._by_name)}")
         place, remote = self._by_name[name]
-        trip = trip or Trip()
-        return await self._of(trip, place).call(remote, arguments, timeout_s, meta or {}, trip)
+        trip, secrets = trip or Trip(), self._specs[place].secrets
+        try:
+            result = await self._of(trip, place).call(remote, arguments, timeout_s, meta or {}, trip)
+        except CallError as e:
+            e.args = tuple(secrets.clean(list(e.args)))
+            raise
+        return replace(result, text=secrets.redact(result.text)) if secrets else result
 
     def _of(self, trip: Trip, place: int) -> Connection:
         if self._sessions == "shared":

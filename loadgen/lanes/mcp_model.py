@@ -3,12 +3,14 @@
 import asyncio
 import re
 import shlex
+import ssl
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from fanmark.loadgen.errors import CallError, UnreachableError
+from fanmark.loadgen.redaction import Secrets
 
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.1, 5.0
 KEEP_ALIVE_S = 60  # below the 75 s of our own server: the side that reuses a connection must let go of it first
@@ -30,6 +32,10 @@ class NotConnectedError(ToolTransportError):
     """Nobody listens: nothing was sent, so it may be tried again."""
 
 
+class ToolRefusedError(ToolTransportError):
+    """The server wants another key than it was shown, or one at all: HTTP 401 or 403."""
+
+
 class ToolProtocolError(CallError):
     """A tool call was answered by a JSON-RPC error, or by what the protocol does not allow."""
 
@@ -39,10 +45,16 @@ class ToolProtocolError(CallError):
 
 @dataclass(frozen=True)
 class ToolServerSpec:
-    """One server: exactly one of `url` (streamable HTTP) and `command` (program and arguments, stdio)."""
+    """One server: exactly one of `url` (streamable HTTP) and `command` (program and arguments, stdio). `headers` go with every request,
+    `env` into the process; none of `secrets` is in any error or result. `key_hint`: the mend where the server lets nobody in."""
 
     url: str | None = None
     command: Sequence[str] | None = None
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    tls: ssl.SSLContext | bool = True
+    secrets: Secrets = field(default_factory=Secrets, repr=False)
+    key_hint: str = "give it a key"
 
     def __post_init__(self) -> None:
         if (self.url is None) == (not self.command):

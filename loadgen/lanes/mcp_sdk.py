@@ -12,7 +12,6 @@ Rules of the file:
 
 import asyncio
 import logging
-import os
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -26,6 +25,7 @@ from fanmark.loadgen.lanes.mcp_model import (
     MAX_PAGES,
     RemoteTool,
     ToolProtocolError,
+    ToolRefusedError,
     ToolResult,
     ToolServerSpec,
     ToolTransportError,
@@ -93,6 +93,7 @@ class SdkConnection:
     _calls: set["asyncio.Task[Any]"] = field(default_factory=set)
     _supervisor: "asyncio.Task[None] | None" = None
     _session_refused: bool = False
+    _kept_out: int | None = None
     _stderr: IO[bytes] | None = None
 
     def _supervised(self) -> None:
@@ -122,7 +123,8 @@ class SdkConnection:
         if self._stderr is None:
             return ""
         self._stderr.seek(0)
-        lines = self._stderr.read().decode(errors="replace").splitlines()[-LAST_LINES:]
+        text = self.spec.secrets.redact(self._stderr.read().decode(errors="replace"))
+        lines = text.splitlines()[-LAST_LINES:]
         return "".join(f" | {line.strip()}" for line in lines if line.strip())
 
     async def _supervise(self) -> None:
@@ -145,7 +147,10 @@ class SdkConnection:
             connected = attempt.done()
             if not connected:
                 reason = "connection lost" if error is None else _reason(error)
-                attempt.set_exception(ToolTransportError(f"tool server {self.spec.name}: {reason}"))
+                if self._kept_out is not None:
+                    attempt.set_exception(ToolRefusedError(f"tool server {self.spec.name}: HTTP {self._kept_out}"))
+                else:
+                    attempt.set_exception(ToolTransportError(f"tool server {self.spec.name}: {reason}"))
                 attempt.exception()  # nobody may be waiting
             for call in list(self._calls):
                 call.cancel()
@@ -186,7 +191,7 @@ class SdkConnection:
 
         if self.spec.url is None:
             program, *arguments = self.spec.command or ()
-            parameters = StdioServerParameters(command=program, args=arguments, env=dict(os.environ))
+            parameters = StdioServerParameters(command=program, args=arguments, env=dict(self.spec.env))
             # the SDK only hands this on to the process, which needs no more of it than fileno()
             transport = stdio_client(parameters, errlog=self._stderr)  # type: ignore[arg-type]
             async with Client(transport, cache=None) as client:
@@ -195,13 +200,16 @@ class SdkConnection:
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_ALIVE_S)
         timeout = httpx2.Timeout(30.0, read=None)  # how long a call may take is its caller's business
         hooks = {"response": [self._note_refusal]}
-        async with httpx2.AsyncClient(limits=limits, timeout=timeout, event_hooks=hooks) as http:
+        async with httpx2.AsyncClient(
+            headers=dict(self.spec.headers), verify=self.spec.tls, limits=limits, timeout=timeout, event_hooks=hooks
+        ) as http:
             transport = streamable_http_client(self.spec.url, http_client=http, max_sse_event_size=None)
             async with Client(transport, cache=None) as client:
                 yield client
 
     async def _note_refusal(self, response: "httpx2.Response") -> None:
-        """Servers answer a session that they do not know with 404, as the protocol wants, or with 400."""
+        """Servers answer a session that they do not know with 404, as the protocol wants, or with 400, and one without the key with 401."""
+        self._kept_out = response.status_code if response.status_code in (401, 403) else None
         if response.status_code in (400, 404) and "mcp-session-id" in response.request.headers:
             self._session_refused = True
 

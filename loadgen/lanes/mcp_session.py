@@ -13,6 +13,7 @@ from fanmark.loadgen.lanes.mcp_model import (
     MAX_PAGES,
     RemoteTool,
     ToolProtocolError,
+    ToolRefusedError,
     ToolResult,
     ToolTransportError,
 )
@@ -132,6 +133,9 @@ def _handshake(where: str) -> Generator[Post, Answer, Session]:
 def checked(answer: Answer, where: str) -> Mapping[str, Any]:
     """The result that came back. A refusal by status alone is the transport's, an error that answers the request the protocol's."""
     reply = answer.reply
+    if answer.status in (401, 403):
+        said = reply.message if isinstance(reply, codec.Failure) else answer.said
+        raise ToolRefusedError(f"{where}: HTTP {answer.status}{': ' if said else ''}{said}")
     if isinstance(reply, codec.Result):
         if reply.result.get("resultType", "complete") != "complete":
             raise ToolProtocolError(f"{where}: asks for input ({reply.result['resultType']}), which nobody can give")

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 CLOSE_S, LINGER_S = 2.0, 1.0
 RESUMES, RESUME_MS = 2, 1_000
-_SAID = 300  # characters of a reply that is none
+_SAID, _READ_BYTES = 300, 10_000  # of a reply that is none: characters that are told, and what is looked at
 
 
 class ThinConnection:
@@ -57,10 +57,11 @@ class ThinConnection:
 
         self.tools: Sequence[RemoteTool] = ()
         self.version = version
-        self._where = f"tool server {spec.name}"
+        self._where, self._secrets = f"tool server {spec.name}", spec.secrets
         self._url = URL(spec.url or "")
         self._http = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S, ssl=spec.tls),
+            headers=spec.headers,
             timeout=aiohttp.ClientTimeout(total=None),
             cookie_jar=aiohttp.DummyCookieJar(),
         )
@@ -201,9 +202,15 @@ class ThinConnection:
         kind = response.headers.get("Content-Type", "")
         if id is None or status == 202:
             return Answer(status, None, session_id)
-        if not kind.lower().startswith((codec.JSON_TYPE, codec.STREAM_TYPE)):
-            said = (await response.read())[:_SAID].decode(errors="replace")
-            return Answer(status, None, session_id, " ".join(said.split()))
+        is_stream = kind.lower().startswith(codec.STREAM_TYPE)
+        if status >= 400 and not is_stream:  # most of these are no JSON-RPC, JSON or not
+            with suppress(codec.ProtocolError):
+                message = codec.decode(await response.read())
+                if isinstance(message, codec.Result | codec.Failure) and message.id in (id, None):
+                    return Answer(status, message, session_id)
+        if status >= 400 or not (is_stream or kind.lower().startswith(codec.JSON_TYPE)):
+            said = self._secrets.redact((await response.read())[:_READ_BYTES].decode(errors="replace"))
+            return Answer(status, None, session_id, " ".join(said[:_SAID].split()))
         reader = codec.ReplyReader(kind)
         reply = await self._read(response, reader, id)
         for _ in range(RESUMES):
