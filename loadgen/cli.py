@@ -62,6 +62,7 @@ LabelOpt = Annotated[
 ]
 OutOpt = Annotated[Path | None, typer.Option(help="Folder of the results; runs/NAME-TIME.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print summary.json, and nothing else, on standard output.")]
+JunitOpt = Annotated[Path | None, typer.Option(metavar="FILE", help="Ticks, objectives and thresholds as JUnit XML.")]
 StrictOpt = Annotated[bool, typer.Option(help="Exit 1 when a validity tick or an objective failed.")]
 
 
@@ -111,21 +112,18 @@ def run(
     otlp: OtlpOpt = None,
     json: JsonOpt = False,
     strict: StrictOpt = False,
+    junit: JunitOpt = None,
     quiet: Annotated[bool, typer.Option(help="No progress.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Send nothing: print what would be sent.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Send a key to a public host without a [budget].")] = False,
 ) -> int:
     """Runs a scenario against real servers; without a target, against the embedded stub and MCP server."""
-    from fanmark.agents import topologies
     from fanmark.loadgen import scenario_check
-    from fanmark.loadgen.user_topology import with_users
 
     raw, source = scenario_check.read(scenario)
     scenario_check.override_target(raw, target, model, api, api_key_env, os.environ)
     scenario_check.override_load(raw, queries, duration, rate, concurrency, seed, max_in_flight)
-    scenario_check.override(raw, set_ or [])
-    table = with_users(raw, source, topologies())
-    checked = scenario_check.check(raw, source, table)
+    checked, table = _checked(raw, source, set_ or [])
     if dry_run:
         return _dry_run(checked, table, json)
     from fanmark.loadgen import dry_run as planning
@@ -148,7 +146,18 @@ def run(
         labels=labels_of(label or []),
         metrics_hold_s=0.0 if metrics_hold is None and os.environ.get("CI") else metrics_hold,
     )
-    return _told(_run_async(session.run(checked, table, options)), folder, json, strict)
+    return _told(_run_async(session.run(checked, table, options)), folder, json, strict, junit)
+
+
+def _checked(raw: dict[str, Any], source: str, settings: list[str]) -> tuple[Any, Any]:
+    """The scenario, and the topologies that it may name."""
+    from fanmark.agents import topologies
+    from fanmark.loadgen import scenario_check
+    from fanmark.loadgen.user_topology import with_users
+
+    scenario_check.override(raw, settings)
+    table = with_users(raw, source, topologies())
+    return scenario_check.check(raw, source, table), table
 
 
 def _dry_run(checked: Any, table: Any, json: bool) -> int:
@@ -160,7 +169,7 @@ def _dry_run(checked: Any, table: Any, json: bool) -> int:
     return 0
 
 
-def _told(result: Any, folder: Path, json: bool, strict: bool) -> int:
+def _told(result: Any, folder: Path, json: bool, strict: bool, junit: Path | None) -> int:
     """Prints what a run or a simulation gave; the exit code."""
     from fanmark.loadgen import results
 
@@ -171,6 +180,11 @@ def _told(result: Any, folder: Path, json: bool, strict: bool) -> int:
             print(f"fanmark: {ended['why']}: {ended['reason']}", file=sys.stderr)
     else:
         results.print_result(result.summary, folder)
+    if junit is not None:
+        from fanmark.loadgen import thresholds
+        from fanmark.loadgen.junit import write
+
+        write(junit, f"fanmark {result.summary['run']['name']}", thresholds.cases(result.summary))
     return exit_code(result.summary, strict)
 
 
@@ -192,20 +206,17 @@ def simulate(
     out: OutOpt = None,
     json: JsonOpt = False,
     strict: StrictOpt = False,
+    junit: JunitOpt = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs with so many seeds, and prints how far they lie apart.")] = 1,
 ) -> int:
     """Runs a scenario in virtual time against the engine model: nothing is contacted, the same seed gives the same bytes."""
-    from fanmark.agents import topologies
     from fanmark.loadgen import scenario_check
     from fanmark.loadgen import simulate as simulation
     from fanmark.loadgen.environment import labels_of
-    from fanmark.loadgen.user_topology import with_users
 
     raw, source = scenario_check.read(scenario)
     scenario_check.override_load(raw, queries, duration, rate, concurrency, seed, max_in_flight)
-    scenario_check.override(raw, set_ or [])
-    table = with_users(raw, source, topologies())
-    checked = scenario_check.check(raw, source, table)
+    checked, table = _checked(raw, source, set_ or [])
     if profile is not None:
         checked = simulation.with_profile(checked, profile)
     for line in simulation.ignored(checked):
@@ -214,7 +225,7 @@ def simulate(
     options = simulation.Options(folder, _version(), simulation.repeatable(sys.argv[1:]), labels_of(label or []))
     if seeds > 1:
         return _spread(checked, table, options, seeds, json)
-    return _told(simulation.simulate(checked, table, options), folder, json, strict)
+    return _told(simulation.simulate(checked, table, options), folder, json, strict, junit)
 
 
 def _spread(checked: Any, table: Any, options: Any, seeds: int, json: bool) -> int:
@@ -246,13 +257,15 @@ def _folder(out: Path | None, name: str) -> Path:
 
 
 def exit_code(summary: dict[str, Any], strict: bool) -> int:
-    """130 interrupted; 4 at a budget's cap; 1 not to be trusted, or (strict) a tick or an objective failed; else 0."""
+    """130 interrupted; 4 at a budget's cap; 1 not to be trusted; 5 a threshold missed; 1 (strict) a tick or an objective failed; else 0."""
     if summary["ended"] is not None:
-        return {"interrupted": 130, "budget": 4, "errors": 1}[summary["ended"]["why"]]
+        return {"interrupted": 130, "budget": 4, "errors": 1, "threshold": 5}[summary["ended"]["why"]]
     validity = summary["validity"]
     if validity["counted"] is False:
         return 1
     objectives = [arm["objective"]["met"] for arm in summary["arms"].values() if arm["objective"]]
+    if any(not threshold["met"] for threshold in summary["thresholds"]):
+        return 5
     return int(strict and (False in validity.values() or False in objectives))
 
 

@@ -15,6 +15,8 @@ from fanmark.loadgen.run import Ending
 from fanmark.loadgen.scenario import Scenario
 from fanmark.loadgen.table import number
 from fanmark.loadgen.tally import Tally
+from fanmark.loadgen.thresholds import judged
+from fanmark.loadgen.thresholds import lines as threshold_lines
 from fanmark.loadgen.tool_report import Listing, tools_part
 
 MATCHED = 0.05  # so near to each other must the calls in flight of matched arms be
@@ -47,7 +49,7 @@ def assemble(
         | ({"urls": e.config.replicas, "spread": e.config.spread} if e.config.urls else {})
         for name, e in endpoints.items()
     }
-    return {
+    whole = {
         "schema": summary.SCHEMA,
         "partial": ending is not None,
         "ended": None if ending is None else {"why": ending.why, "reason": ending.reason},
@@ -59,6 +61,7 @@ def assemble(
         "tools": tools_part(tools, queries),
         "notes": _notes(scenario, found["arms"], endpoints, parts, queries, told=told or not counted),
     }
+    return whole | {"thresholds": judged(scenario.threshold, whole)}
 
 
 def counted_calls(queries: Sequence[Query]) -> list[Call]:
@@ -199,4 +202,9 @@ def print_result(found: Mapping[str, Any], out: Path, to: TextIO | None = None) 
         )
         if found["partial"]:
             print(f"{found['ended']['why'].upper()}: {found['ended']['reason']}", file=to)
-        print("\n".join(["", *table.lines(found), f"files    {out}", f"report   {out}/report.html"]), file=to)
+        print(
+            "\n".join(
+                ["", *table.lines(found), *threshold_lines(found), f"files    {out}", f"report   {out}/report.html"]
+            ),
+            file=to,
+        )

@@ -23,6 +23,7 @@ from fanmark.loadgen.runtime import QueryRuntime
 from fanmark.loadgen.scenario import Arm, Scenario
 from fanmark.loadgen.schedule import Schedule, Start
 from fanmark.loadgen.tally import Tally
+from fanmark.loadgen.thresholds import broken
 from fanmark.loadgen.tool_calls import ToolUse
 from fanmark.loadgen.users import Session, expected_with, place_of
 from fanmark.loadgen.walk import walk
@@ -48,7 +49,7 @@ class Writer(Protocol):
 class Ending:
     """Why a run ended before its schedule did; `reason` is for the user, in a line."""
 
-    why: Literal["interrupted", "budget", "errors"]
+    why: Literal["interrupted", "budget", "errors", "threshold"]
     reason: str
 
 
@@ -290,8 +291,14 @@ class Run:
         self._forget(query, runtime)
         self._journal.write(query)
         if counted:
-            self._tally.query_finished(query)
+            self._count(query)
         return query
+
+    def _count(self, query: Query) -> None:
+        self._tally.query_finished(query)
+        missed = broken(self.scenario.threshold, self._tally)
+        if missed is not None:
+            self.stop.end(Ending("threshold", missed))
 
     def _forget(self, query: Query, runtime: QueryRuntime) -> None:
         """A query is over: its tool sessions, its own texts and its traffic go, but for what later turns of its session read."""

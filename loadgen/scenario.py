@@ -234,6 +234,16 @@ class Objective(Table, frozen=True):
     attainment: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.95
 
 
+class Threshold(Table, frozen=True):
+    """A limit on a figure of summary.json, an arm's by its name: "debate.per_query.latency_s.p90". With `abort` the run ends once
+    the figure so far is beyond it."""
+
+    metric: str
+    below: float | None = None
+    above: float | None = None
+    abort: bool = False
+
+
 class Arm(Table, frozen=True):
     """One topology with its parameters, as one competitor. `params` holds the topology's own keys as written, and those of the `preset`.
     A query that has made `max_calls` calls, or has read and written `max_tokens` tokens, starts no further call and ends with what it has,
@@ -279,6 +289,7 @@ class Scenario(Table, frozen=True):
     objective: Objective | None
     budget: Budget | None
     source: str
+    threshold: list[Threshold] = []
     questions: list[Question] = []
 
     @property

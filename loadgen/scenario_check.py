@@ -27,11 +27,13 @@ from fanmark.loadgen.scenario import (
     Stub,
     Table,
     Target,
+    Threshold,
     Tools,
     Workload,
 )
 from fanmark.loadgen.shaping import tool_server_key
 from fanmark.loadgen.target_check import check_budget, check_targets, check_tool_server
+from fanmark.loadgen.thresholds import check_thresholds
 
 _CLEARS = {  # what --set KEY=VALUE puts out of force
     "load.queries": "load.duration",
@@ -56,6 +58,7 @@ class _File(Table, frozen=True, kw_only=True):
     load: Load = Load()
     objective: Objective | None = None
     budget: Budget | None = None
+    threshold: list[Threshold] = []
 
 
 def bundled() -> dict[str, str]:
@@ -114,11 +117,13 @@ def check(raw: Mapping[str, Any], source: str, topologies: Mapping[str, Topology
         load=load,
         objective=file.objective,
         budget=file.budget,
+        threshold=file.threshold,
         source=source,
         questions=_questions(file.workload, arms, source),
     )
     _check_lengths(scenario, source)
     _check_match(scenario, source)
+    check_thresholds(scenario.threshold, [arm.name for arm in arms], scenario.baseline.name, source)
     return scenario
 
 

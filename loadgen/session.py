@@ -248,6 +248,12 @@ async def _crew(
 
 
 def _check_guard(scenario: Scenario, workers: int) -> None:
+    aborting = [threshold.metric for threshold in scenario.threshold if threshold.abort]
+    if aborting and workers > 1:
+        raise ScenarioError(
+            f"--workers {workers} with [[threshold]] metric = {aborting[0]!r}, abort = true: each worker sees only its own queries: "
+            "leave abort out, or --workers"
+        )
     guards: dict[str, int | None] = {"[load] max_in_flight": scenario.load.max_in_flight}
     for name, target in scenario.targets.items():
         if target.limits is not None:

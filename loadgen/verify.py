@@ -23,11 +23,18 @@ from fanmark.loadgen.samples import kv_use, read_samples
 from fanmark.loadgen.scenario import Scenario
 from fanmark.loadgen.server_side import account
 from fanmark.loadgen.summary import SCHEMA
+from fanmark.loadgen.thresholds import judged
 from fanmark.loadgen.tool_report import sessions
 from fanmark.loadgen.user_topology import with_users
 
 SAME = 1e-9  # another machine's logarithm may differ in the last bits
-_WHOLE = ("arms", "validity", "files", "retokenized_pct")  # in these nothing may stand that was not recomputed
+_WHOLE = (
+    "arms",
+    "validity",
+    "files",
+    "retokenized_pct",
+    "thresholds",
+)  # in these nothing may stand that was not recomputed
 _SHOWN = 20  # differences of a run that are told one by one
 
 Place = tuple[str, ...]
@@ -127,6 +134,7 @@ def _recomputed(
     )  # fmt: skip
     found["run"] = {"name": scenario.name, "seed": scenario.seed}
     found["partial"] = summary["ended"] is not None
+    found["thresholds"] = judged(scenario.threshold, {**summary, **found})
     tools = {"sessions": sessions(queries)} if summary["tools"] is not None else {}
     parts = {"client": client, "server": server, "tools": tools, "files": records.digests(folder)}
     return found | {name: part for name, part in parts.items() if part}
@@ -186,6 +194,9 @@ def _flat(value: Any, place: Place = ()) -> Iterator[tuple[Place, Any]]:
     if isinstance(value, dict) and value:
         for key, part in value.items():
             yield from _flat(part, (*place, key))
+    elif isinstance(value, list) and value:
+        for i, part in enumerate(value):
+            yield from _flat(part, (*place, str(i)))
     else:
         yield place, value
 

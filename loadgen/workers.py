@@ -31,7 +31,13 @@ from fanmark.loadgen.tally import Tally
 _READY_TIMEOUT_S = 60.0
 _START_AHEAD_S = 0.05  # a meeting's instant is so far ahead that all know of it before it comes
 _END_TIMEOUT_S = 5.0
-_RANK = [None, "interrupted", "budget", "errors"]  # of several workers' ends, the last of these is the run's
+_RANK = [
+    None,
+    "interrupted",
+    "budget",
+    "threshold",
+    "errors",
+]  # of several workers' ends, the last of these is the run's
 
 
 @dataclass

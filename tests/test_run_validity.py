@@ -42,22 +42,25 @@ def test_ticks_stand_above_the_table_in_the_summary_and_in_the_metrics(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("ticks", "objective", "ended", "codes"),
+    ("ticks", "objective", "ended", "met", "codes"),
     [
-        ({}, None, None, (0, 0)),
-        ({"steady": None, "alone": None}, True, None, (0, 0)),  # what cannot be known is no failure
-        ({"counted": False}, None, None, (1, 1)),
-        ({"alone": False}, None, None, (0, 1)),
-        ({"stub_on_time": False}, None, None, (0, 1)),
-        ({}, False, None, (0, 1)),  # a missed objective
-        ({"counted": False}, False, "interrupted", (130, 130)),
-        ({"alone": False}, None, "budget", (4, 4)),
+        ({}, None, None, True, (0, 0)),
+        ({"steady": None, "alone": None}, True, None, True, (0, 0)),  # what cannot be known is no failure
+        ({"counted": False}, None, None, False, (1, 1)),
+        ({"alone": False}, None, None, True, (0, 1)),
+        ({"stub_on_time": False}, None, None, True, (0, 1)),
+        ({}, False, None, True, (0, 1)),  # a missed objective
+        ({"alone": False}, False, None, False, (5, 5)),  # a missed threshold
+        ({}, None, "threshold", True, (5, 5)),
+        ({"counted": False}, False, "interrupted", False, (130, 130)),
+        ({"alone": False}, None, "budget", False, (4, 4)),
     ],
 )
 def test_the_exit_code_without_strict_and_with(
-    ticks: dict[str, bool | None], objective: bool | None, ended: str | None, codes: tuple[int, int]
+    ticks: dict[str, bool | None], objective: bool | None, ended: str | None, met: bool, codes: tuple[int, int]
 ) -> None:
     validity = dict.fromkeys(TICKS, True) | ticks | {"reasons": {}}
     arm = {"objective": None if objective is None else {"met": objective}}
     summary = {"validity": validity, "arms": {"a": arm}, "ended": {"why": ended} if ended else None}
+    summary["thresholds"] = [{"met": True}, {"met": met}]
     assert tuple(exit_code(summary, strict) for strict in (False, True)) == codes
