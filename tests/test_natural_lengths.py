@@ -11,7 +11,6 @@ from fanmark.agents import topologies
 from fanmark.loadgen import session, table
 from fanmark.loadgen.records import read_queries
 from fanmark.loadgen.results import assemble
-from fanmark.loadgen.run import Drift
 from fanmark.loadgen.scenario_check import check
 
 ARMS = [
@@ -73,7 +72,7 @@ def test_forced_lengths_are_called_degenerate_where_tokens_are_guessed(
     server["draft_tokens"] = {"client": None, "server": 800.0, "off_pct": None}
     client = {"verdict": "ok", "reasons": [], "loop_lag_s": None, "cpu_s": None}
     found = assemble(
-        scenario, [], {}, server, lambda _: client, Drift(), {"seconds": 0.0}, ending=None
+        scenario, [], {}, server, lambda _: client, {"seconds": 0.0}, ending=None
     )  # fmt: skip
     said = [line for line in table.lines(found) if "degenerate" in line]
     assert len(said) == noted and all(f"({acceptance:.1%} of them accepted)" in line for line in said)
