@@ -102,7 +102,7 @@ def _of_times(
     means = [_by_repeat(each, name) for each in (arm, base)]
     repeats = [r for r in means[0] if means[0][r] > 0 and means[1].get(r, 0) > 0]
     if len(repeats) >= LEAST_REPEATS:
-        low, high = by_repeats([means[0][r] for r in repeats], [means[1][r] for r in repeats])
+        low, high = by_repeats([means[0][r] for r in repeats], [means[1][r] for r in repeats], ratio)
         return found | {"low": low, "high": high, "method": f"t over {len(repeats)} repeats"}
     batched = _batches(arm, base, name) if interleaved else None
     if batched is not None:
@@ -122,8 +122,8 @@ def change(
     if len(values) < len(every) or not all(math.fsum(each.values()) for each in values):
         return None
     found: dict[str, Any] = {"ratio": 1.0, "low": None, "high": None, "method": NO_INTERVAL}
-    for mine, factor, side in zip(values, (waste for _, waste in costs), (1, 1, -1, -1), strict=True):
-        found["ratio"] *= (math.fsum(mine.values()) / len(mine) * factor) ** side
+    wholes = [math.fsum(mine.values()) / len(mine) * waste for mine, (_, waste) in zip(values, costs, strict=True)]
+    found["ratio"] = wholes[0] * wholes[1] / (wholes[2] * wholes[3])  # of a run and its twin exactly 1
     interval: tuple[float, float] | None
     if name in COUNTS:
         factor = costs[0][1] * costs[1][1] / (costs[2][1] * costs[3][1])
@@ -144,7 +144,8 @@ def change(
     repeats = [r for r in means[0] if all(each.get(r, 0) > 0 for each in means)]
     if len(repeats) < LEAST_REPEATS:
         return found
-    low, high = by_repeats([means[0][r] * means[1][r] for r in repeats], [means[2][r] * means[3][r] for r in repeats])
+    own, against = ([means[i][r] * means[i + 1][r] for r in repeats] for i in (0, 2))
+    low, high = by_repeats(own, against, found["ratio"])
     return found | {"low": low, "high": high, "method": f"t over {len(repeats)} repeats"}
 
 

@@ -128,13 +128,14 @@ def _summed(rows: Any, numbers: Sequence[int], groups: Iterable[Sequence[int]]) 
     return np.array([rows[[place[i] for i in group]].sum(axis=0) for group in groups])
 
 
-def by_repeats(own: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of a ratio from the means of each repeat: Student's t on the logarithms of their ratios."""
+def by_repeats(own: Sequence[float], base: Sequence[float], ratio: float) -> tuple[float, float]:
+    """95 % interval about a ratio from the means of each repeat: Student's t on the logarithms of their ratios. It lies about the ratio of
+    all repeats together, since the mean of the logarithms is off by as much as a crowd hits one arm harder than the other."""
     logs = [math.log(a / b) for a, b in zip(own, base, strict=True)]
     middle = math.fsum(logs) / len(logs)
     variance = math.fsum((x - middle) ** 2 for x in logs) / (len(logs) - 1)
     half = _t(len(logs) - 1) * math.sqrt(variance / len(logs))
-    return math.exp(middle - half), math.exp(middle + half)
+    return ratio * math.exp(-half), ratio * math.exp(half)
 
 
 def ratio_interval(own: tuple[int, float, float], base: tuple[int, float, float]) -> tuple[float, float]:

