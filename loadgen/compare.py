@@ -27,7 +27,7 @@ from fanmark.loadgen.samples import kv_use, read_samples
 from fanmark.loadgen.scenario import Scenario, resolved
 from fanmark.loadgen.summary import counted_by_arm
 from fanmark.loadgen.table import columns, number, ratio
-from fanmark.loadgen.verify import load
+from fanmark.loadgen.verify import SAME, load
 
 SCHEMA = "fanmark.compare/1"
 NO_DIFFERENCE, NOT_KNOWN = "no difference shown", "not known"
@@ -181,7 +181,7 @@ def verdict(resource: str, found: Mapping[str, Any]) -> str:
     """better, worse, no difference shown; higher or lower where neither is good; not known."""
     if found["ratio"] is None:
         return NOT_KNOWN
-    if found["low"] is None or found["low"] <= 1 <= found["high"]:
+    if found["low"] is None or found["low"] - SAME <= 1 <= found["high"] + SAME:
         return NO_DIFFERENCE
     words = ("lower", "higher") if resource in _NEITHER else ("better", "worse")
     return words[found["low"] > 1]

@@ -144,7 +144,7 @@ def test_a_gate_fails_only_where_the_whole_interval_is_beyond(interval: list[flo
     beyond = all(x > bound if over else x < bound for x in interval)
     assert found.outcome == ("failed" if beyond else "passed")
     said = verdict("calls", figure)
-    assert (said == "worse") == (low > 1) and (said == "better") == (high < 1)
+    assert (said == "worse") == (low > 1 + 1e-9) and (said == "better") == (high < 1 - 1e-9)
     assert verdict("width", figure) in ("higher", "lower", "no difference shown")
 
 
