@@ -184,7 +184,8 @@ def test_a_worker_that_is_killed_costs_what_it_had_begun(stub: Stub, tmp_path: P
         assert all(row["error"] == "worker 1 died" for row in mine if row["outcome"] == "abandoned")
     assert 1 <= sum(arm["queries"]["abandoned"] for arm in found["arms"].values()) <= 4  # its users' queries under way
     client = found["client"]
-    assert client["verdict"] == "client-limited" and client["reasons"][0].startswith("worker 1: died at ")
+    assert client["verdict"] == "client-limited"
+    assert any(reason.startswith("worker 1: died at ") for reason in client["reasons"])
     assert client["by_worker"]["1"]["lost_at"] > 0 and client["by_worker"]["0"]["lost_at"] is None
     assert found["server"]["reconciled"] is None and found["validity"]["client_ok"] is False
     assert found["notes"][0].startswith("worker 1 of 2 died at ")
