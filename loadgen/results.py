@@ -12,6 +12,7 @@ from fanmark.loadgen.endpoint import Endpoint
 from fanmark.loadgen.errors import LostError
 from fanmark.loadgen.records import Call, Query, Window
 from fanmark.loadgen.run import Ending
+from fanmark.loadgen.samples import Sample
 from fanmark.loadgen.scenario import Scenario
 from fanmark.loadgen.table import number
 from fanmark.loadgen.tally import Tally
@@ -35,13 +36,13 @@ def assemble(
     ending: Ending | None,
     windows: Sequence[Window] = (),
     tools: Listing | None = None,
-    kv: Sequence[tuple[float, float]] | None = None,
+    samples: Sequence[Sample] = (),
 ) -> dict[str, Any]:
     """The whole of summary.json."""
     counted = counted_calls(queries)
     client = client_report(counted)
     cut_at = run_part["seconds"] if ending is not None else None
-    found = recomputable(scenario, queries, windows, kv, cut_at, client, server, stub)
+    found = recomputable(scenario, queries, windows, samples, cut_at, client, server, stub)
     parts = list(server.values()) if "reconciled" not in server else [server]
     told = any(c.cached_tokens is not None for c in counted)
     targets = {
@@ -73,14 +74,14 @@ def recomputable(
     scenario: Scenario,
     queries: Sequence[Query],
     windows: Sequence[Window],
-    kv: Sequence[tuple[float, float]] | None,
+    samples: Sequence[Sample],
     cut_at: float | None,
     client: Mapping[str, Any],
     server: Mapping[str, Any],
     stub: tuple[bool, str] | None,
 ) -> dict[str, Any]:
     """What of summary.json follows from the records, given what client and servers told of themselves."""
-    arms = summary.summarise_arms(scenario, queries, windows, kv, cut_at)
+    arms = summary.summarise_arms(scenario, queries, windows, samples, cut_at)
     if scenario.workload.lengths != "forced":
         for arm in arms.values():
             arm["expected"]["output_at_most"] = True

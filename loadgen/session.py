@@ -34,7 +34,7 @@ from fanmark.loadgen.report.write import write_report
 from fanmark.loadgen.results import assemble, so_far, write_summary
 from fanmark.loadgen.run import GRACE_S, Run
 from fanmark.loadgen.run_clock import RunClock
-from fanmark.loadgen.samples import Sampler, kv_use, read_samples
+from fanmark.loadgen.samples import Sampler, read_samples
 from fanmark.loadgen.scenario import QUESTIONS, Scenario, resolved
 from fanmark.loadgen.shaping import target_key
 from fanmark.loadgen.tally import Tally
@@ -118,7 +118,7 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
         client = partial(client_part, ended.states, host_busy_seconds=sampler.host_busy_seconds)
         found = assemble(
             scenario, queries, endpoints, server, client, run_part, stub,
-            ending=ended.ending, windows=read_windows(options.out), kv=kv_use(read_samples(options.out)),
+            ending=ended.ending, windows=read_windows(options.out), samples=read_samples(options.out),
             tools=listing(reached.tools, endpoints) if reached.tools is not None else None,
         )  # fmt: skip
         notes = [*ended.notes, *found["notes"], *_sent(spans, queries, options.workers)]

@@ -28,7 +28,7 @@ from fanmark.loadgen.records import Call, digests, read_queries, read_windows
 from fanmark.loadgen.report.write import write_report
 from fanmark.loadgen.results import assemble, write_summary
 from fanmark.loadgen.run import Run
-from fanmark.loadgen.samples import VirtualSampler, kv_use, read_samples
+from fanmark.loadgen.samples import VirtualSampler, read_samples
 from fanmark.loadgen.scenario import Scenario, Target
 from fanmark.loadgen.server_side import account
 from fanmark.loadgen.session import Result, open_folder
@@ -142,7 +142,7 @@ async def _simulate(
     parts = server if len(server) > 1 else next(iter(server.values()))
     found = assemble(
         scenario, queries, endpoints, parts, _no_client, run_part,
-        ending=ending, windows=read_windows(options.out), kv=kv_use(read_samples(options.out)),
+        ending=ending, windows=read_windows(options.out), samples=read_samples(options.out),
         tools=listing(tools, endpoints) if tools is not None else None,
     )  # fmt: skip
     found["notes"] = list(dict.fromkeys(found["notes"]))  # engines of one profile have the same caveats

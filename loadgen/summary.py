@@ -14,6 +14,8 @@ from fanmark.loadgen.operating_point import good, operating_point, spans
 from fanmark.loadgen.quality import quality
 from fanmark.loadgen.records import Call, Query, Window, critical_path
 from fanmark.loadgen.retries import waste
+from fanmark.loadgen.samples import Sample, kv_use
+from fanmark.loadgen.saturation import saturation
 from fanmark.loadgen.scenario import Arm, Load, Scenario
 from fanmark.loadgen.statistics import distribution, gap_distribution, merge_gaps, wilson
 from fanmark.loadgen.steadiness import Verdict, judge
@@ -30,12 +32,12 @@ def summarise_arms(
     scenario: Scenario,
     queries: Sequence[Query],
     windows: Sequence[Window] = (),
-    kv: Sequence[tuple[float, float]] | None = None,
+    samples: Sequence[Sample] = (),
     cut_at: float | None = None,
 ) -> dict[str, Any]:
-    """`arms` of summary.json from all of a run's queries and windows; what is not counted is load, and nothing else. `kv` is the servers'
-    KV use at instants, where they tell it; `cut_at`, when a run was cut short."""
-    by_arm = counted_by_arm(scenario, queries, windows, kv, cut_at)
+    """`arms` of summary.json from all of a run's queries, windows and samples; what is not counted is load, and nothing else. `cut_at`:
+    when a run was cut short."""
+    by_arm = counted_by_arm(scenario, queries, windows, kv_use(samples), cut_at)
     found: dict[str, Any] = {}
     for arm in scenario.arms:
         mine = [query for query in queries if query.arm == arm.name]
@@ -44,6 +46,10 @@ def summarise_arms(
             scenario.load_of(arm), scenario.objective, mine, by_arm[arm.name].windows
         )
         found[arm.name]["window"] = _window(scenario.load_of(arm), by_arm[arm.name], cut_at is not None)
+        offered_qps = found[arm.name]["load"].get("offered_qps")
+        found[arm.name]["saturation"] = (
+            saturation(scenario, arm, queries, by_arm[arm.name].windows, offered_qps, samples) if offered_qps else None
+        )
     return found
 
 

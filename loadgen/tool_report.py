@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from fanmark.loadgen.records import Call, Query, critical_path
+from fanmark.loadgen.saturation import line
 from fanmark.loadgen.statistics import distribution
 
 
@@ -117,4 +118,6 @@ def tool_lines(summary: Mapping[str, Any]) -> list[str]:
             if told:
                 text += f", {key}: " + ", ".join(f"{kind} {n}" for kind, n in sorted(told.items()))
         found.append(text)
+        if arm.get("saturation") is not None:
+            found.append(f"{'':<8} {name}: {line(arm['saturation'])}")
     return found

@@ -19,7 +19,7 @@ from fanmark.loadgen.counters import Reading
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.records import Call, Query
 from fanmark.loadgen.results import counted_calls, recomputable
-from fanmark.loadgen.samples import kv_use, read_samples
+from fanmark.loadgen.samples import read_samples
 from fanmark.loadgen.scenario import Scenario
 from fanmark.loadgen.server_side import account
 from fanmark.loadgen.summary import SCHEMA
@@ -127,7 +127,7 @@ def _recomputed(
     server = _server(summary, scenario, queries)
     stub = summary["validity"].get("stub_on_time")
     found = recomputable(
-        scenario, queries, records.read_windows(folder), kv_use(read_samples(folder)),
+        scenario, queries, records.read_windows(folder), read_samples(folder),
         summary["run"]["seconds"] if summary["ended"] is not None else None,
         summary["client"] | client, _merged(summary["server"], server),
         None if stub is None else (stub, summary["validity"]["reasons"]["stub_on_time"]),

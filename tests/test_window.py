@@ -391,7 +391,7 @@ def test_a_run_that_is_ended_early_is_not_steady(tmp_path: Path, at: float, reas
     seconds = run_virtually(main())
     journal.close()
     assert at <= seconds < at + 6.0  # what had begun has the grace of an interrupt
-    arms = summarise_arms(scenario, read_queries(tmp_path), read_windows(tmp_path), None, seconds)
+    arms = summarise_arms(scenario, read_queries(tmp_path), read_windows(tmp_path), (), seconds)
     for arm in arms.values():
         assert arm["window"]["reason"].startswith(reason) and arm["window"]["steady"] is not True
     for query in read_queries(tmp_path):
