@@ -145,7 +145,7 @@ def _model(
         **_shares(calls, mine, wait_s, "growth" if waiting is None else "queue", None),
         "ttft_s": fmean(map(_ttft_s, begun)) if begun else None,
         "waiting_share": None if waiting is None else fmean(n > 0 for n in waiting),
-        "kv_use_max": None if kv_use is None else max(kv_use) / len(targets),
+        "kv_use_max": max(kv_use) / len(targets) if kv_use and targets else None,
     }
 
 
