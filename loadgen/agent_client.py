@@ -179,7 +179,7 @@ class Carrier(httpx2.AsyncBaseTransport):
         self._rt.retried.append(failed)
         self._rt.world.tally.call_retried(failed)
         call.attempt, call.due_at, call.sent_at, call.connect_s = call.attempt + 1, now, None, None
-        call.done_at = call.error = call.message = None
+        call.limited_s, call.done_at, call.error, call.message = 0.0, None, None, None
 
     async def _admitted(
         self, endpoint: HttpEndpoint, call: Call, fields: Mapping[str, Any], asked: bytes, sent: Sent

@@ -131,7 +131,7 @@ class Gate:
                 entry = limiter.admit(cost.tokens, self._now()) if limiter is not None else None
                 return Ticket(self, endpoint, cost, entry, sent)
         finally:
-            call.limited_s = self._now() - came_at
+            call.limited_s += self._now() - came_at
 
     def _wait_s(self, endpoint: Endpoint, cost: Cost) -> float:
         """Until the call may go out, if nothing else happens; inf: until another has ended."""

@@ -88,7 +88,7 @@ class Gaps:
 
 class Call(msgspec.Struct, omit_defaults=False, kw_only=True):
     """One call (kind "call") or tool call (kind "tool_call"): a line of calls.jsonl. `due_at` is when it should have been sent, `limited_s`
-    how long the target's limits or the budget kept it from that,
+    how long the target's limits, the budget, or an answer that refused a parameter kept it from that,
     `first_at` the first token of the reply (reasoning or not), `answer_at` the first that is not reasoning. `retry_at` marks an attempt
     that did not count, as the call was sent again: that is when the next attempt was due. `connect_s` is how long opening a connection
     took before `sent_at`, None where one was open. Of a tool call: `bytes` of its result; `session_s`

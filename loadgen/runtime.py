@@ -252,10 +252,12 @@ class QueryRuntime:
                 role=call.role,
             )
             traffic = self._traffic(salt, prompt, messages, endpoint.tool_part if tools else None)
+            came_at, limited_s = self.world.now(), call.limited_s
             try:
                 reply = await self._send(endpoint, call, body, partial(self._prompt_tokens, endpoint, prompt, body))
             except HttpError as e:
                 if endpoint.drop_refused(e, body):
+                    call.limited_s = limited_s + self.world.now() - max(came_at, call.due_at)
                     continue
                 raise
             take(call, reply)
@@ -305,6 +307,7 @@ class QueryRuntime:
         self.retried.append(failed)
         self.world.tally.call_retried(failed)
         call.attempt, call.due_at, call.sent_at, call.connect_s = call.attempt + 1, done_at, None, None
+        call.limited_s = 0.0
         await asyncio.sleep(wait_s)
         call.due_at = min(retry_at, self.world.now())  # a timer may be early by less than a millisecond
 

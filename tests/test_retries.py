@@ -119,6 +119,19 @@ def carried_out(endpoint: Refusing, **load: Any) -> tuple[Kept, dict[str, Any], 
     return run_virtually(main())
 
 
+def test_an_answer_that_refuses_a_parameter_is_not_the_clients_delay() -> None:
+    """The first call of each of two arms hears of it, and is sent again without it; no attempt is a retry."""
+    told = '{"error": {"message": "Unrecognized request argument supplied: cache_salt", "param": "cache_salt"}}'
+    endpoint = Refusing([HttpError(400, told)] * 2)
+    kept, arms, _ = carried_out(endpoint, concurrency=1)
+    assert [query.outcome for query in kept] == ["completed"] * 4
+    assert not any(query.retried for query in kept)
+    calls = [call for query in kept for call in query.calls]
+    assert sorted(call.limited_s for call in calls)[-3:] == pytest.approx([0.0, 0.01, 0.01])
+    assert max(call.send_delay_s or 0.0 for call in calls) == pytest.approx(0.0, abs=1e-9)
+    assert max(query.resources["client_s"] or 0.0 for query in kept) == pytest.approx(0.0, abs=1e-9)
+
+
 passing = st.sampled_from([HttpError(429, ""), HttpError(503, ""), CallError("connect", ""), None])
 
 
