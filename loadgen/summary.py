@@ -294,7 +294,8 @@ def validity(
         "uncontaminated": _uncontaminated(unexplained_tokens, warm),
         "client_ok": (
             client["verdict"] != "client-limited",
-            "; ".join(client["reasons"]) or "loop lag and send delays are small",
+            ("strained: " if client["verdict"] == "strained" else "")
+            + ("; ".join(client["reasons"]) or "loop lag and send delays are small"),
         ),
     }
     if stub is not None:

@@ -293,6 +293,7 @@ def _client(client: Mapping[str, Any]) -> str:
         return f"client   {client['verdict']}: {'; '.join(client['reasons'])}"
     return (
         f"client   {client['verdict']}: loop lag p50 {_ms(client['loop_lag_s'])}, send delay p50 {_ms(client['send_delay_s'])}, "
+        f"connections {client['connections']['new']:,} new, {client['connections']['reused']:,} reused, "
         f"coalesced {client['coalesced_share']:.1%}, CPU {client['cpu_s']:.1f} s, memory {client['rss_mb']:.0f} MB"
     )
 

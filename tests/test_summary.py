@@ -270,7 +270,7 @@ VALIDITY: dict[str, tuple[dict[str, Any], str, bool | None, str]] = {
     "a client that is well": ({}, "client_ok", True, "loop lag and send delays are small"),
     "a strained client is still ok": (
         {"client": {"verdict": "strained", "reasons": ["p99 of loop lag is 6.0 ms"]}}, "client_ok", True,
-        "p99 of loop lag is 6.0 ms"),
+        "strained: p99 of loop lag is 6.0 ms"),
     "a client that is the limit": (
         {"client": {"verdict": "client-limited", "reasons": ["a", "b"]}}, "client_ok", False, "a; b"),
 }  # fmt: skip

@@ -107,7 +107,14 @@ def whole(arms: dict[str, Any], validity: dict[str, Any], **more: Any) -> dict[s
     return {
         "arms": arms,
         "validity": validity,
-        "client": client | {"coalesced_share": 0.125, "cpu_s": 1.25, "rss_mb": 80.4, "workers": 1},
+        "client": client
+        | {
+            "connections": {"new": 2, "reused": 1_234},
+            "coalesced_share": 0.125,
+            "cpu_s": 1.25,
+            "rss_mb": 80.4,
+            "workers": 1,
+        },
         "server": server | {"prompt_tokens": {"client": 1200, "server": 1200.0, "off_pct": 0.0}},
         "notes": ["what must be told"],
     } | more
