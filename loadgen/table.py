@@ -209,7 +209,7 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def checks(summary: Mapping[str, Any]) -> list[str]:
     """Client, servers, failures, waste, objectives and notes, a line each that begins with who it is about."""
-    found = [_client(summary["client"])]
+    found = _client(summary["client"])
     servers = summary["server"]
     for name, server in servers.items() if "reconciled" not in servers else [("server", servers)]:
         found += _server(name, server)
@@ -288,14 +288,14 @@ def _server(name: str, server: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _client(client: Mapping[str, Any]) -> str:
+def _client(client: Mapping[str, Any]) -> list[str]:
     if client["loop_lag_s"] is None and client["cpu_s"] is None:
-        return f"client   {client['verdict']}: {'; '.join(client['reasons'])}"
-    return (
+        return [f"client   {client['verdict']}: {'; '.join(client['reasons'])}"]
+    return [
         f"client   {client['verdict']}: loop lag p50 {_ms(client['loop_lag_s'])}, send delay p50 {_ms(client['send_delay_s'])}, "
-        f"connections {client['connections']['new']:,} new, {client['connections']['reused']:,} reused, "
-        f"coalesced {client['coalesced_share']:.1%}, CPU {client['cpu_s']:.1f} s, memory {client['rss_mb']:.0f} MB"
-    )
+        f"coalesced {client['coalesced_share']:.1%}, CPU {client['cpu_s']:.1f} s, memory {client['rss_mb']:.0f} MB",
+        f"{'':<8} connections: {client['connections']['new']:,} new, {client['connections']['reused']:,} reused",
+    ]
 
 
 def _ms(found: Mapping[str, Any] | None) -> str:

@@ -123,7 +123,7 @@ def test_an_answer_that_refuses_a_parameter_is_not_the_clients_delay() -> None:
     """The first call of each of two arms hears of it, and is sent again without it; no attempt is a retry."""
     told = '{"error": {"message": "Unrecognized request argument supplied: cache_salt", "param": "cache_salt"}}'
     endpoint = Refusing([HttpError(400, told)] * 2)
-    kept, arms, _ = carried_out(endpoint, concurrency=1)
+    kept, _, _ = carried_out(endpoint, concurrency=1)
     assert [query.outcome for query in kept] == ["completed"] * 4
     assert not any(query.retried for query in kept)
     calls = [call for query in kept for call in query.calls]

@@ -86,7 +86,8 @@ expected (closed form) against measured, per query
 single  1 / 1       0 / 0     100 / 100  19.33 / 19.33  1 / 1  1 / 1        3       0
 debate  3 / 3       1 / 1     400 / 400        83 / 83  2 / 2  2 / 2        2       0
 
-client   ok: loop lag p50 0.5 ms, p99 3.0 ms, send delay p50 0.5 ms, max 4.0 ms, connections 2 new, 1,234 reused, coalesced 12.5%, CPU 1.2 s, memory 80 MB
+client   ok: loop lag p50 0.5 ms, p99 3.0 ms, send delay p50 0.5 ms, max 4.0 ms, coalesced 12.5%, CPU 1.2 s, memory 80 MB
+         connections: 2 new, 1,234 reused
 server   prompt_tokens 1,200 = 1,200
 single   objective met: 66.7% in time
 debate   1 failed, 0 abandoned of 3: http_5xx 1
