@@ -41,6 +41,7 @@ async def text_of(connection: ThinConnection, tool: str, **arguments: Any) -> st
         return type(error).__name__
 
 
+@pytest.mark.real
 @pytest.mark.parametrize("json_response", [True, False])
 @pytest.mark.parametrize("version", ERAS)
 def test_the_thin_client_against_the_sdk_s_server(version: str, json_response: bool) -> None:
@@ -67,6 +68,7 @@ def test_the_thin_client_against_the_sdk_s_server(version: str, json_response: b
         asyncio.run(run(url))
 
 
+@pytest.mark.real
 @pytest.mark.parametrize("version", ERAS)
 def test_a_call_that_is_given_up_ends_at_the_server(version: str) -> None:
     async def run(url: str) -> None:
@@ -290,6 +292,7 @@ def test_a_server_that_sends_on_to_its_own_path_is_followed_and_to_another_host_
     with_recorder(recorder, use)
 
 
+@pytest.mark.real
 def test_a_run_by_url_does_not_need_the_sdk(start_tools: StartTools) -> None:
     server = start_tools("--latency-s", "0", "--result-tokens", "3")
     code = (
