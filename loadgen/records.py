@@ -18,6 +18,7 @@ from typing import Literal, TypeVar
 import msgspec
 
 from fanmark.loadgen.errors import LostError
+from fanmark.loadgen.lean import PackedGaps, Shared, row
 
 Outcome = Literal["completed", "failed", "abandoned"]
 Phase = Literal["lead-in", "window", "lead-out"]  # only the queries of the window count
@@ -35,7 +36,7 @@ KEPT = (
 )  # what summary.json rests on
 _COPIED_BYTES = 1 << 20
 _OF_FEW_WORDS = ("arm", "role", "target", "tool", "finish", "lane")
-_encoder = msgspec.json.Encoder()
+_encoder = msgspec.json.Encoder(enc_hook=dict)  # of gaps that are packed
 
 GAP_BASE = 1.002  # a bucket of token gaps is 0.2 % wide: a gap is known to 0.1 %, which of 20 ms is 0.02 ms
 JOINED, JOINED_FROM = 10, 21  # buckets
@@ -129,7 +130,7 @@ class Call(msgspec.Struct, omit_defaults=False, kw_only=True):
     refused: Literal["malformed", "unknown", "not_allowed", "limit"] | None = None
     lane: str | None = None
     worker: int = 0
-    gaps: dict[int, int] = {}
+    gaps: Mapping[int, int] = {}
     coalesced: int = 0
 
     @property
@@ -308,13 +309,18 @@ def read_queries(folder: Path, begun: Iterable[Query] = ()) -> list[Query]:
     """All whole records of a run's folder, each query with its calls; a last line that was cut off is left out. One of `begun` stands in
     where a query has no record."""
     queries = {(q.arm, q.query): q for each in (begun, lines_of(folder / "queries.jsonl", Query)) for q in each}
-    shared: dict[str | None, str | None] = {}
+    for query in queries.values():
+        query.resources, query.expected = row(query.resources), row(query.expected)
+    shared = Shared()
     for call in lines_of(folder / "calls.jsonl", Call):
-        for name in _OF_FEW_WORDS:  # a quarter of what a call takes, were each its own
-            word = getattr(call, name)
-            setattr(call, name, shared.setdefault(word, word))
+        for name in _OF_FEW_WORDS:
+            setattr(call, name, shared.word(getattr(call, name)))
+        call.after = shared.numbers(call.after)
+        call.limited_s = call.limited_s or 0.0
+        call.gaps = PackedGaps(call.gaps) if call.gaps else call.gaps
         if (call.arm, call.query) in queries:
             query = queries[call.arm, call.query]
+            call.query = query.query
             (query.calls if call.retry_at is None else query.retried).append(call)
     return list(queries.values())
 

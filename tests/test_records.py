@@ -1,6 +1,7 @@
 """Records: depth, width and critical path against brute force; the journal comes back as it was written."""
 
 import math
+import tracemalloc
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,34 @@ def test_what_was_written_reads_back_the_same(tmp_path_factory: pytest.TempPathF
     written = [query(3, calls, error="http_5xx: no\nmore"), query(4, [])]
     journal(folder, written)
     assert read_queries(folder) == written
+    again = tmp_path_factory.mktemp("again")
+    journal(again, read_queries(folder))  # as of a worker that died
+    assert read_queries(again) == written
+    assert (again / "calls.jsonl").read_bytes() == (folder / "calls.jsonl").read_bytes()
+
+
+def held_bytes(folder: Path) -> int:
+    tracemalloc.start()
+    try:
+        kept = read_queries(folder)
+        return tracemalloc.get_traced_memory()[0] if kept else 0
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_call_that_is_read_back_takes_little_memory(tmp_path: Path) -> None:
+    """What a call more takes, of an ordinary reply: 20 kinds of gaps, after three others."""
+    taken = []
+    for n in (100, 300):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        gaps = Gaps()
+        for kind in range(20):
+            gaps.add(0.02 + kind * 1e-3)
+        calls = [call(i, [1, 2, 3], 0.1 + i * 1e-6, gaps=gaps.counts(), lane="fast") for i in range(1, n + 1)]
+        journal(folder, [query(0, calls)])
+        taken.append(held_bytes(folder))
+    assert (taken[1] - taken[0]) / 200 < 1_200  # as dicts, the gaps alone are as much
 
 
 def test_calls_find_their_query_by_arm_and_number(tmp_path: Path) -> None:
