@@ -215,6 +215,7 @@ def with_tools(command: Command, target: Echo, tools: Echo, server: str = SERVER
     return command.run(text, "--json", "--set", "load.abort_on_errors=false")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transport", ["thin", "sdk"])
 @pytest.mark.parametrize(
     ("ends", "error"),
@@ -296,6 +297,7 @@ def test_tool_servers_that_cannot_be_had_say_no_secret(command: Command, name: s
     assert target.calls == [] and tools.tool_calls == []
 
 
+@pytest.mark.real
 def test_a_command_gets_what_its_table_says_of_the_environment_and_no_more(command: Command) -> None:
     """And what it says back in a result goes into no prompt."""
     server = (
