@@ -122,5 +122,6 @@ def check_arms(arms: Sequence[Arm], targets: Mapping[str, Target], source: str) 
                 raise ScenarioError(f"{source}: arm {arm.name!r} names the target {wanted!r}: there is {known}")
         if len(targets) > 1 and arm.target is None and "default" not in {*targets, *arm.targets}:
             raise ScenarioError(
-                f"{source}: arm {arm.name!r}: say which target it uses: target = one of {', '.join(targets)}"
+                f"{source}: arm {arm.name!r}: say which target it uses: target = one of {', '.join(targets)}, or a "
+                "default in its targets"
             )

@@ -25,7 +25,8 @@ from fanmark.loadgen.walk import Made, walk
 COUNTS = ("calls", "tool_calls", "input_tokens", "fresh_tokens", "output_tokens", "depth", "width")
 RATIOS = ("calls", "input_tokens", "fresh_tokens", "output_tokens")
 _SAMPLE = 500  # queries whose mean is told where something is drawn
-_WIDTH = 100
+_WIDTH = 80
+_FULL = 100  # a line of a docstring that is longer goes on in the next
 
 
 def catalogue(topologies: Mapping[str, Topology], schema_tokens: int) -> dict[str, Any]:
@@ -131,36 +132,42 @@ HEAD = ("", "calls", "tools", "input", "fresh", "output", "depth", "width", "inp
 def lines(found: Mapping[str, Any]) -> list[str]:
     """All shapes, then all presets: for each its counts, what it is and how it looks."""
     shapes, known = found["topologies"], found["presets"]
-    table = columns([HEAD, *(_row(name, one) for name, one in {**shapes, **known}.items())])
-    head, rows = table[0], dict(zip([*shapes, *known], table[1:], strict=True))
+    everything = {**shapes, **known}
+    head, *table = columns([HEAD, *(_row(one) for one in everything.values())])
+    counts = dict(zip(everything, table, strict=True))
     told = [
-        "What a query costs by the closed forms, with the default lengths. The last three columns are times",
-        "a single pass of the same lengths. fresh: input that a perfect prefix cache, empty at first, does",
-        "not serve. More on one: fanmark topologies NAME",
+        "What a query costs by the closed forms, with the default lengths. The last",
+        "three columns are times a single pass of the same lengths. fresh: input that a",
+        "perfect prefix cache, empty at first, does not serve.",
+        "More on one: fanmark topologies NAME",
         "",
         head,
     ]
     for name, one in shapes.items():
-        told += [rows[name], f"    {one['summary']}", f"    {one['sketch']}"]
+        told += [f"{name}: {one['summary']}", f"    {one['sketch']}", counts[name]]
     told += ["", 'presets, for an arm that says preset = "NAME"', head]
     for name, one in known.items():
         claim = one["claim"]
-        told += [rows[name], f"    {one['topology']}: {one['summary']}", *_wrapped(f"source: {one['source']}")]
+        told += [
+            *_wrapped(f"{name}: {one['summary']}", ""),
+            *_wrapped(f"a preset of {one['topology']}; {one['source']}"),
+        ]
         told += _wrapped(f"claim under test: {claim['text']}") if claim is not None else []
+        told.append(counts[name])
     return told
 
 
-def _row(name: str, found: Mapping[str, Any]) -> list[str]:
+def _row(found: Mapping[str, Any]) -> list[str]:
     ratios = [found["amplification"][key] for key in RATIOS[1:]]
     return [
-        name,
+        "",
         *(number(found["per_query"][key]) for key in COUNTS),
         *("-" if ratio is None else f"{ratio:.2f}x" for ratio in ratios),
     ]
 
 
-def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, _WIDTH, initial_indent="    ", subsequent_indent="      ")
+def _wrapped(text: str, indent: str = "    ") -> list[str]:
+    return textwrap.wrap(text, _WIDTH, initial_indent=indent, subsequent_indent=f"{indent}  ", break_on_hyphens=False)
 
 
 def long_lines(name: str, topologies: Mapping[str, Topology], schema_tokens: int) -> list[str]:
@@ -170,7 +177,7 @@ def long_lines(name: str, topologies: Mapping[str, Topology], schema_tokens: int
     scenario = _scenario({"preset": name} if preset is not None else {"topology": name}, topology)
     demand = _demand(scenario, scenario.arms[1], topology, 0, schema_tokens)
     made = asyncio.run(walk(topology, demand))
-    told = [f"{name}: {found['summary']}", ""]
+    told = [*_wrapped(f"{name}: {found['summary']}", ""), ""]
     if preset is not None:
         told += [*_wrapped(f"source: {preset.source}"), "", f"a preset of {topology.name}:", ""]
     told += [*_module_doc(topology), "", f"    {topology.sketch}", "", *_params(topology, scenario.arms[1], demand), ""]
@@ -186,7 +193,7 @@ def _module_doc(topology: Topology) -> list[str]:
     """What stands at the head of the topology's file, reflowed: a line that is full goes on in the next, unless that has a label."""
     told: list[str] = []
     for line in inspect.cleandoc(sys.modules[topology.run.__module__].__doc__ or "").splitlines():
-        if told and len(told[-1]) > _WIDTH and line and not re.match(r" *[^.]{1,20}:  ", line):
+        if told and len(told[-1]) > _FULL and line and not re.match(r" *[^.]{1,20}:  ", line):
             told[-1] += f" {line.strip()}"
         else:
             told.append(line)

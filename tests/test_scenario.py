@@ -287,7 +287,7 @@ FILE_MISTAKES = {
     "a tool server by nothing": ("[[tools.server]]", "f.toml: [[tools.server]] number 1: give either url or command"),
     "several targets, and arms that name none": (
         '[targets.a]\nurl = "http://a/v1"\n[targets.b]\nurl = "http://b/v1"',
-        "f.toml: arm 'single': say which target it uses: target = one of a, b",
+        "f.toml: arm 'single': say which target it uses: target = one of a, b, or a default in its targets",
     ),
 }
 
