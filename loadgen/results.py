@@ -11,6 +11,7 @@ from fanmark.loadgen import summary, table
 from fanmark.loadgen.endpoint import Endpoint
 from fanmark.loadgen.errors import LostError
 from fanmark.loadgen.records import Call, Query, Window
+from fanmark.loadgen.report.words import title
 from fanmark.loadgen.run import Ending
 from fanmark.loadgen.samples import Sample
 from fanmark.loadgen.scenario import Scenario
@@ -193,14 +194,8 @@ def _constant(scenario: Scenario, arm: str) -> bool:
 
 def print_result(found: Mapping[str, Any], out: Path, to: TextIO | None = None) -> None:
     """The table, the checks, and where the files are."""
-    run_part, target = found["run"], found["target"]
-    started = sum(arm["queries"]["started"] for arm in found["arms"].values())
-    where = target if "url" in target else next(iter(target.values()))
     with suppress(BrokenPipeError):
-        print(
-            f"{run_part['name']}: {started} queries in {run_part['seconds']:.0f} s on {where['model']} ({where['server']})",
-            file=to,
-        )
+        print(title(found), file=to)
         if found["partial"]:
             print(f"{found['ended']['why'].upper()}: {found['ended']['reason']}", file=to)
         print(

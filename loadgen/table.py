@@ -87,6 +87,7 @@ def lines(summary: Mapping[str, Any]) -> list[str]:
         "expected (closed form) against measured, per query",
         *columns(expected_rows(arms)),
         "",
+        *_target_lines(arms),
         *_quality_lines(arms),
         *claim_lines(arms, "measured"),
         *checks(summary),
@@ -193,6 +194,32 @@ def expected_rows(arms: Mapping[str, Any]) -> list[list[str]]:
             at_most = "<= " if bound else ""
             row.append(f"{at_most}{number(arm['expected'][key])} / {number(measured['mean'] if measured else None)}")
         rows.append([*row, number(arm["queries"]["completed"]), number(arm["expected"]["mismatches"])])
+    return rows
+
+
+def _target_lines(arms: Mapping[str, Any]) -> list[str]:
+    """What each target does of a query, in arms that have several."""
+    rows: list[list[str]] = []
+    for name, arm in arms.items():
+        by_target, queries = arm["by_target"], arm["queries"]["completed"]
+        if len(by_target) > 1 and queries:
+            head, *own = group_rows(by_target, {target: f"{name}: {target}" for target in by_target}, queries)
+            rows += own if rows else [head, *own]
+    return ["by target", *columns(rows), ""] if rows else []
+
+
+def group_rows(group: Mapping[str, Any], titles: Mapping[str, str], queries: int) -> list[list[str]]:
+    """What each role, round or target of an arm has of a mean query, below a row of titles."""
+    rows = [["per query", "calls", "input", "cached", "output", "TTFT p50, s", "latency p50, s", "of critical paths"]]
+    for name, title in titles.items():
+        found = group[name]
+        counts = [found[kind] for kind in ("calls", "input_tokens", "cached_tokens", "output_tokens")]
+        times = [found[kind] and found[kind]["p50"] for kind in ("ttft_s", "latency_s")]
+        share = found["critical_share"]
+        rows.append([
+            title, *(number(None if n is None else n / queries) for n in counts), *map(number, times),
+            "-" if share is None else f"{share:.1%}",
+        ])  # fmt: skip
     return rows
 
 

@@ -53,6 +53,22 @@ def test_the_whole_of_a_run_made_by_hand() -> None:
     assert lines(two_arms.whole(arms, ticks)) == EXPECTED.strip("\n").split("\n")
 
 
+def test_several_targets_of_an_arm_stand_apart() -> None:
+    """Two queries of two agents (3 and 4 s, 2 and 4 s) on one, and a judge (4 s) on another, who is half of the critical path."""
+    queries = two_arms.queries()
+    for query in queries:
+        for call in query.calls:
+            call.target = "big" if call.role == "judge" else call.target
+    arms = summarise_arms(two_arms.scenario(), queries)
+    ticks = validity(arms, {"reconciled": None, "alone": None, "reason": ""}, {"verdict": "ok", "reasons": []}, 0)
+    told = lines(two_arms.whole(arms, ticks))
+    assert told[told.index("by target") :][1:4] == [
+        "per query    calls  input  cached  output  TTFT p50, s  latency p50, s  of critical paths",
+        "debate: big      1    200      96      31            1               4              50.0%",
+        "debate: t        2    200      64      52            1            3.50              50.0%",
+    ]
+
+
 EXPECTED = """
    FAILED  client ok       p99 of loop lag is 40.0 ms
 not known  reconciled      1 calls ended without the server's count

@@ -10,7 +10,7 @@ from fanmark.loadgen.critical import PARTS
 from fanmark.loadgen.records import bucket_gap_s
 from fanmark.loadgen.report import svg
 from fanmark.loadgen.report.svg import Scale, axis, esc, figure, key, line, picture, rect, text
-from fanmark.loadgen.table import number, short
+from fanmark.loadgen.table import group_rows, number, short
 
 _MOST_POINTS = 250  # of a curve
 _MOST_ROWS = 40  # of a picture
@@ -150,15 +150,15 @@ def spent(arms: Mapping[str, Any], name: str) -> str:
 
 
 def tokens(arms: Mapping[str, Any], name: str) -> str:
-    """Tokens of a mean query by role and by round, a figure for each arm."""
+    """Tokens of a mean query by role, by round and, where there are several, by target, a figure for each arm."""
     figures = []
     for i, (arm, each) in enumerate(arms.items()):
         queries = each["queries"]["completed"]
-        for group in ("by_role", "by_round"):
-            if not each[group] or not queries:
+        for group in ("by_role", "by_round", "by_target"):
+            if not each[group] or not queries or (group == "by_target" and len(each[group]) == 1):
                 continue
             word = group.removeprefix("by_")
-            titles = {n: n if group == "by_role" else f"round {n}" for n in sorted(each[group], key=_in_order)}
+            titles = {n: f"round {n}" if group == "by_round" else n for n in sorted(each[group], key=_in_order)}
             cached = all(found["cached_tokens"] is not None for found in each[group].values())
             kinds = {"cached": "c1 hatched", "fresh": "c0", "output": "c2 crossed"}
             if not cached:
@@ -166,7 +166,7 @@ def tokens(arms: Mapping[str, Any], name: str) -> str:
             rows = [(title, _per_query(each[group][n], queries, cached=cached)) for n, title in titles.items()]
             label = f"Tokens of a mean {arm} query by {word}. The table below has the numbers"
             picture_ = stacked(label, rows, kinds, "")
-            behind = svg.numbers(f"{name}-{i}-{word}", _group_rows(each[group], titles, queries))
+            behind = svg.numbers(f"{name}-{i}-{word}", group_rows(each[group], titles, queries))
             figures.append(figure(f"{arm}: tokens of a query by {word}", picture_, behind))
     return svg.grid(figures)
 
@@ -179,20 +179,6 @@ def _per_query(found: Mapping[str, Any], queries: int, *, cached: bool) -> list[
     read, known, wrote = (found[kind] or 0 for kind in ("input_tokens", "cached_tokens", "output_tokens"))
     parts = [known, read - known, wrote] if cached else [read, wrote]
     return [part / queries for part in parts]
-
-
-def _group_rows(group: Mapping[str, Any], titles: Mapping[str, str], queries: int) -> list[list[str]]:
-    rows = [["per query", "calls", "input", "cached", "output", "TTFT p50, s", "latency p50, s", "of critical paths"]]
-    for name, title in titles.items():
-        found = group[name]
-        counts = [found[kind] for kind in ("calls", "input_tokens", "cached_tokens", "output_tokens")]
-        times = [found[kind] and found[kind]["p50"] for kind in ("ttft_s", "latency_s")]
-        share = found["critical_share"]
-        rows.append([
-            title, *(number(None if n is None else n / queries) for n in counts), *map(number, times),
-            "-" if share is None else f"{share:.1%}",
-        ])  # fmt: skip
-    return rows
 
 
 def claims(arms: Mapping[str, Any]) -> str:

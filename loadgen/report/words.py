@@ -61,11 +61,12 @@ def warnings(summary: Mapping[str, Any]) -> list[str]:
 
 
 def title(summary: Mapping[str, Any]) -> str:
-    """`quickstart: 60 queries in 61 s on qwen3-30b-a3b (fanmark-stub-0.1)`."""
+    """`quickstart: 60 queries in 61 s on qwen3-30b-a3b (fanmark-stub-0.1)`; of several targets each model is named once."""
     run, target = summary["run"], summary["target"]
-    where = target if "url" in target else next(iter(target.values()))
+    where = [target] if "url" in target else target.values()
+    models = listed(list(dict.fromkeys(f"{each['model']} ({each['server']})" for each in where)))
     started = sum(arm["queries"]["started"] for arm in summary["arms"].values())
-    return f"{run['name']}: {started} queries in {run['seconds']:.0f} s on {where['model']} ({where['server']})"
+    return f"{run['name']}: {started} queries in {run['seconds']:.0f} s on {models}"
 
 
 def repeat_rows(summary: Mapping[str, Any]) -> list[list[str]]:
