@@ -8,7 +8,18 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from fanmark.agents.runtime import Drawn, Expected, Key, Runtime, Topology, at_least, system_key, systems, together
+from fanmark.agents.runtime import (
+    Drawn,
+    Expected,
+    Key,
+    Runtime,
+    Topology,
+    at_least,
+    enough,
+    system_key,
+    systems,
+    together,
+)
 
 AGGREGATE = (
     "Several assistants have answered the question; their answers follow, one message each. Some of what they say may be wrong or "
@@ -28,7 +39,7 @@ class Params:
 
     def __post_init__(self) -> None:
         at_least(2, layers=self.layers)
-        at_least(1, agents=self.agents, wait_for=self.agents if self.wait_for == "all" else self.wait_for)
+        at_least(1, agents=self.agents, wait_for=enough(self.wait_for, self.agents))
 
 
 async def run(rt: Runtime, p: Params) -> None:
@@ -54,7 +65,7 @@ def expected(p: Params, _: Drawn) -> Expected:
     for layer in range(1, p.layers):
         readers = p.agents if layer < p.layers - 1 else 1
         reads.update({("quoted", "answer", layer, i): readers for i in range(p.agents)})
-    late = p.wait_for != "all" and p.wait_for < p.agents
+    late = enough(p.wait_for, p.agents) < p.agents
     return Expected(calls=calls, depth=p.layers, width=p.agents, writes={"answer": calls}, reads=reads, at_most=late)
 
 

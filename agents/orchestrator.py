@@ -9,7 +9,7 @@ cite:    with `citations`, one more reads S, Q, all workers' answers and the lea
 from dataclasses import dataclass
 from typing import Literal
 
-from fanmark.agents.runtime import Drawn, Expected, Key, Message, Runtime, Topology, at_least, together
+from fanmark.agents.runtime import Drawn, Expected, Key, Message, Runtime, Topology, at_least, enough, together
 from fanmark.agents.tool_chain import act, reads_of, steps_of
 
 TASK = (
@@ -31,7 +31,7 @@ class Params:
 
     def __post_init__(self) -> None:
         at_least(1, workers=self.workers, waves=self.waves, tools_per_step=self.tools_per_step)
-        at_least(1, wait_for=self.workers if self.wait_for == "all" else self.wait_for)
+        at_least(1, wait_for=enough(self.wait_for, self.workers))
         at_least(0, tool_calls=self.tool_calls)
 
     def chain(self, wave: int, worker: int) -> list[range]:
@@ -85,7 +85,7 @@ def expected(p: Params, _: Drawn) -> Expected:
         writes={"plan": p.waves, "action": chains * p.tool_calls, "answer": chains, "judge_answer": 1 + cited},
         reads=reads,
         times=times,
-        at_most=p.wait_for != "all" and p.wait_for < p.workers,
+        at_most=enough(p.wait_for, p.workers) < p.workers,
     )
 
 

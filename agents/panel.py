@@ -18,6 +18,7 @@ from fanmark.agents.runtime import (
     Runtime,
     Topology,
     at_least,
+    enough,
     seats,
     system_key,
     systems,
@@ -46,7 +47,7 @@ CONCLUDE = (
 @dataclass(frozen=True, slots=True)
 class Params:
     """Members are the specialists and, if `leader_in_rounds`, the leader. `role_position`: where a member's own text stands; `system`: one
-    system message for all, or one each."""
+    system message for all, or one each. `wait_for`: with so many turns a round gives up the others."""
 
     specialists: int = 3
     rounds: int = 2
@@ -54,9 +55,10 @@ class Params:
     transcript: Literal["last", "full"] = "last"
     role_position: Literal["head", "tail"] = "tail"
     system: Literal["shared", "own"] = "shared"
+    wait_for: int | Literal["all"] = "all"
 
     def __post_init__(self) -> None:
-        at_least(1, specialists=self.specialists, rounds=self.rounds)
+        at_least(1, specialists=self.specialists, rounds=self.rounds, wait_for=enough(self.wait_for, self.specialists))
 
 
 async def run(rt: Runtime, p: Params) -> None:
@@ -80,7 +82,7 @@ async def run(rt: Runtime, p: Params) -> None:
     heard: list[Message] = []
     for r in range(1, p.rounds + 1):
         said = [*opening, *heard, discuss] if r > 1 else opening
-        turns = await together(turn(name, r, said) for name in members)
+        turns = await together((turn(name, r, said) for name in members), p.wait_for)
         heard = [*heard, *turns] if p.transcript == "full" else turns
     conclude = rt.message(("instruction", "conclude"), CONCLUDE)
     await lead(p.rounds + 1, ("judge_answer",), [*opening, *heard, conclude])
@@ -90,7 +92,7 @@ def expected(p: Params, _: Drawn) -> Expected:
     """N R + 2 calls, depth R + 2, width N. A turn of round r is read by the N members in the next round ("last") or in all R - r later
     ones ("full"); at the end those of the last round ("last") or all are read once more."""
     members = [*(f"specialist-{i + 1}" for i in range(p.specialists)), *(["leader"] if p.leader_in_rounds else [])]
-    n, last = len(members), p.rounds
+    n, last, late = len(members), p.rounds, enough(p.wait_for, len(members)) < len(members)
     reads: Counter[Key] = Counter({("question",): n * last + 2, ("quoted", "plan"): n * last + 1})
     reads.update(
         {("instruction", "plan"): 1, ("instruction", "discuss"): n * (last - 1), ("instruction", "conclude"): 1}
@@ -102,7 +104,7 @@ def expected(p: Params, _: Drawn) -> Expected:
             readings = n * (last - r) + 1 if p.transcript == "full" else n * (r < last) + (r == last)
             reads["quoted", "turn", r, name] = readings
     writes = {"plan": 1, "turn": n * last, "judge_answer": 1}
-    return Expected(calls=n * last + 2, depth=last + 2, width=n, writes=writes, reads=reads)
+    return Expected(calls=n * last + 2, depth=last + 2, width=n, writes=writes, reads=reads, at_most=late)
 
 
 TOPOLOGY = Topology(

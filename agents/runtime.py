@@ -141,15 +141,20 @@ async def together(coroutines: Iterable[Coroutine[Any, Any, T]], wait_for: int |
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(coroutine) for coroutine in coroutines]
-            enough = len(tasks) if wait_for == "all" else min(wait_for, len(tasks))
-            while sum(task.done() for task in tasks) < enough < len(tasks):
+            needed = enough(wait_for, len(tasks))
+            while sum(task.done() for task in tasks) < needed < len(tasks):
                 await asyncio.wait([task for task in tasks if not task.done()], return_when=asyncio.FIRST_COMPLETED)
-            if enough < len(tasks):
+            if needed < len(tasks):
                 for task in tasks:
                     task.cancel()
     except BaseExceptionGroup as failures:
         raise failures.exceptions[0] from None
     return [task.result() for task in tasks if not task.cancelled()]
+
+
+def enough(wait_for: int | Literal["all"], n: int) -> int:
+    """How many of n are waited for."""
+    return n if wait_for == "all" else min(wait_for, n)
 
 
 def systems(rt: Runtime, names: Iterable[str | int], whose: Literal["shared", "own"]) -> list[Message]:

@@ -7,7 +7,7 @@ sample i:  reads S, Q
 from dataclasses import dataclass
 from typing import Literal
 
-from fanmark.agents.runtime import Drawn, Expected, Key, Runtime, Topology, at_least, together
+from fanmark.agents.runtime import Drawn, Expected, Key, Runtime, Topology, at_least, enough, together
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class Params:
     wait_for: int | Literal["all"] = "all"
 
     def __post_init__(self) -> None:
-        at_least(1, samples=self.samples, wait_for=self.samples if self.wait_for == "all" else self.wait_for)
+        at_least(1, samples=self.samples, wait_for=enough(self.wait_for, self.samples))
         if self.one_request and self.wait_for != "all":
             raise ValueError(f"wait_for = {self.wait_for}: not with one_request, whose samples come as one reply")
 
@@ -36,7 +36,7 @@ def expected(p: Params, _: Drawn) -> Expected:
     """n calls at once, each S + Q in and O out; or 1 call, S + Q in and n O out."""
     n = 1 if p.one_request else p.samples
     reads: dict[Key, int] = {("system",): n, ("question",): n}
-    late = p.wait_for != "all" and p.wait_for < n
+    late = enough(p.wait_for, n) < n
     return Expected(calls=n, depth=1, width=n, writes={"answer": p.samples}, reads=reads, at_most=late)
 
 

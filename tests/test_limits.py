@@ -61,6 +61,10 @@ STRAGGLERS: list[tuple[str, dict[str, Any], int, int]] = [
     ("self-consistency", {"samples": 6, "wait_for": 4}, 4, 6),
     ("mixture-of-agents", {"layers": 3, "agents": 4, "wait_for": 3}, 3 + 3 + 1, 9),
     ("orchestrator", {"workers": 4, "tool_calls": 1, "wait_for": 2}, 1 + 2 * 2 + 1, 10),
+    ("debate", {"agents": 4, "rounds": 3, "wait_for": 3}, 3 * 3 + 1, 13),
+    ("debate", {"agents": 4, "rounds": 3, "wait_for": 2, "transcript": "full", "judge": "all"}, 2 * 3 + 1, 13),
+    ("debate", {"agents": 6, "rounds": 2, "wait_for": 4, "groups": 2, "stage_rounds": 1}, 4 * 2 + 1, 13),
+    ("panel", {"specialists": 3, "rounds": 2, "wait_for": 3}, 3 * 2 + 2, 10),
 ]
 
 
