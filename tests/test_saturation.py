@@ -206,10 +206,11 @@ def test_in_virtual_time(tmp_path: Path, slots: int, first: str, qps: float) -> 
 
 
 @pytest.mark.real
+@pytest.mark.quiet
 @pytest.mark.parametrize(("latency_s", "first"), [(0.1, "tools"), (0.001, "neither")])
 def test_a_tool_server_of_one_slot(tmp_path: Path, start_tools: StartTools, latency_s: float, first: str) -> None:
     """At 0.1 s a call it serves ten calls a second, which are five queries; queries come at even steps."""
     server = start_tools("--concurrency", "1", "--latency-s", str(latency_s), "--tools", "search")
-    text = RISING.format(action=2, process="constant", stages=stages(4, 2.0, 3.0, 9.0))
+    text = RISING.format(action=2, process="constant", stages=stages(4, 1.0, 2.0, 9.0))
     part = command(tmp_path, "run", text, "--set", f'tools.server=[{{url="{server.url}"}}]')
     assert (part["first"], part["qps"]) == (first, 9.0), line(part)
