@@ -61,7 +61,7 @@ def assemble(
         "client": client,
         "server": server,
         "tools": tools_part(tools, queries),
-        "notes": _notes(scenario, found["arms"], endpoints, parts, queries, told=told or not counted),
+        "notes": _notes(scenario, found["arms"], endpoints, parts, queries, told=told or not answered(counted)),
     }
     return whole | {"thresholds": judged(scenario.threshold, whole)}
 
@@ -69,6 +69,11 @@ def assemble(
 def counted_calls(queries: Sequence[Query]) -> list[Call]:
     """The counted queries' calls that were sent."""
     return [c for q in queries if not q.warmup for c in q.calls if c.kind == "call" and c.sent_at is not None]
+
+
+def answered(calls: Sequence[Call]) -> bool:
+    """Whether one of them was answered at all: else nothing is known of what a server tells."""
+    return any(call.error is None for call in calls)
 
 
 def recomputable(
@@ -92,11 +97,12 @@ def recomputable(
         for key in ("reconciled", "alone")
     } | {said: "; ".join(dict.fromkeys(p[said] for p in parts)) for said in ("reason", "alone_reason")}
     warm = scenario.workload.cache == "warm"
-    knowable = not warm and any(call.cached_tokens is not None for call in counted_calls(queries))
+    counted = counted_calls(queries)
+    knowable = not warm and any(call.cached_tokens is not None for call in counted)
     unexplained = sum(query.unexplained_tokens for query in queries) if knowable else None
     written, reread = (sum(getattr(query, name) for query in queries) for name in ("written_tokens", "reread_tokens"))
     return {
-        "validity": summary.validity(arms, ticked, client, unexplained, stub, warm=warm),
+        "validity": summary.validity(arms, ticked, client, unexplained, stub, warm=warm, heard=answered(counted)),
         "arms": arms,
         "retokenized_pct": 100.0 * (reread - written) / written if written else None,
     }

@@ -283,15 +283,16 @@ def validity(
     stub: tuple[bool, str] | None = None,
     *,
     warm: bool = False,
+    heard: bool = True,
 ) -> dict[str, Any]:
     """The six ticks, true | false | null, and `reasons` for each; for our stub a seventh, whether it kept its schedule.
-    `unexplained_tokens` None: not knowable, as the cache was `warm`, or no cached tokens were told."""
+    `unexplained_tokens` None: not knowable, as the cache was `warm`, or no cached tokens were told, or nothing was `heard`."""
     ticks: dict[str, tuple[bool | None, str]] = {
         "counted": _counted(arms),
         "reconciled": (server.get("reconciled"), server.get("reason", "")),
         "alone": (server.get("alone"), server.get("alone_reason", server.get("reason", ""))),
         "steady": _steady(arms),
-        "uncontaminated": _uncontaminated(unexplained_tokens, warm),
+        "uncontaminated": _uncontaminated(unexplained_tokens, warm, heard),
         "client_ok": (
             client["verdict"] != "client-limited",
             ("strained: " if client["verdict"] == "strained" else "")
@@ -339,11 +340,11 @@ def _counted(arms: Mapping[str, Any]) -> tuple[bool, str]:
     return True, f"{compared} queries equal their closed form{but}"
 
 
-def _uncontaminated(unexplained_tokens: int | None, warm: bool) -> tuple[bool | None, str]:
+def _uncontaminated(unexplained_tokens: int | None, warm: bool, heard: bool) -> tuple[bool | None, str]:
     if warm:
         return None, 'cache = "warm": whatever was cached before was meant to be found'
     if unexplained_tokens is None:
-        return None, "the server reports no cached tokens"
+        return None, "the server reports no cached tokens" if heard else "no call that counts was answered"
     if unexplained_tokens:
         return False, f"{unexplained_tokens} cached tokens that this run's own traffic cannot explain"
     return True, "the run's own traffic explains every cached token"

@@ -267,6 +267,8 @@ VALIDITY: dict[str, tuple[dict[str, Any], str, bool | None, str]] = {
     "a server that tells no cached tokens": (
         {"unexplained": None}, "uncontaminated", None,
         "the server reports no cached tokens"),
+    "nothing was answered": (
+        {"unexplained": None, "heard": False}, "uncontaminated", None, "no call that counts was answered"),
     "a client that is well": ({}, "client_ok", True, "loop lag and send delays are small"),
     "a strained client is still ok": (
         {"client": {"verdict": "strained", "reasons": ["p99 of loop lag is 6.0 ms"]}}, "client_ok", True,
@@ -285,7 +287,8 @@ def test_validity(given_: dict[str, Any], tick: str, ok: bool | None, reason: st
         "window": {"steady": None, "reason": "all queries are counted, no window is set"},
     }
     server, client = given_.get("server", SERVER), given_.get("client", CLIENT)
-    found = validity({"debate": arm}, server, client, given_.get("unexplained", 0))
+    heard = given_.get("heard", True)
+    found = validity({"debate": arm}, server, client, given_.get("unexplained", 0), heard=heard)
     assert (found[tick], found["reasons"][tick]) == (ok, reason)
     assert set(found) == {"counted", "reconciled", "alone", "steady", "uncontaminated", "client_ok", "reasons"}
 
