@@ -295,7 +295,7 @@ def validity(
         "uncontaminated": _uncontaminated(unexplained_tokens, warm, heard),
         "client_ok": (
             client["verdict"] != "client-limited",
-            ("strained: " if client["verdict"] == "strained" else "")
+            ("" if client["verdict"] == "ok" else f"{client['verdict']}: ")
             + ("; ".join(client["reasons"]) or "loop lag and send delays are small"),
         ),
     }

@@ -274,7 +274,8 @@ VALIDITY: dict[str, tuple[dict[str, Any], str, bool | None, str]] = {
         {"client": {"verdict": "strained", "reasons": ["p99 of loop lag is 6.0 ms"]}}, "client_ok", True,
         "strained: p99 of loop lag is 6.0 ms"),
     "a client that is the limit": (
-        {"client": {"verdict": "client-limited", "reasons": ["a", "b"]}}, "client_ok", False, "a; b"),
+        {"client": {"verdict": "client-limited", "reasons": ["a", "b"]}}, "client_ok", False,
+        "client-limited: a; b"),
 }  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def test_several_targets_of_an_arm_stand_apart() -> None:
 
 
 EXPECTED = """
-   FAILED  client ok       p99 of loop lag is 40.0 ms
+   FAILED  client ok       client-limited: p99 of loop lag is 40.0 ms
 not known  reconciled      1 calls ended without the server's count
 not known  alone           1 calls ended without the server's count
 not known  steady          all queries are counted, no window is set
