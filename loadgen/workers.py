@@ -9,6 +9,7 @@ Rules of the file:
 
 import asyncio
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -62,7 +63,7 @@ class _Worker:
         """Reads what it has written to standard error, once it has ended."""
         if not self.errors.closed:
             self.errors.seek(0)
-            self.last_words = " | ".join(self.errors.read().strip().splitlines()[-3:]) or "no message"
+            self.last_words = " | ".join(self.errors.read().strip().splitlines()[-3:]) or _end(self.process.returncode)
             self.errors.close()
 
 
@@ -219,6 +220,11 @@ class Workers:
                 worker.process.kill()
                 await worker.process.wait()
             worker.keep_last_words()
+
+
+def _end(code: int | None) -> str:
+    """How a process ended that said nothing."""
+    return f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
 
 
 def _why(ending: Ending | None) -> str | None:

@@ -188,7 +188,7 @@ def test_a_worker_that_is_killed_costs_what_it_had_begun(stub: Stub, tmp_path: P
     assert any(reason.startswith("worker 1: died at ") for reason in client["reasons"])
     assert client["by_worker"]["1"]["lost_at"] > 0 and client["by_worker"]["0"]["lost_at"] is None
     assert found["server"]["reconciled"] is None and found["validity"]["client_ok"] is False
-    assert found["notes"][0].startswith("worker 1 of 2 died at ")
+    assert found["notes"][0].startswith("worker 1 of 2 died at ") and "(killed by SIGKILL)" in found["notes"][0]
     assert found["partial"] is False
 
 
