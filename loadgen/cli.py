@@ -124,6 +124,7 @@ def run(
     scenario_check.override_target(raw, target, model, api, api_key_env, os.environ)
     scenario_check.override_load(raw, queries, duration, rate, concurrency, seed, max_in_flight)
     checked, table = _checked(raw, source, set_ or [])
+    processes = _workers(workers)
     if dry_run:
         return _dry_run(checked, table, json)
     from fanmark.loadgen import dry_run as planning
@@ -142,7 +143,7 @@ def run(
         version=_version(),
         command=sys.argv[1:],
         progress=None if quiet else sys.stderr,
-        workers=_workers(workers),
+        workers=processes,
         labels=labels_of(label or []),
         metrics_hold_s=0.0 if metrics_hold is None and os.environ.get("CI") else metrics_hold,
     )
