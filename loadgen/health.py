@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 
 from fanmark.loadgen.records import Call, bucket_gap_s, gap_bucket
-from fanmark.loadgen.statistics import distribution, gap_distribution, merge_gaps
+from fanmark.loadgen.statistics import distribution, gap_distribution
 
 _BEAT_S = 0.05
 _BUSY_S = 5  # so many seconds on end of a busy processor count
@@ -97,16 +97,21 @@ def worst(words: Sequence[str]) -> str:
     return max(words, key=WORDS.index, default=WORDS[0])
 
 
+def chunks_of(call: Call) -> int:
+    """The chunks with tokens of a call that was sent. What came together with its first is in no gap: a reply that came all at once is
+    coalesced but for one chunk."""
+    return 1 + max(sum(call.gaps.values()), call.coalesced)
+
+
 def told_by(calls: Sequence[Call]) -> dict[str, Any]:
     """What of the `client` part is known from the counted calls that were sent alone."""
     delays = [delay_s for call in calls if (delay_s := call.send_delay_s) is not None]
     new = sum(call.connect_s is not None for call in calls)
-    # chunks that came together with a call's first are in no gap: a reply that came all at once is coalesced as a whole
-    chunks = sum(merge_gaps([call.gaps for call in calls]).values()) + len(calls)
+    chunks = sum(map(chunks_of, calls))
     return {
         "send_delay_s": distribution(delays),
         "connections": {"new": new, "reused": len(calls) - new},
-        "coalesced_share": min(1.0, sum(call.coalesced for call in calls) / chunks) if chunks else 0.0,
+        "coalesced_share": sum(call.coalesced for call in calls) / chunks if chunks else 0.0,
     }
 
 

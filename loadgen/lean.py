@@ -1,7 +1,7 @@
 """Records in little memory, for who reads all of a long run's at once: what is equal is one object, token gaps are packed."""
 
 from array import array
-from collections.abc import ItemsView, Iterator, Mapping
+from collections.abc import ItemsView, Iterator, Mapping, ValuesView
 from typing import Any, TypeVar
 
 _V = TypeVar("_V")
@@ -27,6 +27,9 @@ class PackedGaps(Mapping[int, int]):
 
     def items(self) -> ItemsView[int, int]:
         return self._unpacked().items()
+
+    def values(self) -> ValuesView[int]:
+        return self._unpacked().values()
 
     def _unpacked(self) -> dict[int, int]:
         numbers, n = memoryview(self._packed).cast("q"), len(self)

@@ -13,7 +13,7 @@ from threading import Lock
 from typing import Any
 
 from fanmark.loadgen.amplification import COUNTS
-from fanmark.loadgen.health import ClientState
+from fanmark.loadgen.health import ClientState, chunks_of
 from fanmark.loadgen.records import Call, Query, bucket_gap_s, gap_bucket
 from fanmark.loadgen.statistics import ratio_interval
 
@@ -218,7 +218,7 @@ class Tally:
         if call.sent_at is None or delay_s is None:
             return
         self.send_delay[gap_bucket(delay_s)] += 1
-        self.chunks += 1 + sum(call.gaps.values())
+        self.chunks += chunks_of(call)
         self.coalesced += call.coalesced
         _of(arm.call_s, target, SECONDS).add(call.seconds, query=call.query)
         if call.first_at is not None:

@@ -110,6 +110,16 @@ def test_the_client_part_of_a_run_in_one_process() -> None:
     assert (empty["verdict"], empty["loop_lag_s"], empty["send_delay_s"]) == ("ok", None, None)
 
 
+@pytest.mark.parametrize(
+    ("gaps", "coalesced", "share"),
+    [({}, 9, 0.9), ({}, 0, 0.0), ({7: 1}, 8, 8 / 9), ({7: 9}, 9, 0.9)],
+    ids=["all at once", "one chunk", "nearly all with the first", "all but the first together"],
+)
+def test_never_more_chunks_are_coalesced_than_came(gaps: dict[int, int], coalesced: int, share: float) -> None:
+    found = client_part({0: lagging(0.001)}, [sent(0, 0.002, 0.1, gaps, coalesced=coalesced)] * 3)
+    assert found["coalesced_share"] == pytest.approx(share)
+
+
 def test_connecting_is_not_the_clients_delay() -> None:
     late = msgspec.structs.replace(sent(0, 0.152, 0.1, {}), connect_s=0.15)
     calls = [sent(0, 0.002, 0.1, {}), late, late, late]

@@ -235,6 +235,10 @@ def test_the_client_tells_of_itself_by_worker(tally: Tally) -> None:
     two_arms.query("single", 9, [joined], 0.0, 2.0)
     tally.call_finished(joined)
     assert value(scrape(tally), "fanmark_client_coalesced_chunks_total") == 3
+    at_once = two_arms.call(1, (0.0, 1.0, 2.0), (1, 0, 9), gaps={}, coalesced=8)
+    two_arms.query("single", 10, [at_once], 0.0, 2.0)
+    tally.call_finished(at_once)
+    assert value(scrape(tally), "fanmark_client_chunks_total") == 11 + 100 + (1 + 4) + (1 + 8)
 
 
 def test_ticks_that_are_known_are_one_or_nought(tally: Tally) -> None:
