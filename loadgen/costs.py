@@ -57,6 +57,8 @@ def resources(
 
 def dollars(calls: list[Call], prices: Mapping[str, Prices | None]) -> float | None:
     """The bill by token prices; None where a price or a count is missing. A call that failed without a count is not on it."""
+    if all(price is None for price in prices.values()):
+        return None  # nobody asked for a bill: a query without a call has none either
     total = 0.0
     for call in calls:
         if call.error is not None and call.input_tokens is None:

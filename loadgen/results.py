@@ -140,7 +140,9 @@ def _notes(
     if scenario.load.match == "calls":
         notes.append(_matched(scenario, arms))
     if forced and not scenario.questions and all(_constant(scenario, arm.name) for arm in scenario.arms):
-        notes.append("all lengths are constant: equal queries run in phase, latencies hold for this pattern only")
+        notes.append(
+            "all questions and answers have constant lengths: equal queries run in phase, latencies hold for this pattern only"
+        )
     notes += scenario.unlike_baseline()
     return notes
 

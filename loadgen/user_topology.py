@@ -50,7 +50,8 @@ def _load(path: Path, function: str, where: str, keys: Iterable[str]) -> Topolog
         raise ScenarioError(f"{where}: fails to import: {type(e).__name__}: {' '.join(str(e).split())}") from None
     run = getattr(module, function, None)
     if not inspect.iscoroutinefunction(run):
-        known = [n for n, f in vars(module).items() if inspect.iscoroutinefunction(f)]
+        own = {n: f for n, f in vars(module).items() if getattr(f, "__module__", None) == path.stem}
+        known = [n for n, f in own.items() if inspect.iscoroutinefunction(f)]
         raise ScenarioError(f"{where}: has no async function {function!r}, but {', '.join(known) or 'none'}")
     name = f"{path}:{function}"
     if next(iter(inspect.signature(run).parameters), None) == "client":
