@@ -163,19 +163,21 @@ def merge(readings: Sequence[Reading | None]) -> Reading | None:
 
 class MetricsOf:
     """Where a target's servers tell of themselves. `get` gives status and body of an address, or raises CallError. An address that was not
-    given but guessed may also be at /prometheus/metrics (trtllm-serve)."""
+    given but guessed may also be at /prometheus/metrics (trtllm-serve). `silent`: those that told nothing at the last reading."""
 
     def __init__(
         self, urls: Sequence[str], get: Callable[[str, float], Awaitable[tuple[int, bytes]]], *, guessed: bool
     ) -> None:
         self.urls = list(urls)
+        self.silent: list[str] = []
         self._get = get
         self._guessed = guessed
 
     async def read(self, timeout_s: float = 10.0) -> Reading | None:
         """All addresses at once; None where one of them does not tell."""
         readings = await asyncio.gather(*(self._read(i, timeout_s) for i in range(len(self.urls))))
-        if all(readings):
+        self.silent = [url for url, reading in zip(self.urls, readings, strict=True) if reading is None]
+        if not self.silent:
             self._guessed = False
         return merge(readings)
 

@@ -185,6 +185,7 @@ async def _surroundings(
     """`environment`. A target of the user's that shares its machine with the client is noted: ours does by its nature."""
     same_host = {name: await on_this_host(endpoint.urls) for name, endpoint in endpoints.items()}
     for name, endpoint in endpoints.items():
+        endpoint.note_silent()
         if scenario.targets and same_host[name]:
             endpoint.notes.append(f"{name}: the target is on this host: server and client share its processors")
     return environment(options.labels, client_host(), endpoints, before, same_host)

@@ -154,6 +154,12 @@ class HttpEndpoint(Endpoint):
     async def reading(self, timeout_s: float = 10.0) -> Reading | None:
         return await self._metrics.read(timeout_s)
 
+    def note_silent(self) -> None:
+        """Notes which of the addresses that were given for its counters did not tell any when they were last read."""
+        if self.config.metrics_urls and self._metrics.silent:
+            urls = ", ".join(self._metrics.silent)
+            self.notes.append(f"{self.name}: metrics_urls: no counters at {urls}: the servers' counts are unknown")
+
     async def _scrape(self, url: str, timeout_s: float) -> tuple[int, bytes]:
         """A GET of metrics. The key goes to the target's own addresses only."""
         own = urlsplit(url)[:2] in [urlsplit(address)[:2] for address in self.urls]

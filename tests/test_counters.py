@@ -212,8 +212,10 @@ def test_trtllm_serve_tells_elsewhere_and_is_asked_there_from_then_on() -> None:
 )
 def test_addresses_that_were_given_are_asked_and_no_others(bodies: dict[str, str], known: bool) -> None:
     servers = Servers(bodies)
-    found = read(servers, MetricsOf(["http://a/metrics", "http://b/metrics"], servers.get, guessed=False))
+    metrics = MetricsOf(["http://a/metrics", "http://b/metrics"], servers.get, guessed=False)
+    found = read(servers, metrics)
     assert (found is not None) is known
+    assert metrics.silent == ([] if known else ["http://b/metrics"])
     assert servers.asked == ["http://a/metrics", "http://b/metrics"]
 
 
