@@ -27,7 +27,7 @@ DISTS = '"constant", "exponential", "gamma", "lognormal", "uniform"'
 ARM_KEYS = (
     "agents, baseline, concurrency, groups, judge, max_calls, max_tokens, mix, name, neighbours, preset, queries, query_seconds, rate, "
     "role_position, rounds, stage_rounds, stagger_s, stop_from, stop_probability, system, target, targets, topology, transcript, "
-    "warmup, workload"
+    "wait_for, warmup, workload"
 )
 
 
