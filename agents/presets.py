@@ -122,6 +122,22 @@ _TABLE = (
         ),
     ),
     Preset(
+        name="research-agent",
+        summary="one agent with tools, as each researcher of deep-research",
+        topology="tool-chain",
+        source="anthropic.com/engineering/multi-agent-research-system compares it with many; the sizes are ours",
+        params={"tool_calls": 9, "tools_per_step": 3},
+        workload={"tool_result": 1000},
+        claim=Claim(
+            text="about 4 times the tokens of a chat",
+            unit="x",
+            low=4,
+            high=4,
+            resources=("input_tokens", "output_tokens"),
+            source="anthropic.com/engineering/multi-agent-research-system, 13 June 2025",
+        ),
+    ),
+    Preset(
         name="self-consistency-40",
         summary="forty samples of one prompt",
         topology="self-consistency",
