@@ -50,7 +50,7 @@ def test_latencies_are_censored_where_more_than_one_in_a_hundred_failed(failed: 
     assert summarise_arms(two_arms.scenario(), queries)["single"]["censored"] is flagged
 
 
-CONSTANT = "all lengths are constant: equal queries run in phase, latencies hold for this pattern only"
+CONSTANT = "equal queries run in phase, latencies hold for this pattern only"
 
 
 @pytest.mark.parametrize("answer", [20, {"dist": "lognormal", "mean": 20, "cv": 0.4, "min": 1}])
@@ -58,7 +58,7 @@ def test_constant_lengths_are_told(tmp_path: Path, answer: int | dict[str, Any])
     workload = {"system": 20, "question": 40, "answer": answer, "judge_answer": 20}
     scenario = two_arms.scenario(load={"queries": 2, "rate": 4.0}, workload=workload)
     found = simulate(scenario, topologies(), Options(tmp_path / "run", "test", [])).summary
-    assert (CONSTANT in found["notes"]) is isinstance(answer, int)
+    assert any(CONSTANT in note for note in found["notes"]) is isinstance(answer, int)
 
 
 def test_arms_apart_come_in_an_order_that_changes_from_repeat_to_repeat(tmp_path: Path) -> None:
