@@ -118,6 +118,6 @@ def tool_lines(summary: Mapping[str, Any]) -> list[str]:
             if told:
                 text += f", {key}: " + ", ".join(f"{kind} {n}" for kind, n in sorted(told.items()))
         found.append(text)
-        if arm.get("saturation") is not None:
+        if arm.get("saturation") is not None and (arm["saturation"]["first"] or len(arm["saturation"]["levels"]) > 1):
             found.append(f"{'':<8} {name}: {line(arm['saturation'])}")
     return found
