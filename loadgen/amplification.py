@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fanmark.loadgen.records import Query, Window
-from fanmark.loadgen.statistics import PAIRED, Batched, by_batches, by_repeats, paired_ratio, resampled
+from fanmark.loadgen.statistics import LEAST_SESSIONS, PAIRED, Batched, by_batches, by_repeats, paired_ratio, resampled
 from fanmark.loadgen.steadiness import Verdict
 from fanmark.loadgen.window import p90
 
@@ -130,7 +130,9 @@ def change(
         sessions = _sessions(*every)
         interval = resampled(values[:2], values[2:], seed, sessions) if min(map(len, values)) > 1 else None
         if interval is None:
-            return found | {"method": "too few queries"}
+            return found | {
+                "method": f"fewer than {LEAST_SESSIONS} sessions, no interval" if sessions else "too few queries"
+            }
         return found | {
             "low": interval[0] * factor,
             "high": interval[1] * factor,
