@@ -18,7 +18,7 @@ from fanmark.agents.runtime import together
 
 async def run(rt, p):
     prompt = [rt.system, rt.question]
-    quick = rt.infer(prompt, writes=("answer", "quick"), role="quick")
+    quick = rt.infer(prompt, writes=("answer", "quick"), role="quick", times=20)
     slow = [rt.infer(prompt, writes=("answer", i), role=f"slow-{i}", times=300) for i in range(p.slow)]
     await together([quick, *slow], wait_for=1)
 """
@@ -26,7 +26,7 @@ async def run(rt, p):
 
 @pytest.mark.parametrize("lane", ["fast", "aiohttp", "openai"])
 def test_who_is_late_is_aborted(stub: Stub, tmp_path: Path, lane: str) -> None:
-    """Four queries of one call of 8 tokens and two of 2,400, for which nobody waits."""
+    """Four queries of one call of 160 tokens, long enough for all to be at the server, and two of 2,400, for which nobody waits."""
     (tmp_path / "race.py").write_text(RACE)
     raw = {
         "target": {"url": f"{stub.url}/v1", "lane": lane},
@@ -47,7 +47,7 @@ def test_who_is_late_is_aborted(stub: Stub, tmp_path: Path, lane: str) -> None:
     aborted = [name for name in before if name.startswith("vllm:request_success_total") and '"abort"' in name]
     assert sum(after[name] - before[name] for name in aborted) == 8
     written = next(name for name in before if name.startswith("vllm:generation_tokens_total"))
-    assert 4 * 8 <= after[written] - before[written] < 4 * (8 + 2 * 300)  # of 19,232 that were asked for
+    assert 4 * 160 <= after[written] - before[written] < 4 * (160 + 2 * 800)  # of 19,840 that were asked for
     for query in read_queries(tmp_path / "run"):
         ends = {call.role: call.error for call in query.calls}
         assert ends == {"quick": None, "slow-0": "cancelled", "slow-1": "cancelled"}
