@@ -7,7 +7,7 @@ from typing import Any, TextIO
 
 import msgspec
 
-from fanmark.loadgen import summary, table
+from fanmark.loadgen import frozen, summary, table
 from fanmark.loadgen.endpoint import Endpoint
 from fanmark.loadgen.errors import LostError
 from fanmark.loadgen.records import Call, Query, Window
@@ -63,7 +63,7 @@ def assemble(
         "tools": tools_part(tools, queries),
         "notes": _notes(scenario, found["arms"], endpoints, parts, queries, told=told or not answered(counted)),
     }
-    return whole | {"thresholds": judged(scenario.threshold, whole)}
+    return whole | {"thresholds": judged(scenario.threshold, whole), "label": frozen.label(scenario, whole)}
 
 
 def counted_calls(queries: Sequence[Query]) -> list[Call]:
@@ -202,13 +202,21 @@ def _constant(scenario: Scenario, arm: str) -> bool:
 
 def print_result(found: Mapping[str, Any], out: Path, to: TextIO | None = None) -> None:
     """The table, the checks, and where the files are."""
+    label = [frozen.line(found["label"])] if found["label"] else []
     with suppress(BrokenPipeError):
         print(title(found), file=to)
         if found["partial"]:
             print(f"{found['ended']['why'].upper()}: {found['ended']['reason']}", file=to)
         print(
             "\n".join(
-                ["", *table.lines(found), *threshold_lines(found), f"files    {out}", f"report   {out}/report.html"]
+                [
+                    "",
+                    *table.lines(found),
+                    *threshold_lines(found),
+                    *label,
+                    f"files    {out}",
+                    f"report   {out}/report.html",
+                ]
             ),
             file=to,
         )

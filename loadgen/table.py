@@ -81,7 +81,7 @@ def lines(summary: Mapping[str, Any]) -> list[str]:
         *(f"{mark:>9}  {title:<15} {reason}" for mark, title, reason in ticks(summary["validity"])),
         "",
         f"per query, and against {baseline!r} (95 % interval where there is one)",
-        *columns(amplification_rows(arms)),
+        *folded(amplification_rows(arms)),
         *intervals(arms),
         "",
         "expected (closed form) against measured, per query",
@@ -95,7 +95,12 @@ def lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _quality_lines(arms: Mapping[str, Any]) -> list[str]:
-    """How many of each arm's answers are right, and what one costs."""
+    rows = quality_rows(arms)
+    return ["answers against the known ones, and what was spent for each right one", *columns(rows), ""] if rows else []
+
+
+def quality_rows(arms: Mapping[str, Any]) -> list[list[str]]:
+    """How many of each arm's answers are right, and what one costs, below a row of titles; nothing where none was judged."""
     found = {name: arm["quality"] for name, arm in arms.items() if arm["quality"] and arm["quality"]["judged"]}
     if not found:
         return []
@@ -108,7 +113,7 @@ def _quality_lines(arms: Mapping[str, Any]) -> list[str]:
         rows.append(
             [name, f"{q['correct']} of {q['judged']}", share, *(number(q["per_correct"][key]) for key, _ in costs)]
         )
-    return ["answers against the known ones, and what was spent for each right one", *columns(rows), ""]
+    return rows
 
 
 def claim_lines(arms: Mapping[str, Any], found: str) -> list[str]:
@@ -232,6 +237,23 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
         ).rstrip()
         for row in rows
     ]
+
+
+def folded(rows: Sequence[Sequence[str]], width: int = 120) -> list[str]:
+    """Columns in blocks below each other, each not wider than `width`; a column without a title stays with the one before it."""
+    groups: list[list[int]] = []
+    for i, title in enumerate(rows[0][1:], start=1):
+        if title or not groups:
+            groups.append([i])
+        else:
+            groups[-1].append(i)
+    found, shown = [], list[int]()
+    for group in groups:
+        if shown and max(map(len, columns([[row[i] for i in (0, *shown, *group)] for row in rows]))) > width:
+            found += [*columns([[row[i] for i in (0, *shown)] for row in rows]), ""]
+            shown = []
+        shown += group
+    return found + columns([[row[i] for i in (0, *shown)] for row in rows])
 
 
 def checks(summary: Mapping[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from fanmark.agents.runtime import Topology
-from fanmark.loadgen import health, records, scenario_check
+from fanmark.loadgen import frozen, health, records, scenario_check
 from fanmark.loadgen.costs import mismatches, resources
 from fanmark.loadgen.counters import Reading
 from fanmark.loadgen.errors import ScenarioError
@@ -34,6 +34,7 @@ _WHOLE = (
     "files",
     "retokenized_pct",
     "thresholds",
+    "label",
 )  # in these nothing may stand that was not recomputed
 _SHOWN = 20  # differences of a run that are told one by one
 
@@ -134,7 +135,8 @@ def _recomputed(
     )  # fmt: skip
     found["run"] = {"name": scenario.name, "seed": scenario.seed}
     found["partial"] = summary["ended"] is not None
-    found["thresholds"] = judged(scenario.threshold, {**summary, **found})
+    whole = {**summary, **found, "run": summary["run"]}
+    found["thresholds"], found["label"] = judged(scenario.threshold, whole), frozen.label(scenario, whole)
     tools = {"sessions": sessions(queries)} if summary["tools"] is not None else {}
     parts = {"client": client, "server": server, "tools": tools, "files": records.digests(folder)}
     return found | {name: part for name, part in parts.items() if part}

@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fanmark.loadgen import table
+from fanmark.loadgen import frozen, table
 from fanmark.loadgen.claims import rows as claim_rows
 from fanmark.loadgen.report import words
 from fanmark.loadgen.report.charts import quantile_rows
 from fanmark.loadgen.report.gather import Facts
 from fanmark.loadgen.table import number
+from fanmark.loadgen.thresholds import lines as threshold_lines
 
 
 def report(runs: Sequence[tuple[str, Facts]]) -> str:
@@ -25,12 +26,18 @@ def run(facts: Facts) -> Iterable[str]:
         yield f"\n**{_safe(each)}**"
     for each in words.answers(summary):
         yield f"\n{_safe(each)}"
+    if summary["label"]:
+        yield f"\n{_safe(frozen.line(summary['label']))}"
     head, *rows = table.amplification_rows(arms)
     titles = ["per query", *(title or "against the baseline" for title in head[1:])]
     yield from _table("Is it valid?", [["", "tick", "reason"], *table.ticks(summary["validity"])], "---")
     yield from _table("What a query costs", [titles, *([row[0].strip(), *row[1:]] for row in rows)])
     yield from (f"\n{_safe(each)}" for each in table.intervals(arms))
     yield from _table("Expected (closed form) against measured, per query", table.expected_rows(arms))
+    if found := threshold_lines(summary):
+        yield from _block("Thresholds", found)
+    if quality := table.quality_rows(arms):
+        yield from _table("Right answers", quality)
     yield from _claims(arms)
     yield from _table("Query latency, s", quantile_rows(arms, "per_query", "latency_s"))
     yield from _table("Time to first token, s", quantile_rows(arms, "per_call", "ttft_s"))

@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fanmark.loadgen import table
+from fanmark.loadgen import frozen, table
 from fanmark.loadgen.report import charts, svg, timeline, words
 from fanmark.loadgen.report.gather import Facts
 from fanmark.loadgen.report.svg import esc
 from fanmark.loadgen.report.swimlane import KEY, swimlane
+from fanmark.loadgen.thresholds import lines as threshold_lines
 
 _HERE = Path(__file__).parent
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -51,6 +52,7 @@ def run(facts: Facts, name: str) -> str:
     head = f"<h1>{esc(words.title(summary))}</h1>"
     parts = [head, *(f'<p class="warning">⚠ {esc(each)}</p>' for each in words.warnings(summary))]
     parts += [f'<p class="answer">{esc(each)}</p>' for each in words.answers(summary)]
+    parts += [f"<p>{esc(frozen.line(summary['label']))}</p>"] if summary["label"] else []
     parts += [
         _section("Is it valid?", tick_list(summary["validity"])),
         _section(
@@ -61,6 +63,8 @@ def run(facts: Facts, name: str) -> str:
             *(f"<p>{esc(each)}</p>" for each in table.intervals(arms)),
         ),
         _section("Expected against measured, per query", svg.table(table.expected_rows(arms)), _EXPECTED),
+        _section("Thresholds", _thresholds(summary)),
+        _section("Right answers", _quality(arms)),
         _section("Claims", charts.claims(arms)),
         _section("How long it takes", _times(facts, name), charts.spent(arms, f"{name}-spent")),
         _section("One query, as it went", *_queries(facts, name)),
@@ -106,6 +110,16 @@ def _amplification(arms: Mapping[str, Any]) -> str:
     return svg.table(
         [["per query", *titles], *([row[0].strip(), *row[1:]] for row in rows)], "per query, and against the baseline"
     )
+
+
+def _thresholds(summary: Mapping[str, Any]) -> str:
+    found = threshold_lines(summary)
+    return f"<pre>{esc(chr(10).join(found))}</pre>" if found else ""
+
+
+def _quality(arms: Mapping[str, Any]) -> str:
+    rows = table.quality_rows(arms)
+    return svg.table(rows, "answers against the known ones, and what was spent for each right one") if rows else ""
 
 
 def _times(facts: Facts, name: str) -> str:
