@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from fanmark.loadgen.objective import good
 from fanmark.loadgen.records import Query, Window
 from fanmark.loadgen.scenario import Load, Objective
 from fanmark.loadgen.statistics import distribution, occupancy
@@ -16,11 +17,6 @@ def spans(counted: Sequence[Query], windows: Sequence[Window]) -> list[Span]:
         return [(window.start_at, window.end_at) for window in windows]
     repeats = [[q for q in counted if q.repeat == repeat] for repeat in sorted({q.repeat for q in counted})]
     return [(min(q.due_at for q in mine), max(q.done_at for q in mine)) for mine in repeats]
-
-
-def good(query: Query, objective: Objective) -> bool:
-    """Whether a query met its deadline."""
-    return query.outcome == "completed" and query.done_at - query.due_at <= objective.query_seconds
 
 
 HELD_BACK_S = 0.001  # what a guard lets pass starts sooner

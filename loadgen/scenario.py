@@ -228,9 +228,12 @@ class Load(Table, frozen=True):
 
 
 class Objective(Table, frozen=True):
-    """A deadline on the final answer, and the share of started queries that must meet it."""
+    """A deadline on the final answer, and the share of started queries that must meet it. `ttft_s` and `tpot_s` are an objective of its own
+    beside it, on calls: a query meets it when all calls that it needed had their first token, and on average each further one, so soon."""
 
     query_seconds: Positive
+    ttft_s: Positive | None = None
+    tpot_s: Positive | None = None
     attainment: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.95
 
 

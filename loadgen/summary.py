@@ -10,14 +10,15 @@ import msgspec
 from fanmark.loadgen import critical
 from fanmark.loadgen.amplification import COUNTS, TIMES, Counted, amplification
 from fanmark.loadgen.claims import held
-from fanmark.loadgen.operating_point import good, operating_point, spans
+from fanmark.loadgen.objective import objective_part
+from fanmark.loadgen.operating_point import operating_point, spans
 from fanmark.loadgen.quality import quality
 from fanmark.loadgen.records import Call, Query, Window, critical_path
 from fanmark.loadgen.retries import waste
 from fanmark.loadgen.samples import Sample, kv_use
 from fanmark.loadgen.saturation import saturation
 from fanmark.loadgen.scenario import Arm, Load, Scenario
-from fanmark.loadgen.statistics import distribution, gap_distribution, merge_gaps, wilson
+from fanmark.loadgen.statistics import distribution, gap_distribution, merge_gaps
 from fanmark.loadgen.steadiness import Verdict, judge
 from fanmark.loadgen.tool_report import by_tool
 
@@ -100,12 +101,13 @@ def _window(load: Load, counted: Counted, cut: bool) -> dict[str, Any]:
         "steady": None,
         "reason": NO_WINDOW if load.duration is None or load.stages else NO_WINDOW_YET,
         "littles_law_off_pct": None,
+        "over_capacity": None,
     }
     if counted.verdicts:
         worst = min(counted.verdicts, key=lambda v: (not v.over_capacity, v.steady is not False, v.steady is not None))
         offs = [v.littles_law_off_pct for v in counted.verdicts if v.littles_law_off_pct is not None]
         which = f"repeat {counted.verdicts.index(worst) + 1}: " if len(counted.verdicts) > 1 else ""
-        found |= {"steady": worst.steady, "reason": which + worst.reason}
+        found |= {"steady": worst.steady, "reason": which + worst.reason, "over_capacity": worst.over_capacity}
         found["littles_law_off_pct"] = max(offs, key=abs, default=None)
         if cut:
             found |= {"steady": False, "reason": f"the run was cut short; {worst.reason}"}
@@ -119,7 +121,7 @@ def _window(load: Load, counted: Counted, cut: bool) -> dict[str, Any]:
 
 
 def _arm(arm: Arm, scenario: Scenario, counted: Counted, base: Counted) -> dict[str, Any]:
-    queries, objective = counted.queries, scenario.objective
+    queries = counted.queries
     completed = [query for query in queries if query.outcome == "completed"]
     calls = [call for query in queries for call in query.calls]
     outcomes = Counter(query.outcome for query in queries)
@@ -146,7 +148,7 @@ def _arm(arm: Arm, scenario: Scenario, counted: Counted, base: Counted) -> dict[
         },
         **_groups(completed),
         "by_tool": by_tool(queries),
-        "objective": None,
+        "objective": objective_part(queries, scenario.objective),
         "errors": dict(Counter(call.error for call in calls if call.error not in (None, "cancelled"))),
     }
     found["quality"] = quality(queries, scenario.questions, forced=scenario.workload.lengths == "forced")
@@ -161,12 +163,6 @@ def _arm(arm: Arm, scenario: Scenario, counted: Counted, base: Counted) -> dict[
     own_errors = sum(call.tool_error for call in calls)
     if own_errors:
         found["errors"]["tool_error"] = own_errors
-    if objective is not None:
-        met = sum(good(query, objective) for query in queries)
-        low, high = wilson(met, len(queries))
-        share = met / len(queries) if queries else None
-        reached = None if share is None else share >= objective.attainment
-        found["objective"] = {"attainment": share, "low": low, "high": high, "met": reached}
     return found
 
 

@@ -309,9 +309,15 @@ def checks(summary: Mapping[str, Any]) -> list[str]:
                 f"{number(waste['input_tokens'])} tokens in, {number(waste['output_tokens'])} out, {number(waste['seconds'])} s"
             )
         if arm["objective"] is not None and arm["objective"]["attainment"] is not None:
-            word = "met" if arm["objective"]["met"] else "missed"
-            found.append(f"{name:<8} objective {word}: {arm['objective']['attainment']:.1%} in time")
+            said = [_met("objective", arm["objective"]) + " in time"]
+            if arm["objective"]["per_call"] is not None:
+                said.append(_met("per call", arm["objective"]["per_call"]) + " with all calls in time")
+            found.append(f"{name:<8} {'; '.join(said)}")
     return found + [f"note     {note}" for note in summary["notes"]]
+
+
+def _met(what: str, share: Mapping[str, Any]) -> str:
+    return f"{what} {'met' if share['met'] else 'missed'}: {share['attainment']:.1%}"
 
 
 def _server(name: str, server: Mapping[str, Any]) -> list[str]:

@@ -76,7 +76,7 @@ FILE_MISTAKES = {
     ),
     "an unknown key of the objective": (
         "[objective]\nquery_seconds = 1\nshare = 1",
-        "f.toml: [objective]: unknown key 'share': allowed are attainment, query_seconds",
+        "f.toml: [objective]: unknown key 'share': allowed are attainment, query_seconds, tpot_s, ttft_s",
     ),
     "a text where a number belongs": (
         '[load]\nrate = "1"',

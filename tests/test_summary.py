@@ -209,10 +209,29 @@ def test_parts_by_role_round_and_target() -> None:
 def test_an_objective_is_over_all_started_queries() -> None:
     found = arms()
     assert found["single"]["objective"] == pytest.approx(
-        {"attainment": 2 / 3, "low": 0.2077, "high": 0.9385, "met": True}, abs=1e-4
+        {"good": 2, "attainment": 2 / 3, "low": 0.2077, "high": 0.9385, "met": True, "per_call": None}, abs=1e-4
     )
     assert found["debate"]["objective"]["attainment"] == 0.0 and found["debate"]["objective"]["met"] is False
     assert found["debate"]["objective"]["high"] == pytest.approx(0.5615, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "limits, single, debate",
+    [
+        ({"ttft_s": 0.6}, 2, 0),  # its third query's first token comes after 1 s, as all of the debate's do
+        ({"ttft_s": 1.0}, 3, 2),  # of the debate's a query failed
+        ({"tpot_s": 0.1001}, 3, 2),
+        ({"tpot_s": 0.0999}, 0, 0),  # one call of several is enough to miss it
+        ({"ttft_s": 0.6, "tpot_s": 0.1001}, 2, 0),
+    ],
+)
+def test_a_query_is_good_per_call_when_all_its_calls_are(limits: dict[str, float], single: int, debate: int) -> None:
+    objective = {"query_seconds": 2.0, "attainment": 0.6, **limits}
+    found = summarise_arms(two_arms.scenario(objective=objective), two_arms.queries())
+    for name, good in (("single", single), ("debate", debate)):
+        part = found[name]["objective"]["per_call"]
+        assert (part["good"], part["attainment"], part["met"]) == (good, good / 3, good / 3 >= 0.6)
+    assert found["single"]["objective"]["good"] == 2
 
 
 def test_a_tools_own_error_is_counted_though_the_query_went_on() -> None:
