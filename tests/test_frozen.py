@@ -23,6 +23,9 @@ def scenario(**load: Any) -> Scenario:
     return check(raw | {"load": raw["load"] | load}, source, topologies())
 
 
+pytestmark = pytest.mark.slow  # a whole run of it is ten thousand calls in virtual time
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("frozen") / "run"
