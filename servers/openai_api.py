@@ -13,7 +13,7 @@ Ways to ask the stub for what only a model can decide (all optional, ignored by 
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fanmark.servers.body_fields import ApiError, Fields, bad_value
@@ -62,7 +62,7 @@ class Thinking:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One checked request. `prompts` are token ids; `max_tokens` None means as long as the model likes."""
+    """One checked request. `prompts` are token ids; `max_tokens` None means as long as the model likes. `body`: see responses_api."""
 
     api: str
     prompts: Sequence[Sequence[int]]
@@ -88,6 +88,7 @@ class Ask:
     reports_reasoning: bool = False
     answer_tokens: int | None = None
     prompt_tokens: int = 0
+    body: Mapping[str, Any] = field(default_factory=dict)
 
 
 def decode_body(raw: bytes, content_type: str) -> dict[str, Any]:

@@ -135,8 +135,10 @@ class Stream:
         ids = dumps(list(self._ask.prompts[0])) if self._ask.return_token_ids else b"null"
         return b'%b%b%b,"prompt_token_ids":%b,"prompt_text":null}\n\n' % (self._opened, delta, self._usage(count), ids)
 
-    def around(self, index: int) -> tuple[bytes, bytes]:
-        """What stands before and after a delta in a plain chunk: no ids and no usage asked for, not the last."""
+    def around(self, index: int) -> tuple[bytes, bytes] | None:
+        """What stands before and after a delta in a plain chunk: not the last, and no ids and no usage asked for (None)."""
+        if self._ask.return_token_ids or self._ask.continuous_usage:
+            return None
         head = b'%b{"index":%d,%b' % (self._opened, index, self._key)
         return head, self._after(b"null", b"", b"null", b"null") + b"}\n\n"
 
@@ -175,9 +177,17 @@ class Stream:
         }
         return b',"usage":' + dumps(body)
 
-    def usage_chunk(self, count: Count) -> bytes:
-        """The chunk after the last choice's end that carries the usage."""
-        return b'%b],"usage":%b%b}\n\n' % (self._opened, dumps(usage(self._ask, count, final=False)), self._fingerprint)
+    def closing(self, answers: Sequence[Answer], count: Count, *, with_usage: bool, with_done: bool) -> bytes:
+        """What follows the last choice's end: a chunk that carries the usage, if it was asked for, and the end mark."""
+        done = DONE if with_done else b""
+        if not (self._ask.include_usage and with_usage):
+            return done
+        shown = dumps(usage(self._ask, count, final=False))
+        return b'%b],"usage":%b%b}\n\n%b' % (self._opened, shown, self._fingerprint, done)
+
+    def failure(self, error: Mapping[str, Any]) -> bytes:
+        """The end of a stream whose engine died."""
+        return b"data: %b\n\n%b" % (dumps(error), DONE)
 
 
 def models(model: str, max_model_len: int, created: int, permission_id: str) -> dict[str, Any]:
@@ -207,8 +217,3 @@ def models(model: str, max_model_len: int, created: int, permission_id: str) -> 
         "permission": [permission],
     }
     return {"object": "list", "data": [card]}
-
-
-def error_event(body: Mapping[str, Any]) -> bytes:
-    """An error inside a stream that has begun."""
-    return b"data: " + dumps(body) + b"\n\n"

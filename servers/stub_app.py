@@ -21,10 +21,12 @@ from fanmark.servers.body_fields import ApiError, bad_value
 from fanmark.servers.engine.batch import EngineConfig, Rejected
 from fanmark.servers.engine.request import Request
 from fanmark.servers.faults import Doom, FaultError, FaultPlan, fault_from
+from fanmark.servers.messages_api import parse_messages, refusal, whole_message
 from fanmark.servers.openai_api import Ask, Limits, completion_prompts, decode_body, parse_chat, parse_completions
 from fanmark.servers.openai_replies import Head, dumps, models, whole_reply
 from fanmark.servers.prompts import prompt_ids
 from fanmark.servers.realtime import EngineDead, RealTime
+from fanmark.servers.responses_api import parse_responses, whole_response
 from fanmark.servers.stub_reply import EngineGone, Reply, engine_error
 from fanmark.servers.tokenizer import Tokenizer
 from fanmark.servers.vllm_metrics import Engine, EngineMetrics, own_counter, own_gauge
@@ -33,6 +35,8 @@ VERSION = "fanmark-stub-0.1"
 _JSON = "application/json"
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 Parse = Callable[[Mapping[str, Any], Limits, Tokenizer], Ask]
+# By API, what writes a whole reply.
+WHOLE = {"chat": whole_reply, "completions": whole_reply, "responses": whole_response, "messages": whole_message}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +73,10 @@ class StubApp:
         self._plan_timer: asyncio.TimerHandle | None = None
         self._step_at, self._step_tokens = -1.0, 0
         self._routes: dict[str, dict[str, Handler]] = {
-            "/v1/chat/completions": {"POST": lambda request: self._generate(request, "chatcmpl", parse_chat)},
-            "/v1/completions": {"POST": lambda request: self._generate(request, "cmpl", parse_completions)},
+            "/v1/chat/completions": {"POST": lambda request: self._generate(request, "chatcmpl-", parse_chat)},
+            "/v1/completions": {"POST": lambda request: self._generate(request, "cmpl-", parse_completions)},
+            "/v1/responses": {"POST": lambda request: self._generate(request, "resp_", parse_responses)},
+            "/v1/messages": {"POST": lambda request: self._generate(request, "chatcmpl-", parse_messages)},
             "/v1/models": {"GET": self._models},
             "/tokenize": {"POST": self._tokenize},
             "/detokenize": {"POST": self._detokenize},
@@ -101,7 +107,8 @@ class StubApp:
         try:
             return await handler(request)
         except ApiError as error:
-            return self._json(request, error.body(), error.status)
+            body = refusal(error) if request.path == "/v1/messages" else error.body()
+            return self._json(request, body, error.status)
 
     def _json(
         self, request: web.BaseRequest, body: Any, status: int = 200, headers: Mapping[str, str] | None = None
@@ -155,8 +162,9 @@ class StubApp:
             self._leave(reply, names)
 
     def _reply(self, request: web.BaseRequest, ask: Ask, prefix: str, doom: Doom) -> Reply:
-        given = request.headers.get("X-Request-Id") or ask.request_id or f"{self._random.getrandbits(64):016x}"
-        head = Head(f"{prefix}-{given}", int(time.time()), self.options.limits.model, self._fingerprint)
+        named = request.headers.get("X-Request-Id") if ask.api != "responses" else None
+        given = named or ask.request_id or f"{self._random.getrandbits(64):016x}"
+        head = Head(f"{prefix}{given}", int(time.time()), self.options.limits.model, self._fingerprint)
         answers = [
             self.speaker.answer(ask, prompt, place * ask.n + i)
             for place, prompt in enumerate(ask.prompts)
@@ -196,7 +204,7 @@ class StubApp:
             await reply.finished()
         except EngineGone:
             return self._json(request, engine_error(), 500)
-        body = whole_reply(reply.ask, reply.head, reply.answers, reply.count)
+        body = WHOLE[reply.ask.api](reply.ask, reply.head, reply.answers, reply.count)
         if reply.doom.no_usage:
             del body["usage"]
         data = dumps(body)

@@ -7,14 +7,24 @@ Rules of the file:
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from fanmark.servers.answers import Answer
 from fanmark.servers.engine.replica import Event
 from fanmark.servers.faults import Doom
+from fanmark.servers.messages_api import MessagesStream
 from fanmark.servers.openai_api import Ask
-from fanmark.servers.openai_replies import DONE, Count, Head, Stream, error_event
+from fanmark.servers.openai_replies import Count, Head, Stream
+from fanmark.servers.responses_api import ResponsesStream
 from fanmark.servers.vllm_metrics import EngineMetrics, Lived
+
+# By API, what writes a streamed reply.
+STREAMS: Mapping[str, type[Stream | ResponsesStream | MessagesStream]] = {
+    "chat": Stream,
+    "completions": Stream,
+    "responses": ResponsesStream,
+    "messages": MessagesStream,
+}
 
 
 class EngineGone(Exception):
@@ -28,9 +38,9 @@ class Choice:
 
     def __init__(self, reply: "Reply", index: int, answer: Answer, lived: Lived) -> None:
         self.reply, self.index, self.answer, self.lived = reply, index, answer, lived
-        ask = reply.ask
-        self.plain = not (ask.return_token_ids or ask.continuous_usage)
-        self.before, self.after = reply.stream.around(index) if ask.stream else (b"", b"")
+        around = reply.stream.around(index) if reply.ask.stream else None
+        self.plain = around is not None
+        self.before, self.after = around or (b"", b"")
         self.sent = 0
         self.ended = False
 
@@ -72,7 +82,7 @@ class Reply:
     ) -> None:
         self.ask, self.head, self.answers, self.doom = ask, head, answers, doom
         self.metrics, self.on_tokens = metrics, on_tokens
-        self.stream = Stream(ask, head)
+        self.stream = STREAMS[ask.api](ask, head)
         self.count = Count(ask.prompt_tokens, cached=0 if reports_cached else None)
         if ask.reports_reasoning:
             self.count.reasoning = 0
@@ -117,10 +127,8 @@ class Reply:
                     out.append(self.stream.chunk(choice.index, choice.answer, token, count))
         ended = choice.ended and all(other.ended for other in self.choices)
         if ended and self.ask.stream:
-            if self.ask.include_usage and not self.doom.no_usage:
-                out.append(self.stream.usage_chunk(count))
-            if not self.doom.no_done:
-                out.append(DONE)
+            with_usage, with_done = not self.doom.no_usage, not self.doom.no_done
+            out.append(self.stream.closing(self.answers, count, with_usage=with_usage, with_done=with_done))
         if out and not self.done.done():
             self._write(self._spoiled(choice, first, out))
         self._strike(choice)
@@ -147,8 +155,9 @@ class Reply:
     # What goes out
 
     def _write(self, data: bytes) -> None:
-        self._unsent.append(b"%x\r\n%b\r\n" % (len(data), data))
-        self._flush()
+        if data:
+            self._unsent.append(b"%x\r\n%b\r\n" % (len(data), data))
+            self._flush()
 
     def _flush(self) -> None:
         if self.transport is not None and self._unsent and not self._stalled:
@@ -163,7 +172,7 @@ class Reply:
 
     def tell_death(self) -> None:
         """End a stream whose headers are out with an error event."""
-        self._write(error_event(engine_error()) + DONE)
+        self._write(self.stream.failure(engine_error()))
 
     # Faults
 
