@@ -22,6 +22,7 @@ _FILES = (
     "coding_agent",
     "panel",
     "tools_only",
+    "replay",
 )
 
 

@@ -28,6 +28,14 @@ class ToolAsk:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolLike:
+    """A tool call as it was once: how long it took, and how many tokens it said."""
+
+    seconds: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     """One message of a prompt. `tokens` is its length as drawn (0: there is no such message); `text` is the instruction that the
     length is filled up from, or a reply's own text; `source` is the number of the call or tool call that produced it. `per_query`: it
@@ -90,10 +98,22 @@ class Runtime(Drawn, Protocol):
         `may_call`: the model may ask for tool calls, which the reply then holds. `after`: messages it waited for but does not read."""
 
     async def call_tool(
-        self, *, writes: Key, request: Message, role: str, round: int = 1, ask: ToolAsk | None = None
+        self,
+        *,
+        writes: Key,
+        request: Message,
+        role: str,
+        round: int = 1,
+        ask: ToolAsk | None = None,
+        after: Iterable[Message] = (),
+        like: ToolLike | None = None,
     ) -> Message:
         """One tool call that `request` led to; the tool's own result comes back as a user message. `ask`: the one that the model asked for,
-        whose result, or why there is none, comes back as the tool's message."""
+        whose result, or why there is none, comes back as the tool's message. `after`: what else it waited for. `like`: an embedded tool
+        takes as long, and says as much."""
+
+    async def pause(self, seconds: float) -> None:
+        """The agent's own time passes, on the run's clock."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +143,8 @@ class Topology:
     """A row of the table of topologies. `params` is a frozen dataclass whose mistakes are ValueErrors; an int in it may be a
     distribution in the scenario, which is drawn once a query. `by_model`: the same where the model decides on the tool calls, at most
     `params.tool_calls` of them. `sketch` draws the shape: `-->` one after another, `==>` all at once.
-    `by_client`: its calls go by a client of its own, in real time only; the parameters that the run itself gives it."""
+    `by_client`: its calls go by a client of its own, in real time only; the parameters that the run itself gives it. `of_query`: the
+    parameters as they are for the query of this number."""
 
     name: str
     summary: str
@@ -133,6 +154,7 @@ class Topology:
     sketch: str = ""
     by_model: "Topology | None" = None
     by_client: tuple[str, ...] | None = None
+    of_query: Callable[[Any, int], Any] | None = None
 
 
 async def together(coroutines: Iterable[Coroutine[Any, Any, T]], wait_for: int | Literal["all"] = "all") -> list[T]:

@@ -1,8 +1,11 @@
 """Which cached tokens a run's own traffic can explain: more than that, and somebody else's traffic warmed the cache."""
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Container, Hashable, Sequence
 from dataclasses import dataclass
+
+from fanmark.agents.runtime import Author, Key, Message
+from fanmark.loadgen.prompts import Part
 
 _PIECE_BYTES, _PIECE_IDS = 32, 16
 _WITHIN_BLOCK_TOKENS = 15  # two texts may share the start of their wording, but not a block of 16 tokens
@@ -16,6 +19,23 @@ def pieces(content: str | Sequence[int]) -> list[tuple[Hashable, int]]:
     else:
         cut = [tuple(content[i : i + _PIECE_IDS]) for i in range(0, len(content), _PIECE_IDS)]
     return [(piece, len(piece)) for piece in cut]  # type: ignore[arg-type]
+
+
+def listed(
+    prompt: Sequence[tuple[Key, Author, Part]], messages: Sequence[Message], tools: Part | None, given: Container[Key]
+) -> tuple[list[tuple[Hashable, int]], int]:
+    """A prompt as the cache sees it, and from which of its messages on it is the query's own: what comes before, other queries send too. In
+    a chat prompt the tools' schemas are no message, but they lead the prompt. Who said a text does not tell: without a template it is the
+    same tokens. `given` is asked word for word as a file has it."""
+    own = {m.key for m in messages if (m.per_query or m.source is not None) and m.key not in given}
+    found: list[tuple[Hashable, int]] = []
+    if tools is not None and not any(key == ("tools",) for key, _, _ in prompt):
+        found.append(("tools", tools.size or 0))
+    first_own = None
+    for key, _, part in prompt:
+        first_own = len(found) if first_own is None and key in own else first_own
+        found += pieces(part.content) if key in given else [(part.seen, part.most)]
+    return found, len(found) if first_own is None else first_own
 
 
 @dataclass(frozen=True, slots=True)

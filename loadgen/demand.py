@@ -30,6 +30,8 @@ QUESTIONS = (
     "Why do queues in supermarkets feel longer than they are, and what could a manager do about it without more staff?",
 )
 
+UNITS = {"recorded": 1, "reply": 1, "result": 1}  # what is as long as it was recorded is so many times as long as this
+
 
 @dataclass(frozen=True, slots=True)
 class Demand:
@@ -89,13 +91,19 @@ def draw_demand(scenario: Scenario, arm: Arm, topologies: Mapping[str, Topology]
     topology = topologies[arm.topology]
     by_model = topology.by_model if scenario.tools.decide == "model" else None
     workload = scenario.workload_of(arm)
-    lengths = _constants(workload) or {
-        kind: draw_int(getattr(workload, kind), scenario.seed, "run" if kind in RUN_KINDS else query, kind)
-        for kind in KINDS
-    }
+    lengths = (
+        _constants(workload)
+        or {
+            kind: draw_int(getattr(workload, kind), scenario.seed, "run" if kind in RUN_KINDS else query, kind)
+            for kind in KINDS
+        }
+        | UNITS
+    )
     params = resolve_params(
         topology, arm.params, arm.name, lambda key, dist: draw_int(dist, scenario.seed, query, "params", key)
     )
+    if topology.of_query is not None:
+        params = topology.of_query(params, query)
     if by_model is not None:
         topology, params = by_model, dataclasses.replace(params, tool_calls=scenario.tools.max_tool_calls)
     demand = Demand(name, query, lengths, params, f"{scenario.seed}/{query}", topology, part)
@@ -135,7 +143,7 @@ def word_for_word(message: Message, query: int, questions: Sequence[Question]) -
 def _constants(workload: Workload) -> Mapping[str, int] | None:
     """The lengths where none is drawn: the same for all queries, which may be thousands at a time."""
     given = {kind: getattr(workload, kind) for kind in KINDS}
-    return None if any(isinstance(length, Dist) for length in given.values()) else MappingProxyType(given)
+    return None if any(isinstance(length, Dist) for length in given.values()) else MappingProxyType(given | UNITS)
 
 
 def expected_tokens(

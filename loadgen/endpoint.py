@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from fanmark.agents.runtime import Author
+from fanmark.agents.runtime import Author, Key
 from fanmark.loadgen.counters import Reading
 from fanmark.loadgen.lanes.http import HttpError, Sent
 from fanmark.loadgen.lanes.sse import Reply
@@ -23,6 +23,7 @@ LOST = {
     "max_tokens": "max_completion_tokens is sent instead",
     "thinking_token_budget": "how much of an answer is reasoning is left to the model",
 }
+_TEMPLATE_TOKENS = 256  # what a chat template may add of its own, at most
 
 
 def role_key(role: str, keys: Container[str]) -> str | None:
@@ -146,6 +147,21 @@ class Endpoint(ABC):
         if "max_tokens" in self.dropped:
             fields["max_completion_tokens"] = max_tokens
         return fields
+
+    async def prompt_tokens(self, prompt: Sequence[tuple[Key, Author, Part]], body: Mapping[str, Any]) -> int:
+        """How long a prompt is; where that is not known, a bound: a token is at least a byte of the request, or of a template."""
+        total = 0
+        if "tools" in body:
+            prompt = [*prompt, (("tools",), "system", self.tool_part or Part("", None))]
+        for _, author, part in prompt:
+            size = part.size
+            if size is None and isinstance(part.content, str) and part.content:
+                counted = await self.prompts.reply_size(author, part.content)
+                size = counted[0] if counted is not None else None
+            if size is None:
+                return len(msgspec.json.encode(body)) + _TEMPLATE_TOKENS
+            total += size
+        return total
 
     def drop_refused(self, error: HttpError, body: Mapping[str, Any]) -> bool:
         """Whether the refusal names an optional parameter of `body`; it is left out from now on, and said once."""

@@ -23,19 +23,22 @@ def check_lengths(scenario: Scenario, topologies: Mapping[str, Topology], endpoi
             demand = draw_demand(scenario, arm, topologies, i)
             if demand.topology.expected is None:
                 continue
-            kinds = {str(key[0]) for key in demand.topology.expected(demand.params, demand).reads} & scenario_kinds(
-                demand.lengths
-            )
+            form = demand.topology.expected(demand.params, demand)
+            kinds = scenario_kinds(demand.lengths)
             if demand.asked is not None:  # as long as it is, and that is enough
                 kinds -= {"question"} if demand.asked.system is None else {"question", "system"}
-            for kind in kinds:
+            for kind, tokens in {(str(key[0]), form.times.get(key, 1)) for key in form.reads if key[0] in kinds}:
                 author = "system" if kind == "system" else "user"
                 first = kind == "system" or (kind == "question" and demand.lengths["system"] == 0)
                 least = max(endpoint.prompts.minimum(author, first) for endpoint in endpoints.values())  # type: ignore[arg-type]
-                if 0 < demand.lengths[kind] < least:
+                length = demand.lengths[kind] * tokens
+                if 0 < length < least:
+                    where = f"[workload] {kind} = {length}"
+                    if kind == "recorded":
+                        where = f"arm {arm.name!r}: a message of {length} tokens is recorded"
                     raise ScenarioError(
-                        f"{scenario.source}: [workload] {kind} = {demand.lengths[kind]}: the target's chat template needs "
-                        f'at least {least} (or 0: no such message; or api = "completions")'
+                        f"{scenario.source}: {where}: the target's chat template needs at least {least} (or 0: no such message; "
+                        'or api = "completions")'
                     )
 
 
@@ -78,5 +81,8 @@ def _refuse_missing(scenario: Scenario, wanted: Mapping[str, str], there: set[st
 
 def scenario_kinds(lengths: Mapping[str, int]) -> set[str]:
     """Kinds of message whose text is ours to make."""
-    replies = {"answer", "judge_answer", "action", "tool_result", "critique", "plan", "vote", "turn", "compaction"}
+    replies = {"answer", "judge_answer", "action", "tool_result", "critique", "plan", "vote", "turn", "compaction"} | {
+        "reply",
+        "result",
+    }
     return set(lengths) - replies

@@ -9,11 +9,11 @@ from typing import Any
 
 import msgspec
 
-from fanmark.agents.runtime import Author, Key, Message, ToolAsk
+from fanmark.agents.runtime import Author, Key, Message, ToolAsk, ToolLike
 from fanmark.loadgen import retries
 from fanmark.loadgen.budget import Cost, Promise
 from fanmark.loadgen.call_record import take
-from fanmark.loadgen.contamination import Prompt, pieces
+from fanmark.loadgen.contamination import Prompt, listed
 from fanmark.loadgen.demand import Demand, unquoted, word_for_word
 from fanmark.loadgen.endpoint import Endpoint
 from fanmark.loadgen.errors import CallError, Stopped
@@ -26,8 +26,6 @@ from fanmark.loadgen.tool_calls import carried_out
 from fanmark.loadgen.trace_headers import call_headers, tool_headers
 from fanmark.loadgen.users import Session, Turn, text_seed, turn_of, with_told, written_last
 from fanmark.loadgen.world import World
-
-_TEMPLATE_TOKENS = 256  # what a chat template may add of its own, at most
 
 
 @dataclass
@@ -146,11 +144,19 @@ class QueryRuntime:
             await asyncio.sleep((leaves_at - now) * self.world.time_scale)
 
     async def call_tool(
-        self, *, writes: Key, request: Message, role: str, round: int = 1, ask: ToolAsk | None = None
+        self,
+        *,
+        writes: Key,
+        request: Message,
+        role: str,
+        round: int = 1,
+        ask: ToolAsk | None = None,
+        after: Iterable[Message] = (),
+        like: ToolLike | None = None,
     ) -> Message:
         if self.world.tools is None:
             raise CallError("tool_protocol", "this arm has no tools")
-        call = self.start("tool_call", role, round, [request])
+        call = self.start("tool_call", role, round, [request, *after])
         n = sum(1 for earlier in self.calls if earlier.kind == "tool_call") - 1
         trip = Trip(
             (self.demand.arm, self.demand.query),
@@ -159,7 +165,7 @@ class QueryRuntime:
             self.world.now,
         )
         try:
-            text = await carried_out(self.world.tools, call, self.demand, n, ask, trip, self.world.time_scale)
+            text = await carried_out(self.world.tools, call, self.demand, n, ask, trip, self.world.time_scale, like)
         except BaseException as e:
             self.end(call, e)
             raise
@@ -168,7 +174,11 @@ class QueryRuntime:
         author: Author = "user" if ask is None else "tool"
         self.replies[writes] = (self.world.endpoint(self.demand.arm, role), author, text)
         answers = None if ask is None else ask.id
-        return Message(writes, author, text, self.demand.lengths["tool_result"], call.call, answers=answers)
+        tokens = self.demand.lengths["tool_result"] if like is None else like.tokens
+        return Message(writes, author, text, tokens, call.call, answers=answers)
+
+    async def pause(self, seconds: float) -> None:
+        await asyncio.sleep(seconds * self.world.time_scale)
 
     def check_limits(self) -> None:
         """Raises Stopped where the arm's limits allow no further call. Tokens of calls under way are not known yet."""
@@ -254,7 +264,7 @@ class QueryRuntime:
             traffic = self._traffic(salt, prompt, messages, endpoint.tool_part if tools else None)
             came_at, limited_s = self.world.now(), call.limited_s
             try:
-                reply = await self._send(endpoint, call, body, partial(self._prompt_tokens, endpoint, prompt, body))
+                reply = await self._send(endpoint, call, body, partial(endpoint.prompt_tokens, prompt, body))
             except HttpError as e:
                 if endpoint.drop_refused(e, body):
                     call.limited_s = limited_s + self.world.now() - max(came_at, call.due_at)
@@ -311,23 +321,6 @@ class QueryRuntime:
         await asyncio.sleep(wait_s)
         call.due_at = min(retry_at, self.world.now())  # a timer may be early by less than a millisecond
 
-    async def _prompt_tokens(
-        self, endpoint: Endpoint, prompt: Sequence[tuple[Key, Author, Part]], body: Mapping[str, Any]
-    ) -> int:
-        """How long a prompt is; where that is not known, a bound: a token is at least a byte of the request, or of a template."""
-        total = 0
-        if "tools" in body:
-            prompt = [*prompt, (("tools",), "system", endpoint.tool_part or Part("", None))]
-        for _, author, part in prompt:
-            size = part.size
-            if size is None and isinstance(part.content, str) and part.content:
-                counted = await endpoint.prompts.reply_size(author, part.content)
-                size = counted[0] if counted is not None else None
-            if size is None:
-                return len(msgspec.json.encode(body)) + _TEMPLATE_TOKENS
-            total += size
-        return total
-
     async def _parts(
         self, endpoint: Endpoint, messages: Sequence[Message], tools: bool, opening: str
     ) -> list[tuple[Key, Author, Part]]:
@@ -377,23 +370,14 @@ class QueryRuntime:
         messages: Sequence[Message],
         tools: Part | None,
     ) -> Prompt | None:
-        """The prompt as the cache sees it; None where there is no salt. In a chat prompt the tools' schemas are no message, but they lead
-        the prompt. Who said a text does not tell: without a template it is the same tokens. What comes before the first of the query's own
-        messages other queries send too; arms with one salt between them also share what belongs to a query."""
+        """The prompt as the cache sees it; None where there is no salt. Arms with one salt also share what belongs to a query."""
         if salt is None:
             return None
-        questions = self.world.questions
+        questions, arm = self.world.questions, self.demand.arm
         asking = messages if questions else ()
         given = {m.key for m in asking if word_for_word(m, self.demand.query, questions) is not None}
-        own = {m.key for m in messages if m.per_query or m.source is not None} - given
-        listed: list[tuple[Hashable, int]] = []
-        if tools is not None and not any(key == ("tools",) for key, _, _ in prompt):
-            listed.append(("tools", tools.size or 0))
-        first_own = None
-        for key, _, part in prompt:
-            first_own = len(listed) if first_own is None and key in own else first_own
-            listed += pieces(part.content) if key in given else [(part.seen, part.most)]
-        if salt not in (self.world.run_id, f"{self.world.run_id}-{self.demand.arm}"):
+        found, first_own = listed(prompt, messages, tools, given)
+        if salt not in (self.world.run_id, f"{self.world.run_id}-{arm}"):
             first_own = 0  # a salt of this query, or of this call
-        query = self.owner if salt == self.world.run_id else (self.demand.arm, self.owner)
-        return self.world.explained.sent(salt, query, listed, len(listed) if first_own is None else first_own)
+        query = self.owner if salt == self.world.run_id else (arm, self.owner)
+        return self.world.explained.sent(salt, query, found, first_own)

@@ -4,7 +4,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from fanmark.agents.runtime import ToolAsk
+from fanmark.agents.runtime import ToolAsk, ToolLike
 from fanmark.loadgen.demand import Demand
 from fanmark.loadgen.lanes.mcp_model import Trip
 from fanmark.loadgen.records import Call
@@ -26,8 +26,11 @@ class ToolOutcome:
 class ToolUse(Protocol):
     """The tools that a query may call, as the composer hands them."""
 
-    async def call(self, seed: str, n: int, result_tokens: int, trip: Trip) -> ToolOutcome:
-        """Tool call number `n` of a query, by the script. Raises CallError for transport and protocol errors."""
+    async def call(
+        self, seed: str, n: int, result_tokens: int, trip: Trip, latency_s: float | None = None
+    ) -> ToolOutcome:
+        """Tool call number `n` of a query, by the script. An embedded tool takes `latency_s`, where it is given. Raises CallError for
+        transport and protocol errors."""
 
     async def asked(self, ask: ToolAsk, seed: str, n: int, result_tokens: int, trip: Trip) -> ToolOutcome:
         """The same, as the model wants it. Raises CallError for transport errors."""
@@ -37,13 +40,20 @@ class ToolUse(Protocol):
 
 
 async def carried_out(
-    tools: ToolUse, call: Call, demand: Demand, n: int, ask: ToolAsk | None, trip: Trip, scale: float
+    tools: ToolUse,
+    call: Call,
+    demand: Demand,
+    n: int,
+    ask: ToolAsk | None,
+    trip: Trip,
+    scale: float,
+    like: ToolLike | None = None,
 ) -> str:
     """Makes the call, fills its record, and gives the text for the agent. Raises CallError."""
-    tokens: Any = demand.lengths["tool_result"]
+    tokens: Any = demand.lengths["tool_result"] if like is None else like.tokens
     try:
         if ask is None:
-            outcome = await tools.call(demand.seed, n, tokens, trip)
+            outcome = await tools.call(demand.seed, n, tokens, trip, None if like is None else like.seconds * scale)
         else:
             outcome = await tools.asked(ask, demand.seed, n, tokens, trip)
     finally:

@@ -13,6 +13,7 @@ from fanmark.loadgen.lanes.mcp_model import Trip
 from fanmark.loadgen.scenario import Tools
 from fanmark.loadgen.tool_calls import ToolOutcome
 from fanmark.loadgen.tool_report import Listing
+from fanmark.servers.tool_specs import LATENCY_META, RESULT_TOKENS_META, SEED_META
 
 
 class ToolLike(Protocol):
@@ -69,7 +70,9 @@ class ToolSet:
         """The tools that the script may call."""
         return [tool.name for tool in self._callable]
 
-    async def call(self, seed: str, n: int, result_tokens: int, trip: Trip) -> ToolOutcome:
+    async def call(
+        self, seed: str, n: int, result_tokens: int, trip: Trip, latency_s: float | None = None
+    ) -> ToolOutcome:
         """Tool call number `n` of the query with this seed. Raises CallError for transport and protocol errors."""
         from fanmark.loadgen.lanes.arguments import arguments_for
 
@@ -77,7 +80,7 @@ class ToolSet:
         tool = self._callable[(first + n) % len(self._callable)]
         trip.tool, trip.reconnect_s = tool.name, self.config.reconnect_s
         arguments = arguments_for(tool.input_schema, random.Random(f"{seed}/tool/{n}"))
-        return await self._made(tool.name, arguments, f"{seed}/tool/{n}", result_tokens, trip)
+        return await self._made(tool.name, arguments, f"{seed}/tool/{n}", result_tokens, trip, latency_s)
 
     async def asked(self, ask: ToolAsk, seed: str, n: int, result_tokens: int, trip: Trip) -> ToolOutcome:
         """Tool call number `n` of the query, as the model wants it. What cannot be done, and what the server refuses, is told to the model,
@@ -101,9 +104,18 @@ class ToolSet:
                 raise
             return ToolOutcome(f"error: {e}", False, error=e.kind)
 
-    async def _made(self, name: str, arguments: dict[str, Any], seed: str, tokens: int, trip: Trip) -> ToolOutcome:
+    async def _made(
+        self,
+        name: str,
+        arguments: dict[str, Any],
+        seed: str,
+        tokens: int,
+        trip: Trip,
+        latency_s: float | None = None,
+    ) -> ToolOutcome:
         # our own tools draw their latency from the query's seed, so that a query meets the same tools in every arm
-        meta = {"fanmark/seed": seed, "fanmark/result_tokens": tokens} if self._embedded else None
+        own = {LATENCY_META: latency_s} if latency_s is not None else {}
+        meta = {SEED_META: seed, RESULT_TOKENS_META: tokens, **own} if self._embedded else None
         timeout_s = self.config.call_timeout_s
         result = await self._servers.call(name, arguments, timeout_s=timeout_s, meta=meta, trip=trip)
         return ToolOutcome(result.text, result.is_error, result.bytes, result.queued_s)

@@ -16,6 +16,7 @@ from typing import Any
 
 from fanmark.agents.runtime import Runtime, Topology
 from fanmark.loadgen.errors import ScenarioError
+from fanmark.loadgen.recording import with_recordings
 from fanmark.loadgen.scenario import ARM_KEYS, Scenario
 
 
@@ -36,7 +37,7 @@ def with_users(raw: Mapping[str, Any], source: str, table: Mapping[str, Topology
             arm["topology"] = f"{path}:{function}"
             where = f"{source}: topology = {named!r}"
             found[arm["topology"]] = _load(path, function, where, arm.keys() - ARM_KEYS)
-    return found
+    return with_recordings([*listed, *parts], source, found)
 
 
 def _load(path: Path, function: str, where: str, keys: Iterable[str]) -> Topology:

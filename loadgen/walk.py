@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fanmark.agents.runtime import Author, Key, Message, Topology
+from fanmark.agents.runtime import Author, Key, Message, ToolLike, Topology
 from fanmark.loadgen.demand import Demand
 from fanmark.loadgen.users import Turn, turn_of, with_told
 
@@ -85,9 +85,21 @@ class _Walk:
         self.made.append(Made(role, round, depth, messages, reply, again_tokens))
         return reply
 
-    async def call_tool(self, *, writes: Key, request: Message, **_: Any) -> Message:
-        number = self._number(self._depth([request]))
-        return Message(writes, "user", "", self.demand.lengths["tool_result"], number)
+    async def call_tool(
+        self,
+        *,
+        writes: Key,
+        request: Message,
+        after: Iterable[Message] = (),
+        like: ToolLike | None = None,
+        **_: Any,
+    ) -> Message:
+        number = self._number(self._depth([request, *after]))
+        tokens = self.demand.lengths["tool_result"] if like is None else like.tokens
+        return Message(writes, "user", "", tokens, number)
+
+    async def pause(self, seconds: float) -> None:
+        """Takes no time."""
 
     def _depth(self, read: Iterable[Message]) -> int:
         return max((self.depths[m.source - 1] for m in read if m.source is not None), default=0)

@@ -14,6 +14,8 @@ from fanmark.servers.tool_faults import ToolFault, ToolFaultPlan
 from fanmark.servers.tool_metrics import ToolMetrics
 from fanmark.servers.tool_specs import (
     ALL_TOOLS,
+    LATENCY_META,
+    MAX_MEAN_S,
     MAX_RESULT_TOKENS,
     QUEUED_META,
     RESULT_TOKENS_META,
@@ -133,7 +135,8 @@ class ToolCalls:
             tokens = arguments.get("result_tokens", tokens)
             if tokens is None:
                 tokens = round(draw_latency_s(behaviour.synthetic_tokens, f"size {seed}"))
-        await asyncio.sleep(draw_latency_s(latency_s, seed))
+        told_s = _meta_value(meta, LATENCY_META)
+        await asyncio.sleep(draw_latency_s(latency_s if told_s is None else told_s, seed))
         if tokens is not None:
             return self._filler.text(min(tokens, MAX_RESULT_TOKENS), seed), False
         if name == "slow_job":
@@ -184,6 +187,9 @@ def _meta_value(meta: Mapping[str, Any], key: str) -> Any:
         return None
     if key == SEED_META:
         valid, allowed = isinstance(value, int | str), "a number or a string"
+    elif key == LATENCY_META:
+        valid = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MAX_MEAN_S
+        allowed = f"seconds, from 0 to {MAX_MEAN_S:g}"
     else:
         valid = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_RESULT_TOKENS
         allowed = f"a whole number from 0 to {MAX_RESULT_TOKENS}"

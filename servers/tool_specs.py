@@ -14,6 +14,7 @@ from fanmark.servers.tool_faults import ToolFault
 
 SEED_META = "fanmark/seed"
 RESULT_TOKENS_META = "fanmark/result_tokens"
+LATENCY_META = "fanmark/latency_s"
 QUEUED_META = "fanmark/queued_s"  # in a result's `_meta`: how long the call was kept in the queue
 MAX_RESULT_TOKENS = 1_000_000
 MAX_MEAN_S, MAX_CV = 1e6, 100.0

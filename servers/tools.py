@@ -3,8 +3,8 @@
 When it listens, one line of JSON is printed: {"url": "http://127.0.0.1:PORT/mcp", "pid": N}; /metrics beside it is for Prometheus. A call
 takes one of --concurrency slots, after waiting in --queue for it, and waits its latency. Then a tool does its small offline work; or, where
 a length is asked for (--result-tokens), it returns exactly so many tokens of filler by fanmark.servers.tokenizer, as it does in a run that
-has no tool server of its own. Two keys of a request's `_meta` rule both: "fanmark/seed" (what latency and text are drawn from: equal seeds
-give equal results; left out, a seed per call) and "fanmark/result_tokens" (in place of --result-tokens).
+has no tool server of its own. Three keys of a request's `_meta` rule both: "fanmark/seed" (what they are drawn from: equal seeds give equal
+results; left out, a seed per call), "fanmark/result_tokens" and "fanmark/latency_s" (in place of the flags).
 """
 
 import argparse

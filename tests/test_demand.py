@@ -7,7 +7,7 @@ import pytest
 
 from fanmark.agents import topologies
 from fanmark.agents.runtime import Expected
-from fanmark.loadgen.demand import Demand, draw_demand, expected_tokens, unquoted
+from fanmark.loadgen.demand import UNITS, Demand, draw_demand, expected_tokens, unquoted
 from fanmark.loadgen.scenario import KINDS, Scenario
 from fanmark.loadgen.scenario_check import check
 
@@ -76,7 +76,7 @@ def test_drawn_lengths_have_the_mean_that_was_asked_for(kind: str) -> None:
 
 
 def test_every_kind_of_message_has_a_length() -> None:
-    assert set(demands(scenario({}), 0)[0].lengths) == set(KINDS)
+    assert set(demands(scenario({}), 0)[0].lengths) == {*KINDS, *UNITS}
 
 
 def test_a_count_that_is_a_distribution_is_drawn_once_a_query() -> None:

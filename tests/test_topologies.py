@@ -371,7 +371,7 @@ SHAPES = [path for path in FILES if path.name not in ("__init__.py", "runtime.py
 
 
 def test_every_file_is_a_topology_of_the_table() -> None:
-    assert sorted(path.stem.replace("_", "-") for path in SHAPES) == sorted(topologies()) == sorted(PARAMS)
+    assert sorted(path.stem.replace("_", "-") for path in SHAPES) == sorted(topologies()) == sorted([*PARAMS, "replay"])
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

@@ -91,8 +91,11 @@ class Recorder:
         self.in_flight -= 1
         return self._keep(Message(writes, "assistant", f"reply {number}", tokens, number))
 
+    async def pause(self, seconds: float) -> None:
+        """Takes no time."""
+
     async def call_tool(
-        self, *, writes: Key, request: Message, role: str, round: int = 1, ask: ToolAsk | None = None
+        self, *, writes: Key, request: Message, role: str, round: int = 1, ask: ToolAsk | None = None, **_: Any
     ) -> Message:
         n = int(writes[1])
         tokens = self.sizes[n % len(self.sizes)] if self.sizes else self.lengths["tool_result"]

@@ -13,6 +13,7 @@ from fanmark.servers.prompts import tools_text
 from fanmark.servers.prose import Filler
 from fanmark.servers.tokenizer import Tokenizer, vocabulary
 from fanmark.servers.tool_specs import (
+    LATENCY_META,
     RESULT_TOKENS_META,
     SEED_META,
     TOOLS,
@@ -63,7 +64,7 @@ class VirtualTools:
         trip.sent_at = trip.now()
         told = meta or {}
         seed, tokens = told[SEED_META], told[RESULT_TOKENS_META]
-        wait_s = draw_latency_s(self._latency_s, seed) + self._round_trip_s
+        wait_s = draw_latency_s(told.get(LATENCY_META, self._latency_s), seed) + self._round_trip_s
         await asyncio.sleep(min(wait_s, timeout_s))
         if wait_s > timeout_s:
             raise CallError("tool_transport", f"tool {name}: no answer within {timeout_s:g} s")
