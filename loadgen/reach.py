@@ -16,7 +16,7 @@ from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.lengths import Dist
 from fanmark.loadgen.minimums import check_lengths, check_roles
 from fanmark.loadgen.scenario import Scenario, Target, ToolServer
-from fanmark.loadgen.shaping import key_hint, shaped_tool_server, tool_server_key
+from fanmark.loadgen.shaping import key_hint, shaped_tool_server, target_key, tool_server_key
 from fanmark.loadgen.target import HttpEndpoint, connect
 from fanmark.loadgen.toolset import ToolSet
 from fanmark.loadgen.user_topology import agents, check_agents
@@ -47,6 +47,11 @@ class Reached:
 async def settle(scenario: Scenario, topologies: Mapping[str, Topology], stack: AsyncExitStack) -> Place:
     """Starts the servers that the scenario leaves to us; they end with `stack`. Raises ScenarioError, UnreachableError."""
     check_agents(scenario, topologies, virtual=False)
+    for name, target in scenario.targets.items():
+        if not target.is_reachable:
+            raise ScenarioError(
+                f"{scenario.source}: {target_key(name)}: a profile and no url: give url, or simulate or plan the scenario"
+            )
     time_scale = 1.0 if scenario.targets else scenario.stub.time_scale
     targets, caveats = dict(scenario.targets), list[str]()
     if not targets:
@@ -141,7 +146,7 @@ async def _stub(scenario: Scenario, stack: AsyncExitStack) -> tuple[Target, list
     except ValueError as e:
         raise ScenarioError(f"{scenario.source}: [stub] profile = {stub.profile!r}: {e}") from None
     args = ["--port", "0", "--profile", stub.profile, "--time-scale", str(stub.time_scale)]
-    args += ["--auto-tool-calls", str(stub.tool_calls)]
+    args += ["--auto-tool-calls", str(stub.tool_calls), "--replicas", str(stub.replicas), "--router", stub.router]
     server = await embedded.start("fanmark.servers.stub", args)
     stack.push_async_callback(server.close)
     return Target(url=f"{server.url}/v1", api=stub.api), caveats

@@ -6,6 +6,7 @@ import msgspec
 
 from fanmark.loadgen.lengths import Dist
 from fanmark.loadgen.questions import CHARS_PER_TOKEN, Question
+from fanmark.servers.engine.routing import Policy
 
 Tokens = Annotated[int, msgspec.Meta(ge=0)] | Dist
 Positive = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
@@ -68,7 +69,8 @@ class Target(Table, frozen=True):
     "Authorization: Bearer KEY", bare in any other `auth_header`. `lane` "auto": the fast lane for plain http:// without a proxy, on
     systems that have it, else aiohttp; "openai": the SDK that applications use, slow. A call that ends with 429, 503 or no connection is
     sent again at most `retries` times: after the server's Retry-After, else after `retry_backoff_s`, doubled each time. `call_timeout_s`
-    is for each attempt. `metrics_urls`: where all its servers tell of themselves; left out: /metrics beside each url."""
+    is for each attempt. `metrics_urls`: where all its servers tell of themselves; left out: /metrics beside each url. `profile`: the engine
+    model that stands in for it in virtual time; left out: the stub's. With one, a target that is never run needs no url."""
 
     url: str | None = None
     urls: list[str] = []
@@ -92,8 +94,14 @@ class Target(Table, frozen=True):
     call_timeout_s: Positive = 600.0
     retries: Annotated[int, msgspec.Meta(ge=0, le=100)] = 0
     retry_backoff_s: Positive = 0.5
+    profile: str | None = None
     prices: Prices | None = None
     limits: Limits | None = None
+
+    @property
+    def is_reachable(self) -> bool:
+        """Whether it has an address; without one it can be simulated only."""
+        return self.url is not None or bool(self.urls)
 
     @property
     def replicas(self) -> list[str]:
@@ -107,9 +115,12 @@ class Target(Table, frozen=True):
 
 
 class Stub(Table, frozen=True):
-    """The embedded stub server, when there is no target. `tool_calls`: how many its model asks for in a conversation, where it decides."""
+    """The embedded stub server, when there is no target: so many `replicas` of it behind a `router`. `tool_calls`: how many its model asks
+    for in a conversation, where it decides."""
 
     profile: str = "qwen3-30b-a3b@h100"
+    replicas: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 1
+    router: Policy = "round_robin"
     api: Literal["chat", "completions"] = "chat"
     time_scale: Annotated[float, msgspec.Meta(ge=1)] = 1.0
     tool_calls: Count = 1

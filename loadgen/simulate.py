@@ -20,7 +20,7 @@ from fanmark.loadgen.clock import VirtualLoop, run_virtually
 from fanmark.loadgen.counters import Reading
 from fanmark.loadgen.environment import environment
 from fanmark.loadgen.errors import ScenarioError
-from fanmark.loadgen.lanes.virtual import VirtualEndpoint
+from fanmark.loadgen.lanes.virtual import Service, VirtualEndpoint
 from fanmark.loadgen.lanes.virtual_tools import VirtualTools
 from fanmark.loadgen.minimums import check_lengths, check_roles
 from fanmark.loadgen.reach import tool_latency, uses_tools
@@ -35,6 +35,7 @@ from fanmark.loadgen.session import Result, open_folder
 from fanmark.loadgen.tally import Tally
 from fanmark.loadgen.toolset import ToolSet, listing
 from fanmark.loadgen.user_topology import check_agents
+from fanmark.servers.engine.routing import Policy
 from fanmark.servers.profiles import Profile, ProfileError, load_profile
 from fanmark.servers.tool_specs import check_latency
 
@@ -59,8 +60,12 @@ def ignored(scenario: Scenario) -> list[str]:
     lines = []
     for name, target in scenario.targets.items():
         where = "[target]" if name == "default" else f"[targets.{name}]"
-        lines.append(
-            f"ignored: {where} url = {target.replicas[0]!r}: an engine model of its own stands in (api, params, prices are taken)"
+        lines += (
+            []
+            if not target.is_reachable
+            else [
+                f"ignored: {where} url = {target.replicas[0]!r}: an engine model of its own stands in (api, params, prices are taken)"
+            ]
         )
     if scenario.tools.server:
         lines.append("ignored: [[tools.server]]: the bundled tools stand in, with [tools] latency_s and round_trip_s")
@@ -84,21 +89,36 @@ def repeatable(arguments: Sequence[str]) -> list[str]:
 
 def simulate(scenario: Scenario, topologies: Mapping[str, Topology], options: Options) -> Result:
     """Runs the scenario in virtual time and leaves its folder. Raises FanmarkError where something is wrong."""
+    return run_virtually(_simulate(scenario, topologies, options, services_of(scenario)))
+
+
+def services_of(scenario: Scenario) -> dict[str, Service]:
+    """What stands at each target: the stub, or as many replicas as the target has addresses, which take calls as it spreads them."""
+    stub, found = scenario.stub, dict[str, Service]()
+    if not scenario.targets:
+        return {"default": Service(_profile(stub.profile), stub.replicas, stub.router)}
+    for name, target in scenario.targets.items():
+        router: Policy = "session_affinity" if target.spread == "query" else "round_robin"
+        found[name] = Service(_profile(target.profile or stub.profile), len(target.replicas), router)
+    return found
+
+
+def _profile(name: str) -> Profile:
     try:
-        profile = load_profile(scenario.stub.profile)
+        return load_profile(name)
     except ProfileError as e:
-        raise ScenarioError(f"profile {scenario.stub.profile!r}: {e}") from None
-    return run_virtually(_simulate(scenario, topologies, options, profile))
+        raise ScenarioError(f"profile {name!r}: {e}") from None
 
 
-async def _simulate(
-    scenario: Scenario, topologies: Mapping[str, Topology], options: Options, profile: Profile
-) -> Result:
-    now = asyncio.get_running_loop().time
+async def stand_in(
+    scenario: Scenario, topologies: Mapping[str, Topology], services: Mapping[str, Service]
+) -> tuple[dict[str, VirtualEndpoint], ToolSet | None]:
+    """Engines and tools, ready to be called. Raises FanmarkError where something is wrong."""
     check_agents(scenario, topologies, virtual=True)
     targets = dict(scenario.targets) or {"default": Target(url="", api=scenario.stub.api)}
     endpoints = {
-        name: VirtualEndpoint(name, target, profile, scenario.stub.tool_calls) for name, target in targets.items()
+        name: VirtualEndpoint(name, target, services[name], scenario.stub.tool_calls)
+        for name, target in targets.items()
     }
     tools = _tools(scenario) if uses_tools(scenario, topologies) else None
     if tools is not None:
@@ -106,6 +126,14 @@ async def _simulate(
             await endpoint.expose(tools.schemas, system=scenario.system_message)
     await check_roles(scenario, topologies)
     check_lengths(scenario, topologies, endpoints)
+    return endpoints, tools
+
+
+async def _simulate(
+    scenario: Scenario, topologies: Mapping[str, Topology], options: Options, services: Mapping[str, Service]
+) -> Result:
+    now = asyncio.get_running_loop().time
+    endpoints, tools = await stand_in(scenario, topologies, services)
     tally = Tally({arm.name: arm.topology for arm in scenario.arms}, scenario.baseline.name)
     run_id = f"virtual-{scenario.seed}"
     journal = open_folder(options.out, scenario, through=True)

@@ -74,6 +74,8 @@ def check_budget(budget: Budget | None, targets: Mapping[str, Target], source: s
 
 
 def _check_addresses(target: Target, where: str) -> None:
+    if target.profile is not None and not target.is_reachable:
+        return
     if (target.url is None) == (not target.urls):
         given = "both url and urls" if target.urls else "url is missing"
         raise ScenarioError(

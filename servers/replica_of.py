@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from fanmark.servers.engine.batch import EngineConfig
 from fanmark.servers.engine.group import Engine, ReplicaGroup
 from fanmark.servers.engine.replica import Replica, Step
+from fanmark.servers.engine.routing import Policy, Router
 
 if TYPE_CHECKING:
     from fanmark.servers.profiles.profile import Profile
@@ -56,3 +57,13 @@ def replica_of(
 
     count = settings.data_parallel // lockstep
     return replica() if count == 1 else ReplicaGroup([replica() for _ in range(count)])
+
+
+def service_of(
+    profile: "Profile", config: EngineConfig, replicas: int = 1, router: Policy = "round_robin", *, stream: bool = True
+) -> Engine:
+    """So many replicas of a profile behind a router, as one engine; one of them needs no router."""
+    if replicas == 1:
+        return replica_of(profile, config, stream=stream)
+    members = [replica_of(profile, config, stream=stream) for _ in range(replicas)]
+    return ReplicaGroup(members, Router(router, replicas))

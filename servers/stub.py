@@ -2,7 +2,8 @@
 
 A real HTTP server that looks like vLLM 0.32, with the engine model inside. When it listens it prints one JSON line,
 {"url": ..., "pid": ...}, on standard output. It ends on SIGTERM or SIGINT, and with --parent-pipe when standard input ends.
-Exit codes: 0 ended as asked, 2 wrong option, unknown profile, missing key or port taken (one line on standard error).
+With --replicas N it is N such processes behind a router (router.py). Exit codes: 0 ended as asked, 2 wrong option, unknown profile, missing
+key or port taken (one line on standard error).
 """
 
 import argparse
@@ -11,14 +12,17 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
+from fanmark.servers.engine.routing import POLICIES, Policy
 from fanmark.servers.faults import KINDS, Fault, FaultError, FaultPlan, parse_fault
 from fanmark.servers.replica_of import MAX_MODEL_LEN
 
 if TYPE_CHECKING:
+    from aiohttp import web
+
     from fanmark.servers.stub_app import StubApp
 
 DEFAULT_PROFILE = "qwen3-30b-a3b@h100"
@@ -54,6 +58,8 @@ class StubOptions:
     auto_tool_calls: int = 1
     faults: tuple[Fault, ...] = ()
     fault_seed: int = 0
+    replicas: int = 1
+    router: Policy = "round_robin"
     parent_pipe: bool = False
 
 
@@ -69,7 +75,6 @@ _HELP = {
     "max_num_batched_tokens": "tokens in a step at most",
     "num_blocks": "KV blocks, the null block included",
     "block_size": "tokens in a KV block",
-    "scheduling_policy": "fcfs or priority",
     "max_num_queued_reqs": "unfinished requests at most; beyond: 503",
     "max_num_queued_tokens": "prompt tokens without a first token at most; beyond: 503",
     "answer_tokens": "mean length of an answer that is not forced; default: max_tokens",
@@ -77,7 +82,11 @@ _HELP = {
     "reasoning_share": "share of an answer that is reasoning, where a request asks for reasoning without a length",
     "auto_tool_calls": 'tool calls in a conversation under tool_choice "auto"',
     "fault_seed": "seed of the faults",
+    "scheduling_policy": "fcfs or priority",
+    "replicas": "so many stubs behind a router",
+    "router": f"how it chooses: {', '.join(POLICIES)}",
 }
+_CHOICES: dict[str, Sequence[str]] = {"scheduling_policy": ("fcfs", "priority"), "router": POLICIES}
 _KINDS: dict[str, type] = {
     **dict.fromkeys(("time_scale", "answer_tokens", "answer_cv", "reasoning_share"), float),
     **dict.fromkeys(("profile", "host", "model", "api_key_env"), str),
@@ -94,8 +103,9 @@ def parse_options(argv: Sequence[str]) -> StubOptions:
     parser = _Parser(prog="fanmark serve stub", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     for field in fields(StubOptions):
         flag = "--" + field.name.replace("_", "-")
-        if field.name == "scheduling_policy":
-            parser.add_argument(flag, choices=["fcfs", "priority"], help=_HELP[field.name])
+        if field.name in _CHOICES:
+            choices = _CHOICES[field.name]
+            parser.add_argument(flag, choices=choices, default=field.default, help=_HELP[field.name])
         elif field.name in _HELP:
             parser.add_argument(flag, type=_KINDS.get(field.name, int), default=field.default, help=_HELP[field.name])
     parser.add_argument("--no-prefix-caching", dest="prefix_caching", action="store_false")
@@ -169,6 +179,8 @@ def _check(options: StubOptions) -> None:
         raise StubError("answer_tokens must be at least 1 and answer_cv at least 0")
     if options.auto_tool_calls < 0 or not 0 <= options.port < 65536:
         raise StubError("auto_tool_calls must be at least 0, port between 0 and 65535")
+    if options.replicas < 1:
+        raise StubError(f"replicas = {options.replicas}: give at least 1")
 
 
 def _api_key(variable: str | None) -> str | None:
@@ -180,21 +192,30 @@ def _api_key(variable: str | None) -> str | None:
     return key
 
 
-async def _serve(options: StubOptions) -> None:
-    import asyncio
-    import gc
+Handler = Callable[["web.BaseRequest"], Awaitable["web.StreamResponse"]]
 
-    from aiohttp import web
+
+async def _serve(options: StubOptions) -> None:
+    import gc
 
     app = build(options)
     gc.freeze()  # what start-up made stays: no collection walks it again
     for line in app.options.caveats:
         print(f"note: {line}", file=sys.stderr)
+    await answer(app.handle, options, {})
+
+
+async def answer(handle: Handler, options: StubOptions, told: Mapping[str, Any]) -> None:
+    """Listens, says where (and what is `told` beside it), and answers until a signal."""
+    import asyncio
+
+    from aiohttp import web
+
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
-    server = web.Server(app.handle, access_log=None, handler_cancellation=True, keepalive_timeout=600)
+    server = web.Server(handle, access_log=None, handler_cancellation=True, keepalive_timeout=600)
     runner = web.ServerRunner(server, shutdown_timeout=0.1)
     await runner.setup()
     try:
@@ -206,34 +227,41 @@ async def _serve(options: StubOptions) -> None:
             ) from None
         port = runner.addresses[0][1]
         host = f"[{options.host}]" if ":" in options.host else options.host
-        print(json.dumps({"url": f"http://{host}:{port}", "pid": os.getpid()}), flush=True)
+        print(json.dumps({"url": f"http://{host}:{port}", "pid": os.getpid(), **told}), flush=True)
         await ended.wait()
     finally:
         await runner.cleanup()
 
 
-def serve_stub(options: StubOptions) -> int:
-    """Serve until a signal or the end of the parent's pipe; returns the exit code, and writes one line on an error."""
+def serve_stub(options: StubOptions, argv: Sequence[str] = ()) -> int:
+    """Serve until a signal or the end of the parent's pipe; returns the exit code, and writes one line on an error. `argv`: the options as
+    they were given, for replicas of their own."""
     if options.parent_pipe:
         _end_with_parent()
     try:
-        _run(options)
+        _check(options)
+        if options.replicas == 1:
+            _run(_serve(options))
+        else:
+            from fanmark.servers.router import serve
+
+            _run(serve(options, argv))
     except StubError as error:
         print(f"fanmark serve stub: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _run(options: StubOptions) -> None:
+def _run(serving: Coroutine[Any, Any, None]) -> None:
     import asyncio
 
     try:
         import uvloop
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(options))
+            runner.run(serving)
     except ImportError:
-        asyncio.run(_serve(options))
+        asyncio.run(serving)
 
 
 def _end_with_parent() -> None:
@@ -250,12 +278,13 @@ def _end_with_parent() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    given = sys.argv[1:] if argv is None else argv
     try:
-        options = parse_options(sys.argv[1:] if argv is None else argv)
+        options = parse_options(given)
     except StubError as error:
         print(f"fanmark serve stub: {error}", file=sys.stderr)
         return 2
-    return serve_stub(options)
+    return serve_stub(options, given)
 
 
 if __name__ == "__main__":

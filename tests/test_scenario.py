@@ -72,7 +72,7 @@ FILE_MISTAKES = {
     ),
     "an unknown key of the stub": (
         "[stub]\nport = 1",
-        "f.toml: [stub]: unknown key 'port': allowed are api, profile, time_scale, tool_calls",
+        "f.toml: [stub]: unknown key 'port': allowed are api, profile, replicas, router, time_scale, tool_calls",
     ),
     "an unknown key of the objective": (
         "[objective]\nquery_seconds = 1\nshare = 1",

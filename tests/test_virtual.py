@@ -13,7 +13,7 @@ from fanmark.loadgen.errors import CallError
 from fanmark.loadgen.lanes.http import HttpError, Sent
 from fanmark.loadgen.lanes.mcp_model import Trip
 from fanmark.loadgen.lanes.sse import Reply
-from fanmark.loadgen.lanes.virtual import APART_S, VirtualEndpoint, VirtualLane
+from fanmark.loadgen.lanes.virtual import APART_S, Service, VirtualEndpoint, VirtualLane
 from fanmark.loadgen.lanes.virtual_tools import VirtualTools
 from fanmark.loadgen.prompts import Part
 from fanmark.loadgen.scenario import Target, Tools
@@ -40,7 +40,7 @@ MESSAGES = [
 
 
 def endpoint(**config: Any) -> VirtualEndpoint:
-    return VirtualEndpoint("default", Target(url="", **config), PROFILE)
+    return VirtualEndpoint("default", Target(url="", **config), Service(PROFILE))
 
 
 def body(messages: list[dict[str, str]] = MESSAGES, max_tokens: int = 40, **more: Any) -> dict[str, Any]:

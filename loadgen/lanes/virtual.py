@@ -11,6 +11,7 @@ Rules of the file:
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 from zlib import crc32
 
@@ -33,11 +34,12 @@ from fanmark.servers.engine.group import Engine
 from fanmark.servers.engine.prompt import Prompt
 from fanmark.servers.engine.replica import Event
 from fanmark.servers.engine.request import Request
+from fanmark.servers.engine.routing import Policy
 from fanmark.servers.openai_api import Ask, Limits, check_context, parse_chat, parse_completions
 from fanmark.servers.profiles import Profile
 from fanmark.servers.prompts import message_texts, tools_text
 from fanmark.servers.prose import Prose
-from fanmark.servers.replica_of import replica_of, serving_config
+from fanmark.servers.replica_of import service_of, serving_config
 from fanmark.servers.tokenizer import Tokenizer, vocabulary
 
 APART_S = 0.0002  # between two calls that are made at once; the aiohttp lane and the stub together need about as much
@@ -111,20 +113,32 @@ class VirtualLane:
             self._timer = loop.call_at(due_at, self._turn)
 
 
-class VirtualEndpoint(Endpoint):
-    """A target that is an engine of its own, by a profile. Takes api, params, prices and call_timeout_s from `config`."""
+@dataclass(frozen=True)
+class Service:
+    """What stands at a target: replicas of a profile behind a router, with settings of the engine that are not the profile's."""
 
-    def __init__(self, name: str, config: Target, profile: Profile, tool_calls: int = 1) -> None:
+    profile: Profile
+    replicas: int = 1
+    router: Policy = "round_robin"
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+
+class VirtualEndpoint(Endpoint):
+    """A target that is engines of its own, by a profile. Takes api, params, prices and call_timeout_s from `config`."""
+
+    def __init__(self, name: str, config: Target, service: Service, tool_calls: int = 1) -> None:
+        profile = service.profile
         roles = {role: msgspec.structs.replace(shape, model=None) for role, shape in config.roles.items()}
         config = msgspec.structs.replace(config, url=f"virtual:{profile.name}", urls=[], roles=roles)
         super().__init__(name, config, profile.model.id, "engine model")
-        engine = serving_config(profile)
+        engine = serving_config(profile, service.overrides)
         words = vocabulary()
         self.notes += profile.caveats()
-        self._lane = VirtualLane(replica_of(profile, engine, stream=False))
+        self._lane = VirtualLane(service_of(profile, engine, service.replicas, service.router, stream=False))
         self._energy_known = profile.energy_known
         self.max_model_len = engine.max_model_len
-        self._kv_capacity_tokens = (engine.num_blocks - 1) * engine.block_size * profile.settings.data_parallel
+        engines = profile.settings.data_parallel * service.replicas
+        self._kv_capacity_tokens = (engine.num_blocks - 1) * engine.block_size * engines
         self._limits = Limits(self.model, engine.max_model_len, auto_tool_calls=tool_calls)
         self._tokenizer = Tokenizer(words)
         self._speaker = Speaker(self._tokenizer, Lengths(), engine.max_model_len)
@@ -189,8 +203,11 @@ class VirtualEndpoint(Endpoint):
         except ApiError as e:
             raise HttpError(e.status, msgspec.json.encode(e.body()).decode()) from None
         self._sent += 1
+        salt = str(body.get("cache_salt", ""))
         requests = [
-            Request(f"{self._sent}-{i}", prompt, answer.ids, str(body.get("cache_salt", "")), ask.priority)
+            Request(
+                f"{self._sent}-{i}", prompt, answer.ids, salt, ask.priority, session=headers.get("X-Session-Id", "")
+            )
             for i, answer in enumerate(answers)
         ]
         try:

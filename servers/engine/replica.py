@@ -115,7 +115,7 @@ class Replica:
         self._depth = 2 if asynchronous else 1
         self._stream = stream
         self._costs = (ingress_s, token_s, completion_s)
-        self._on_step = on_step
+        self.on_step = on_step
         self._timelines = [Timeline() for _ in range(engines)]
         self._tracks: dict[str, _Track] = {}
         self._adds: deque[tuple[float, Request]] = deque()  # due at, in order: the ingress cost is constant
@@ -302,8 +302,8 @@ class Replica:
         self._steps += steps
         self._busy_s += run_s
         self._joules += run.joules(steps, run_s)
-        if self._on_step is not None:
-            self._on_step(Step(start_at, ends[-1], run.shape, steps))
+        if self.on_step is not None:
+            self.on_step(Step(start_at, ends[-1], run.shape, steps))
 
     def _abort_now(self, request_id: str) -> None:
         track = self._tracks.pop(request_id, None)
@@ -337,9 +337,9 @@ class Replica:
         self._steps += 1
         self._busy_s += end_at - start_at
         self._joules += sum([law.joules(shape, end_at - start_at) for shape in shapes])
-        if self._on_step is not None:
+        if self.on_step is not None:
             whole = BatchShape(*(sum(column) for column in zip(*shapes, strict=True)))
-            self._on_step(Step(start_at, end_at, whole, 1))
+            self.on_step(Step(start_at, end_at, whole, 1))
         return launched_at
 
     def _batch(self, scheduler: Scheduler) -> Batch | None:

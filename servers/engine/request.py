@@ -9,7 +9,8 @@ class Request:
     """One generation. Its output is known ahead: the engine models time and memory, not language.
 
     `prompt` and `output` are token ids, at least one each; the request ends with the last id of `output`. `salt` keeps prefix
-    caches apart. A lower `priority` is served first where the policy is "priority". `arrived_at` is in the driver's seconds.
+    caches apart. A lower `priority` is served first where the policy is "priority". `arrived_at` is in the driver's seconds. `session`
+    is for a router that keeps sessions together.
     """
 
     id: str
@@ -18,3 +19,4 @@ class Request:
     salt: str = ""
     priority: int = 0
     arrived_at: float = 0.0
+    session: str = ""
