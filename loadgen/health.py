@@ -21,7 +21,8 @@ WORDS = ("ok", "strained", "client-limited")  # from good to bad
 class ClientState(msgspec.Struct):
     """What one worker has measured of itself so far. `loop_lag` counts beats by log bucket of their lateness (records.gap_bucket);
     `busy_seconds` is the longest stretch of seconds above 90 % CPU; `lost_at` is when the worker died, if it did; `verdict` is as of
-    the last second, warm-up included."""
+    the last second, warm-up included. `node` is where it works, None on the driver's own machine, and `clock_offset_s` what that node's
+    time of day is ahead of the driver's. `lost_queries` are those of its last snapshot, by arm and outcome, where its records are lost."""
 
     loop_lag: Counter[int] = msgspec.field(default_factory=Counter)
     busy_seconds: int = 0
@@ -29,6 +30,9 @@ class ClientState(msgspec.Struct):
     rss_mb: float = 0.0
     lost_at: float | None = None
     verdict: str = "ok"
+    node: str | None = None
+    clock_offset_s: float = 0.0
+    lost_queries: dict[str, dict[str, int]] | None = None
 
 
 class Delays(Protocol):
@@ -142,6 +146,8 @@ def client_part(states: Mapping[int, ClientState], calls: Sequence[Call], host_b
         "rss_mb": sum(state.rss_mb for state in states.values()),
         "host_busy_seconds": host_busy_seconds,
         "workers": len(states),
+        "degraded": any(state.lost_at is not None for state in states.values()),
+        "clock_offset_s": max((state.clock_offset_s for state in states.values()), key=abs, default=0.0),
         "by_worker": {
             str(worker): {
                 "verdict": judged[worker].word,
@@ -150,6 +156,9 @@ def client_part(states: Mapping[int, ClientState], calls: Sequence[Call], host_b
                 "cpu_s": state.cpu_s,
                 "rss_mb": state.rss_mb,
                 "lost_at": state.lost_at,
+                "node": state.node,
+                "clock_offset_s": state.clock_offset_s,
+                "lost_queries": state.lost_queries,
             }
             for worker, state in states.items()
         },

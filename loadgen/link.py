@@ -1,6 +1,7 @@
 """What a run's driver and its workers say to each other, over a pair of pipes: a length, then a pickle, of one of the messages below.
 
-Both ends are this program, started by the driver for one run; nothing else ever writes into these pipes.
+Both ends are this program, started by the driver for one run; nothing else ever writes into these pipes. Where a worker is on another
+machine, the pickles are passed on between its pipes and the driver as they are.
 """
 
 import asyncio
@@ -14,7 +15,7 @@ from fanmark.loadgen.health import ClientState
 from fanmark.loadgen.reach import Place
 from fanmark.loadgen.run import Ending
 from fanmark.loadgen.scenario import Scenario
-from fanmark.loadgen.tally import Tally
+from fanmark.loadgen.sums import Packed
 
 _HEAD_BYTES = 4
 
@@ -38,7 +39,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Go:
-    """To the workers: the run's start, on the monotonic clock that the processes of a machine share."""
+    """To the workers: the run's start, on the monotonic clock that the processes of the worker's machine share."""
 
     origin_s: float
 
@@ -67,8 +68,7 @@ class Ask:
 class Snapshot:
     """From a worker, each second: all its sums so far."""
 
-    number: int
-    tally: Tally
+    sums: Packed
     state: ClientState
 
 
@@ -88,6 +88,11 @@ class Refused:
     error: Exception
 
 
+def pickled(message: Any) -> bytes:
+    """A message as it travels."""
+    return pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+
+
 class Link:
     """One end of the pair of pipes."""
 
@@ -97,15 +102,23 @@ class Link:
 
     def send(self, message: Any) -> None:
         """Sends without waiting; to a peer that is gone, nothing."""
-        data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+        self.put(pickled(message))
+
+    def put(self, data: bytes) -> None:
+        """Sends a message that is pickled already."""
         if not self._writer.is_closing():
             self._writer.write(len(data).to_bytes(_HEAD_BYTES, "big") + data)
 
     async def receive(self) -> Any:
         """The next message; None when the peer is gone."""
+        data = await self.take()
+        return None if data is None else pickle.loads(data)
+
+    async def take(self) -> bytes | None:
+        """The next message as a pickle."""
         try:
             size = int.from_bytes(await self._reader.readexactly(_HEAD_BYTES), "big")
-            return pickle.loads(await self._reader.readexactly(size))
+            return await self._reader.readexactly(size)
         except (asyncio.IncompleteReadError, ConnectionError):
             return None
 

@@ -37,6 +37,7 @@ from fanmark.loadgen.run_clock import RunClock
 from fanmark.loadgen.samples import Sampler, read_samples
 from fanmark.loadgen.scenario import QUESTIONS, Scenario, resolved
 from fanmark.loadgen.shaping import target_key
+from fanmark.loadgen.stations import Opening, open_local
 from fanmark.loadgen.tally import Tally
 from fanmark.loadgen.target import HttpEndpoint
 from fanmark.loadgen.toolset import listing
@@ -102,7 +103,7 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
             if options.workers == 1:
                 ended = await _alone(scenario, topologies, reached, course, journal, options, clock, sampler, last)
             else:
-                crew = Workers(scenario, place, options.run_id, options.out, clock, tally)
+                crew = Workers(scenario, place, options.run_id, clock, tally, _opening(options))
                 stack.push_async_callback(crew.close)
                 ended = await _crew(crew, course, journal, options, clock, sampler, last)
             seconds = clock.now()
@@ -244,8 +245,12 @@ async def _crew(
     await last.enter_async_context(_signals(crew.ask, options.progress))
     async with going_on([*_progress(course, options), sampler.watch(crew.states, course.add)]):
         ended = await crew.carry_out()
-    crew.join(journal)
+    await crew.join(journal, ended)
     return ended
+
+
+def _opening(options: Options) -> Opening:
+    return lambda index: open_local(options.out / f"worker-{index}")
 
 
 def _check_guard(scenario: Scenario, workers: int) -> None:

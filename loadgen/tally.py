@@ -7,7 +7,7 @@ takes long.
 
 import bisect
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
@@ -122,20 +122,6 @@ class ArmTally:
         if call.reasoning_tokens is not None:
             tokens["reasoning"] += call.reasoning_tokens
 
-    def merge(self, other: "ArmTally") -> None:
-        """Takes in the sums of another worker's."""
-        for name, mine in vars(self).items():
-            theirs = getattr(other, name)
-            if isinstance(mine, Counter):
-                mine.update(theirs)
-            elif isinstance(mine, Histogram):
-                mine.merge(theirs)
-            elif isinstance(mine, dict):
-                for key, histogram in theirs.items():
-                    mine.setdefault(key, Histogram(histogram.bounds)).merge(histogram)
-            elif not isinstance(mine, str):
-                setattr(self, name, mine + theirs)
-
     @property
     def completed(self) -> int:
         return self.finished["completed"]
@@ -172,28 +158,10 @@ class Tally:
             for _ in range(len(self._ended)):
                 self._add(self._ended.popleft())
 
-    def __getstate__(self) -> dict[str, Any]:
-        """What a worker sends of it."""
-        self._add_ended()
-        return {name: value for name, value in vars(self).items() if name != "_adding"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._adding = Lock()
-
-    def replace(self, workers: Sequence["Tally"]) -> None:
-        """Becomes the sum of the workers' tallies."""
-        arms = {name: ArmTally(arm.topology) for name, arm in self._arms.items()}
-        for worker in workers:
-            for name, arm in arms.items():
-                arm.merge(worker.arms[name])
-            self.clients.update(worker.clients)
-        self._arms = arms
-        self.send_delay = sum((worker.send_delay for worker in workers), Counter())
-        self.ttft = sum((worker.ttft for worker in workers), Counter())
-        self.chunks = sum(worker.chunks for worker in workers)
-        self.coalesced = sum(worker.coalesced for worker in workers)
-        self.begun = max((worker.begun for worker in workers), key=len)  # the workers begin at one instant
+    def become(self, arms: dict[str, ArmTally], begun: list[float], run: Mapping[str, Any]) -> None:
+        """Becomes the sum of workers' tallies; `run` are the run's own sums by name."""
+        self._arms, self.begun = arms, begun
+        vars(self).update(run)
 
     def call_started(self, call: Call) -> None:
         self._arms[call.arm].calls_in_flight += 1

@@ -18,6 +18,7 @@ from fanmark.loadgen.reach import reach
 from fanmark.loadgen.records import Journal
 from fanmark.loadgen.run import Run, Stop
 from fanmark.loadgen.run_clock import RunClock
+from fanmark.loadgen.sums import Packer
 from fanmark.loadgen.tally import Tally
 from fanmark.loadgen.user_topology import with_users
 
@@ -71,19 +72,19 @@ async def work(task: Task, link: Link) -> Ended:
         if not isinstance(go, Go):
             return Ended(None, {})
         clock.start(go.origin_s)
-        health = Health(clock.now)
+        health, packer = Health(clock.now), Packer(tally)
         ending = await carry_out(
-            one, tally, health, journal, [_report(link, tally, health), member.listen(one.stop)], task.index
+            one, tally, health, journal, [_report(link, packer, health), member.listen(one.stop)], task.index
         )
+    link.send(Snapshot(packer.pack(), health.look()))
     notes = [note for endpoint in reached.endpoints.values() for note in endpoint.notes]
     return Ended(ending, {task.index: health.look()}, notes)
 
 
-async def _report(link: Link, tally: Tally, health: Health) -> None:
-    number = 0
+async def _report(link: Link, packer: Packer, health: Health) -> None:
     while True:
         await asyncio.sleep(1.0)
-        link.send(Snapshot(number := number + 1, tally, health.state))
+        link.send(Snapshot(packer.pack(), health.state))
 
 
 async def _main(read_fd: int, write_fd: int) -> None:

@@ -1,37 +1,34 @@
-"""The driver of a run's worker processes: starts them, lets them meet, sums up what they tell, and misses those that die.
+"""The driver of a run's workers: has them started, lets them meet, sums up what they tell, and misses those that die.
 
 Rules of the file:
 1. Whole queries are shared out, by number: a query's calls are all one worker's.
 2. A worker's journal stands in a folder of its own while it works; at the end all are joined, and the folders are gone.
 3. A worker that dies is not waited for. What it had finished is kept, what it had begun is abandoned, what it had not begun is never
-   started; the run goes on, and says so.
+   started; the run goes on or ends, as the user wants it, and says so.
+4. Where a worker's station is, and by what way messages come from there, is the station's affair alone.
 """
 
 import asyncio
-import shutil
-import signal
-import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 from fanmark.loadgen.costs import resources
 from fanmark.loadgen.errors import UnreachableError
 from fanmark.loadgen.health import WORDS, ClientState
-from fanmark.loadgen.link import Ask, Ended, Go, Link, Meeting, Ready, Refused, Say, Snapshot, Task
+from fanmark.loadgen.link import Ask, Ended, Go, Meeting, Ready, Refused, Say, Snapshot, Task, pickled
 from fanmark.loadgen.reach import Place
 from fanmark.loadgen.records import Journal, Query, read_begun, read_queries
 from fanmark.loadgen.run import GRACE_S, INTERRUPTED, Ending
 from fanmark.loadgen.run_clock import RunClock
 from fanmark.loadgen.scenario import Prices, Scenario
+from fanmark.loadgen.stations import END_TIMEOUT_S, Opening, Station
+from fanmark.loadgen.sums import Sums
 from fanmark.loadgen.tally import Tally
 
 _READY_TIMEOUT_S = 60.0
-_START_AHEAD_S = 0.05  # a meeting's instant is so far ahead that all know of it before it comes
-_END_TIMEOUT_S = 5.0
+_LOOK_S = 0.5  # so often all snapshots are summed up
 _RANK = [
     None,
     "interrupted",
@@ -44,10 +41,7 @@ _RANK = [
 @dataclass
 class _Worker:
     index: int
-    process: asyncio.subprocess.Process
-    link: Link
-    errors: IO[str]
-    out: Path
+    station: Station
     said: list[list[float]] = field(default_factory=list)  # for meetings that are still to be held
     ended: Ended | None = None
     error: Exception | None = None  # it could not go on
@@ -59,36 +53,49 @@ class _Worker:
     def works(self) -> bool:
         return self.ended is None and self.lost_at is None
 
-    def keep_last_words(self) -> None:
-        """Reads what it has written to standard error, once it has ended."""
-        if not self.errors.closed:
-            self.errors.seek(0)
-            self.last_words = " | ".join(self.errors.read().strip().splitlines()[-3:]) or _end(self.process.returncode)
-            self.errors.close()
+    def told(self, state: ClientState) -> None:
+        """What the worker measured of itself, and what only its driver knows."""
+        self.state = state
+        state.node, state.clock_offset_s = self.station.node, self.station.clocks.day_ahead_s
 
 
 class Workers:
-    """`count` workers of one run. `tally` is kept at the sum of theirs."""
+    """The workers of one run. `tally` is kept at the sum of theirs. `opening` starts one; `stop_on_loss`: the run ends when one dies."""
 
-    def __init__(self, scenario: Scenario, place: Place, run_id: str, out: Path, clock: RunClock, tally: Tally) -> None:
+    def __init__(
+        self,
+        scenario: Scenario,
+        place: Place,
+        run_id: str,
+        clock: RunClock,
+        tally: Tally,
+        opening: Opening,
+        *,
+        stop_on_loss: bool = False,
+    ) -> None:
         self._scenario = scenario
         self._place = place
         self._run_id = run_id
-        self._out = out
         self._clock = clock
         self._tally = tally
+        self._opening = opening
+        self._stop_on_loss = stop_on_loss
         self._workers: list[_Worker] = []
-        self._tallies: dict[int, Tally] = {}
+        self._sums = Sums()
         self._asked = 0
+        self._ending: Ending | None = None  # the driver's own
 
     async def start(self, count: int) -> None:
         """Starts the workers and waits until all are ready. Raises FanmarkError where one cannot be."""
-        for index in range(count):
-            self._workers.append(await self._spawn(index, count))
         try:
             async with asyncio.timeout(_READY_TIMEOUT_S):
+                for index in range(count):
+                    station = await self._opening(index)
+                    self._workers.append(_Worker(index, station))
+                    task = Task(self._scenario, self._place, index, count, self._run_id, station.out)
+                    station.put(pickled(task))
                 for worker in self._workers:
-                    message = await worker.link.receive()
+                    message = await worker.station.receive()
                     if isinstance(message, Refused):
                         raise message.error
                     if not isinstance(message, Ready):
@@ -97,19 +104,6 @@ class Workers:
         except TimeoutError:
             raise UnreachableError(f"the workers were not ready within {_READY_TIMEOUT_S:g} s") from None
 
-    async def _spawn(self, index: int, count: int) -> _Worker:
-        out = self._out / f"worker-{index}"
-        out.mkdir()
-        errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed with the worker
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "fanmark.loadgen.worker",
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=errors, start_new_session=True,
-        )  # fmt: skip
-        assert process.stdin is not None and process.stdout is not None
-        link = Link(process.stdout, process.stdin.transport)
-        link.send(Task(self._scenario, self._place, index, count, self._run_id, out))
-        return _Worker(index, process, link, errors, out)
-
     def states(self) -> dict[int, ClientState]:
         """The workers as they last told of themselves."""
         return {worker.index: worker.state for worker in self._workers}
@@ -117,69 +111,83 @@ class Workers:
     def ask(self) -> None:
         """Asks all to end: first without new queries, the second time at once."""
         self._asked += 1
+        self._ending = INTERRUPTED
         self._ask_all()
 
     def _ask_all(self) -> None:
         for worker in self._workers:
-            worker.link.send(Ask())
+            worker.station.put(pickled(Ask()))
 
     async def carry_out(self) -> Ended:
         """Lets the run begin and sees it through. Raises LostError where a worker's records cannot be written."""
-        self._clock.start(time.monotonic() + _START_AHEAD_S)
+        self._clock.start(time.monotonic() + self._ahead_s)
         for worker in self._workers:
-            worker.link.send(Go(self._clock.origin_s))
+            worker.station.put(pickled(Go(self._clock.origin_s + worker.station.clocks.monotonic_ahead_s)))
         watching = [asyncio.ensure_future(self._watch(worker)) for worker in self._workers]
         try:
             pending: set[asyncio.Future[None]] = set(watching)
             while pending:
-                _, pending = await asyncio.wait(pending, timeout=1.0)
+                _, pending = await asyncio.wait(pending, timeout=_LOOK_S)
+                self._sums.into(self._tally)
                 if self._asked:
-                    limit_s = (GRACE_S if self._asked == 1 else 0.0) + _END_TIMEOUT_S
+                    limit_s = (GRACE_S if self._asked == 1 else 0.0) + END_TIMEOUT_S
                     _, pending = await asyncio.wait(pending, timeout=limit_s) if pending else (set(), set())
                     break
         finally:
             await self.close()
         await asyncio.gather(*watching)
+        self._sums.into(self._tally)
         for worker in self._workers:
             if worker.error is not None:
                 raise worker.error
         return self._sum()
 
+    @property
+    def _ahead_s(self) -> float:
+        return max(worker.station.ahead_s for worker in self._workers)
+
     async def _watch(self, worker: _Worker) -> None:
         """Takes one worker's messages until it ends or dies."""
-        while True:
-            message = await worker.link.receive()
+        while worker.works:
+            message = await worker.station.receive()
             if isinstance(message, Snapshot):
-                self._tallies[worker.index] = message.tally
-                worker.state = message.state
-                self._tally.replace(list(self._tallies.values()))
-            elif isinstance(message, Say):
+                self._sums.take(worker.index, message.sums)
+                worker.told(message.state)
+                self._tally.clients[worker.index] = worker.state
+                continue
+            if isinstance(message, Say):
                 worker.said.append(message.values)
             elif isinstance(message, Ended):
                 worker.ended = message
                 if _why(message.ending) == "errors":  # one server serves all workers
                     self._ask_all()
-                worker.state = message.states.get(worker.index, worker.state)
+                worker.told(message.states.get(worker.index, worker.state))
             elif isinstance(message, Refused):
                 worker.error = message.error
                 self.ask()
                 self.ask()
-            elif message is None and worker.ended is None:
-                worker.lost_at = worker.state.lost_at = self._clock.now()
-                worker.state.verdict = WORDS[-1]
-                self._tally.clients[worker.index] = worker.state
+            elif message is None:
+                self._miss(worker)
             self._hold_meeting()
-            if not worker.works:
-                return
+
+    def _miss(self, worker: _Worker) -> None:
+        """A worker has died."""
+        worker.told(worker.state)
+        worker.lost_at = worker.state.lost_at = self._clock.now()
+        worker.state.verdict = WORDS[-1]
+        self._tally.clients[worker.index] = worker.state
+        if self._stop_on_loss and self._ending is None:
+            self._ending = Ending("errors", f"worker {worker.index} died, and the run was to stop then")
+            self._ask_all()
 
     def _hold_meeting(self) -> None:
         """Once all who work have come: an instant for all, and what they said."""
         working = [worker for worker in self._workers if worker.works]
         if working and all(worker.said for worker in working):
             said = [value for worker in working for value in worker.said.pop(0)]
-            at = self._clock.now() + _START_AHEAD_S / self._place.time_scale
+            meeting = pickled(Meeting(self._clock.now() + self._ahead_s / self._place.time_scale, said))
             for worker in working:
-                worker.link.send(Meeting(at, said))
+                worker.station.put(meeting)
 
     def _sum(self) -> Ended:
         """The workers' ends as one. Those that died are named."""
@@ -187,44 +195,59 @@ class Workers:
         for worker in self._workers:
             total.states[worker.index] = worker.state
             if worker.ended is None:
+                where = f" on {worker.station.node}" if worker.station.node is not None else ""
                 total.notes.append(
-                    f"worker {worker.index} of {len(self._workers)} died at {worker.lost_at:.1f} s ({worker.last_words}): "
+                    f"worker {worker.index} of {len(self._workers)}{where} died at {worker.lost_at:.1f} s ({worker.last_words}): "
                     "what it had begun is abandoned, the rest of its share was never started"
                 )
                 continue
             if _RANK.index(_why(worker.ended.ending)) > _RANK.index(_why(total.ending)):
                 total.ending = worker.ended.ending
             total.notes += worker.ended.notes
-        if self._asked:
-            total.ending = INTERRUPTED
+        total.ending = self._ending or total.ending
         return total
 
-    def join(self, journal: Journal) -> None:
-        """All workers' records into the run's journal, with an abandoned query for each that a dead worker had begun."""
+    async def join(self, journal: Journal, ended: Ended, *, keep: bool = False) -> None:
+        """All workers' records into the run's journal, with an abandoned query for each that a dead worker had begun. Where records are
+        lost, `ended` says of how many queries. `keep`: each worker's own stay where they are."""
         for worker in self._workers:
-            if worker.lost_at is None:
-                journal.take(worker.out)
+            folder = await worker.station.bring()
+            if folder is None:
+                ended.notes.append(self._lost(worker))
+            elif worker.lost_at is None:
+                journal.take(folder)
             else:
-                for query in salvaged(worker.out, f"worker {worker.index} died", worker.lost_at, self._scenario.prices):
+                for query in salvaged(folder, f"worker {worker.index} died", worker.lost_at, self._scenario.prices):
                     journal.write(query)
-            shutil.rmtree(worker.out)
+            await worker.station.clear(keep=keep)
+
+    def _lost(self, worker: _Worker) -> str:
+        """Counts what a worker had begun until its last snapshot, as its records are lost."""
+        last = Tally({arm.name: arm.topology for arm in self._scenario.arms}, self._scenario.baseline.name)
+        self._sums.into(last, [worker.index])
+        found = {
+            name: {
+                "started": arm.started,
+                "completed": arm.completed,
+                "failed": arm.finished["failed"],
+                "abandoned": arm.finished["abandoned"] + arm.in_flight,
+            }
+            for name, arm in last.arms.items()
+        }
+        worker.state.lost_queries = found
+        told = "; ".join(
+            f"{name} {', '.join(f'{n} {word}' for word, n in each.items())}" for name, each in found.items()
+        )
+        return (
+            f"worker {worker.index}: its records are lost with {worker.station.node}: what it had told of until then ({told}) stands in "
+            f"client.by_worker.{worker.index}.lost_queries, and in no arm's figures"
+        )
 
     async def close(self) -> None:
-        """Ends what still runs. A worker whose driver is gone ends by itself; one that does not is killed."""
-        for worker in self._workers:
-            try:
-                async with asyncio.timeout(_END_TIMEOUT_S):
-                    await worker.link.close()
-                    await worker.process.wait()
-            except TimeoutError:
-                worker.process.kill()
-                await worker.process.wait()
-            worker.keep_last_words()
-
-
-def _end(code: int | None) -> str:
-    """How a process ended that said nothing."""
-    return f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+        """Ends what still runs."""
+        words = await asyncio.gather(*(worker.station.end() for worker in self._workers))
+        for worker, last in zip(self._workers, words, strict=True):
+            worker.last_words = last
 
 
 def _why(ending: Ending | None) -> str | None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import pickle
 import signal
 from collections import Counter
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from fanmark.loadgen import scenario_check, session
 from fanmark.loadgen.arrivals import open_loop
 from fanmark.loadgen.crew import Alone, share
 from fanmark.loadgen.errors import FanmarkError
+from fanmark.loadgen.sums import Packer, Sums
 from fanmark.loadgen.tally import Histogram, Tally
 from fanmark.loadgen.verify import verify
 
@@ -59,9 +61,15 @@ def test_the_sum_of_the_workers_tallies_is_one_tally_of_all() -> None:
                 tally.call_started(call)
                 tally.call_finished(call)
             tally.query_finished(query)
-    summed = Tally(arms, "single")
-    for _ in range(2):  # snapshots are cumulative: each sum replaces the last
-        summed.replace(parts)
+    summed, sums, packers = Tally(arms, "single"), Sums(), [Packer(part) for part in parts]
+    for _ in range(
+        2
+    ):  # snapshots are cumulative: each takes the last one's place, and one that comes twice changes nothing
+        for worker, packer in enumerate(packers):
+            packed = pickle.loads(pickle.dumps(packer.pack()))
+            sums.take(worker, packed)
+            sums.take(worker, packed)
+        sums.into(summed)
     for name, arm in whole.arms.items():
         for key, value in vars(arm).items():
             mine = getattr(summed.arms[name], key)

@@ -1,0 +1,191 @@
+"""A worker's sums on their way to the driver, and the sum over all workers.
+
+Rules of the file:
+1. A snapshot holds all sums so far, so that one that comes twice changes nothing. It is counts and sums: nothing in it grows with time.
+2. What is counted by log bucket is told as bucket and count. All else has a place in a vector, which is told once, when it is new.
+3. The driver adds up at fixed times and not when a snapshot comes: a thousand workers are a thousand additions of vectors each time.
+"""
+
+from array import array
+from collections import Counter
+from collections.abc import Collection, Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fanmark.loadgen.tally import ArmTally, Histogram, Tally
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_BY_BUCKET = ("ttft", "latency")  # of an arm; the run's are beside them
+_LEAST_BUCKET, _BUCKETS = -7_000, 14_000  # of records.gap_bucket: from below a microsecond to days
+_FLOATS = ("sums", "squares")
+Exemplars = dict[tuple[str, str, Hashable], dict[int, tuple[float, int]]]  # of histograms, by arm, attribute and key
+
+
+class Part(NamedTuple):
+    """What a number of the vector is: of an arm (or of the run: ""), an attribute's own value, or that of a counter's `key`; with `bounds`
+    the first of a histogram's counts, behind which its sum stands."""
+
+    arm: str
+    attribute: str
+    key: Hashable = None
+    bounds: tuple[float, ...] | None = None
+
+    @property
+    def size(self) -> int:
+        return 1 if self.bounds is None else len(self.bounds) + 2
+
+
+@dataclass(frozen=True)
+class Packed:
+    """All sums of a tally, the `number`th time. `new` are the parts that stand in the vector `values` behind those told before. `buckets`
+    are by arm ("": the run) and attribute: which (two bytes each) and how often (four)."""
+
+    number: int
+    new: list[Part]
+    values: bytes
+    buckets: dict[tuple[str, str], tuple[bytes, bytes]]
+    exemplars: Exemplars
+    begun: list[float]
+
+
+class Packer:
+    """Packs one worker's tally, again and again."""
+
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+        self._at: dict[tuple[str, str, Hashable], int] = {}
+        self._values = array("d")
+        self._number = 0
+
+    def pack(self) -> Packed:
+        """The sums as they are now."""
+        self._number += 1
+        new, exemplars, tally = list[Part](), Exemplars(), self._tally
+        self._put(new, "", "chunks", None, tally.chunks)
+        self._put(new, "", "coalesced", None, tally.coalesced)
+        buckets = {("", "send_delay"): _pairs(tally.send_delay), ("", "ttft"): _pairs(tally.ttft)}
+        for name, arm in tally.arms.items():
+            for attribute, key, value in _parts(arm):
+                if attribute in _BY_BUCKET:
+                    buckets[name, attribute] = _pairs(value)
+                    continue
+                self._put(new, name, attribute, key, value)
+                if isinstance(value, Histogram) and value.exemplars:
+                    exemplars[name, attribute, key] = dict(value.exemplars)
+        return Packed(self._number, new, self._values.tobytes(), buckets, exemplars, list(tally.begun))
+
+    def _put(self, new: list[Part], arm: str, attribute: str, key: Hashable, value: Any) -> None:
+        numbers = array("d", (*value.counts, value.sum) if isinstance(value, Histogram) else (value,))
+        at = self._at.setdefault((arm, attribute, key), len(self._values))
+        if at == len(self._values):
+            new.append(Part(arm, attribute, key, value.bounds if isinstance(value, Histogram) else None))
+        self._values[at : at + len(numbers)] = numbers
+
+
+def _parts(arm: ArmTally) -> Iterator[tuple[str, Hashable, Any]]:
+    """All that an arm holds: attribute, key, and a number or histogram; a whole counter where it is by log bucket."""
+    for attribute, held in vars(arm).items():
+        if isinstance(held, dict) and attribute not in _BY_BUCKET:
+            for key, value in held.items():
+                yield attribute, key, value
+        elif not isinstance(held, str):
+            yield attribute, None, held
+
+
+def _pairs(counts: Mapping[int, int]) -> tuple[bytes, bytes]:
+    return array("h", counts.keys()).tobytes(), array("I", counts.values()).tobytes()
+
+
+@dataclass
+class _Held:
+    """One worker's last snapshot: the places of its numbers among all, and the numbers."""
+
+    number: int
+    places: "NDArray[np.int64]"
+    values: "NDArray[np.float64]"
+    bucket_places: "NDArray[np.int64]"
+    bucket_counts: "NDArray[np.uint32]"
+
+
+@dataclass
+class Sums:
+    """The last snapshots of all workers."""
+
+    _held: dict[int, _Held] = field(default_factory=dict)
+    _places: dict[Part, int] = field(default_factory=dict)
+    _size: int = 0
+    _bucketed: dict[tuple[str, str], int] = field(default_factory=dict)
+    _exemplars: Exemplars = field(default_factory=dict)
+    _begun: list[float] = field(default_factory=list)
+
+    def take(self, worker: int, packed: Packed) -> None:
+        """A worker's sums in place of those that it told before; what comes a second time changes nothing."""
+        import numpy as np
+
+        before = self._held.get(worker)
+        if before is not None and packed.number <= before.number:
+            return
+        places = before.places if before is not None else np.zeros(0, np.int64)
+        if packed.new:
+            places = np.concatenate([places, *(self._placed(part) for part in packed.new)])
+        bases = [self._bucketed.setdefault(of, len(self._bucketed)) * _BUCKETS for of in packed.buckets]
+        buckets = np.frombuffer(b"".join(which for which, _ in packed.buckets.values()), np.int16)
+        counts = np.frombuffer(b"".join(often for _, often in packed.buckets.values()), np.uint32)
+        sizes = [len(often) // counts.itemsize for _, often in packed.buckets.values()]
+        bucket_places = np.repeat(bases, sizes) + np.clip(buckets, _LEAST_BUCKET, _LEAST_BUCKET + _BUCKETS - 1)
+        bucket_places -= _LEAST_BUCKET
+        self._held[worker] = _Held(packed.number, places, np.frombuffer(packed.values), bucket_places, counts)
+        for of, exemplars in packed.exemplars.items():
+            self._exemplars.setdefault(of, {}).update(exemplars)
+        self._begun = max(self._begun, packed.begun, key=len)  # the workers begin at one instant
+
+    def _placed(self, part: Part) -> range:
+        at = self._places.setdefault(part, self._size)
+        self._size = max(self._size, at + part.size)
+        return range(at, at + part.size)
+
+    def into(self, tally: Tally, workers: Collection[int] | None = None) -> None:
+        """The sum of the last snapshots of all workers, or of these, becomes the tally's."""
+        import numpy as np
+
+        values, buckets = np.zeros(self._size), np.zeros(len(self._bucketed) * _BUCKETS, np.int64)
+        for held in [self._held[n] for n in (self._held if workers is None else workers) if n in self._held]:
+            values[held.places] += held.values
+            buckets[held.bucket_places] += held.bucket_counts
+        arms = {name: ArmTally(arm.topology) for name, arm in tally.arms.items()}
+        run: dict[str, Any] = {}
+        told = values.tolist()
+        for part, at in self._places.items():
+            if part.arm:
+                self._put(arms[part.arm], part, told[at : at + part.size])
+            else:
+                run[part.attribute] = int(told[at])
+        for (name, attribute), place in self._bucketed.items():
+            mine = buckets[place * _BUCKETS : (place + 1) * _BUCKETS]
+            (full,) = np.nonzero(mine)
+            counts = Counter(dict(zip((full + _LEAST_BUCKET).tolist(), mine[full].tolist(), strict=True)))
+            if name:
+                setattr(arms[name], attribute, counts)
+            else:
+                run[attribute] = counts
+        tally.become(arms, self._begun, run)
+
+    def _put(self, arm: ArmTally, part: Part, numbers: list[float]) -> None:
+        held = getattr(arm, part.attribute)
+        if part.bounds is not None:
+            histogram = Histogram(part.bounds)
+            histogram.counts, histogram.sum = [int(n) for n in numbers[:-1]], numbers[-1]
+            histogram.exemplars = dict(self._exemplars.get((part.arm, part.attribute, part.key), {}))
+            if isinstance(held, Histogram):
+                setattr(arm, part.attribute, histogram)
+            else:
+                held[part.key] = histogram
+            return
+        number = numbers[0] if part.attribute in _FLOATS else int(numbers[0])
+        if isinstance(held, Counter):
+            held[part.key] = number  # type: ignore[assignment]  # a Counter of floats
+        else:
+            setattr(arm, part.attribute, number)
