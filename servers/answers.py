@@ -17,9 +17,10 @@ from zlib import crc32
 
 from fanmark.servers.body_fields import bad_value
 from fanmark.servers.json_schema import SchemaError, draw_matching, draw_value
-from fanmark.servers.openai_api import Ask, Form, Tooling
+from fanmark.servers.openai_api import Ask, Form
 from fanmark.servers.prompts import call_texts
 from fanmark.servers.tokenizer import Tokenizer
+from fanmark.servers.tool_choice import Tooling
 
 _HASHED_IDS = 1 << 20
 

@@ -153,6 +153,17 @@ class Fields:
         return []
 
 
+def extra_int(body: Mapping[str, Any], name: str, default: int) -> int:
+    """A whole number under `vllm_xargs`, which is free for what the server makes of it."""
+    extra = body.get("vllm_xargs")
+    given = extra.get(name, default) if isinstance(extra, dict) else default
+    if type(given) is not int or given < 0:
+        raise bad_value(
+            f"vllm_xargs.{name} must be an integer >= 0, got {given!r}. (parameter=vllm_xargs)", "vllm_xargs"
+        )
+    return given
+
+
 def _shown(given: Any) -> Any:
     """What a fault shows of its input: containers by their size only."""
     if isinstance(given, (dict, list)):

@@ -16,9 +16,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fanmark.servers.body_fields import ApiError, Fields, bad_value
+from fanmark.servers.body_fields import ApiError, Fields, bad_value, extra_int
 from fanmark.servers.prompts import prompt_ids
 from fanmark.servers.tokenizer import Tokenizer
+from fanmark.servers.tool_choice import Tooling, tooling_of
 
 _EFFORT_SHARE = {"minimal": 0.1, "low": 0.25, "medium": 0.5, "high": 0.75}
 _COMPLETIONS_MAX_TOKENS = 16
@@ -32,15 +33,7 @@ class Limits:
     max_model_len: int
     reasoning_share: float = 0.5
     auto_tool_calls: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Tooling:
-    """Tools that a reply must call: the candidates (name, JSON Schema), how many calls, and whether one was named."""
-
-    candidates: Sequence[tuple[str, Mapping[str, Any]]]
-    calls: int
-    named: bool
+    scripted_tools: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +117,7 @@ def parse_chat(body: Mapping[str, Any], limits: Limits, tokenizer: Tokenizer) ->
     if body.get("logprobs"):
         asked = body.get("top_logprobs") or 0
         _refuse_logprobs(asked)
-    tooling = _tooling(body, tools, messages, limits)
+    tooling = tooling_of(body, tools, messages, limits.auto_tool_calls, scripted=limits.scripted_tools)
     form = _form(body)
     if not messages:
         raise bad_value("Cannot apply chat template to an empty conversation. Provide at least one message.")
@@ -219,7 +212,7 @@ class _Common:
         if self._salt == "":
             text = "Parameter 'cache_salt' must be a non-empty string if provided. (parameter=cache_salt)"
             raise bad_value(text, "cache_salt")
-        self._answer_tokens = _extra_int(body, "answer_tokens", 0) or None
+        self._answer_tokens = extra_int(body, "answer_tokens", 0) or None
         known = self._limits.model
         if self._model and self._model != known:
             text = f"The model `{self._model}` does not exist. Valid aliases: {known}."
@@ -299,49 +292,6 @@ def check_context(longest: int, shortest: int, max_tokens: int | None, limit: in
             "requested output tokens."
         )
     raise bad_value(f"{text} (parameter=input_tokens, value={at_least})", "input_tokens")
-
-
-def _tooling(
-    body: Mapping[str, Any], tools: Sequence[Any], messages: Sequence[Mapping[str, Any]], limits: Limits
-) -> Tooling | None:
-    choice = body.get("tool_choice")
-    if choice not in (None, "none") and not tools:
-        raise bad_value("When using `tool_choice`, `tools` must be set. (parameter=tool_choice)", "tool_choice")
-    known: list[tuple[str, Mapping[str, Any]]] = []
-    for tool in tools:
-        function = tool.get("function")
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise bad_value("Each of `tools` must be a function with a name. (parameter=tools)", "tools")
-        known.append((function["name"], function.get("parameters") or {"type": "object", "properties": {}}))
-    if choice == "none" or not tools:
-        return None
-    per_turn = 1 if body.get("parallel_tool_calls") is False else max(1, _extra_int(body, "tools_per_turn", 1))
-    if choice == "required":
-        return Tooling(known, per_turn, named=False)
-    if choice in (None, "auto"):
-        done = sum(message.get("role") == "tool" for message in messages)
-        left = _extra_int(body, "tool_calls", limits.auto_tool_calls) - done
-        return Tooling(known, min(left, per_turn), named=False) if left > 0 else None
-    function = choice.get("function") if isinstance(choice, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise bad_value(
-            "`tool_choice` must be none, auto, required or a named function. (parameter=tool_choice)", "tool_choice"
-        )
-    named = [(name, schema) for name, schema in known if name == function["name"]]
-    if not named:
-        text = "The tool specified in `tool_choice` does not match any of the specified `tools` (parameter=tool_choice)"
-        raise bad_value(text, "tool_choice")
-    return Tooling(named, 1, named=True)
-
-
-def _extra_int(body: Mapping[str, Any], name: str, default: int) -> int:
-    extra = body.get("vllm_xargs")
-    given = extra.get(name, default) if isinstance(extra, dict) else default
-    if type(given) is not int or given < 0:
-        raise bad_value(
-            f"vllm_xargs.{name} must be an integer >= 0, got {given!r}. (parameter=vllm_xargs)", "vllm_xargs"
-        )
-    return given
 
 
 def _form(body: Mapping[str, Any]) -> Form | None:

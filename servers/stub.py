@@ -56,6 +56,8 @@ class StubOptions:
     answer_cv: float = 0.0
     reasoning_share: float = 0.5
     auto_tool_calls: int = 1
+    scripted_tools: bool = False
+    log: str | None = None
     faults: tuple[Fault, ...] = ()
     fault_seed: int = 0
     replicas: int = 1
@@ -81,6 +83,7 @@ _HELP = {
     "answer_cv": "its coefficient of variation (log-normal)",
     "reasoning_share": "share of an answer that is reasoning, where a request asks for reasoning without a length",
     "auto_tool_calls": 'tool calls in a conversation under tool_choice "auto"',
+    "log": "file that gets a JSON line for each request that was answered: path, tokens, request id",
     "fault_seed": "seed of the faults",
     "scheduling_policy": "fcfs or priority",
     "replicas": "so many stubs behind a router",
@@ -89,7 +92,7 @@ _HELP = {
 _CHOICES: dict[str, Sequence[str]] = {"scheduling_policy": ("fcfs", "priority"), "router": POLICIES}
 _KINDS: dict[str, type] = {
     **dict.fromkeys(("time_scale", "answer_tokens", "answer_cv", "reasoning_share"), float),
-    **dict.fromkeys(("profile", "host", "model", "api_key_env"), str),
+    **dict.fromkeys(("profile", "host", "model", "api_key_env", "log"), str),
 }
 
 
@@ -109,6 +112,11 @@ def parse_options(argv: Sequence[str]) -> StubOptions:
         elif field.name in _HELP:
             parser.add_argument(flag, type=_KINDS.get(field.name, int), default=field.default, help=_HELP[field.name])
     parser.add_argument("--no-prefix-caching", dest="prefix_caching", action="store_false")
+    parser.add_argument(
+        "--scripted-tools",
+        action="store_true",
+        help="a conversation calls each tool that it is offered once, the last one first, then it answers",
+    )
     parser.add_argument(
         "--no-prompt-tokens-details",
         dest="prompt_tokens_details",
@@ -159,7 +167,7 @@ def build(options: StubOptions) -> "StubApp":
         lambda: replica_of(profile, config), time_scale=options.time_scale, on_late=metrics.lateness.observe
     )
     app_options = AppOptions(
-        Limits(model, config.max_model_len, options.reasoning_share, options.auto_tool_calls),
+        Limits(model, config.max_model_len, options.reasoning_share, options.auto_tool_calls, options.scripted_tools),
         Lengths(options.answer_tokens, options.answer_cv),
         api_key=_api_key(options.api_key_env),
         reports_cached=options.prompt_tokens_details,
@@ -167,7 +175,13 @@ def build(options: StubOptions) -> "StubApp":
         caveats=tuple(profile.caveats()),
     )
     plan = FaultPlan(options.faults, options.fault_seed)
-    return StubApp(app_options, config, engine, metrics, Tokenizer(vocabulary()), plan)
+    app = StubApp(app_options, config, engine, metrics, Tokenizer(vocabulary()), plan)
+    if options.log is not None:
+        try:
+            app.log = open(options.log, "a", buffering=1)  # noqa: SIM115
+        except OSError as error:
+            raise StubError(f"cannot write the log {options.log}: {error.strerror}") from None
+    return app
 
 
 def _check(options: StubOptions) -> None:

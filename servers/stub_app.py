@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TextIO, cast
 
 from aiohttp import web
 
@@ -65,6 +65,7 @@ class StubApp:
     ) -> None:
         self.options, self.config, self.engine, self.metrics = options, config, engine, metrics
         self.tokenizer, self.plan = tokenizer, plan
+        self.log: TextIO | None = None
         self.speaker = Speaker(tokenizer, options.lengths, options.limits.max_model_len)
         self._random = random.Random()
         self._fingerprint = f"{VERSION}-{self._random.getrandbits(32):08x}"
@@ -160,6 +161,8 @@ class StubApp:
         finally:
             self._load -= 1
             self._leave(reply, names)
+            if self.log is not None:
+                self.log.write(reply.line(request.path, request.headers.get("X-Request-Id")))
 
     def _reply(self, request: web.BaseRequest, ask: Ask, prefix: str, doom: Doom) -> Reply:
         named = request.headers.get("X-Request-Id") if ask.api != "responses" else None

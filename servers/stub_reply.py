@@ -7,6 +7,7 @@ Rules of the file:
 """
 
 import asyncio
+import json
 from collections.abc import Callable, Mapping, Sequence
 
 from fanmark.servers.answers import Answer
@@ -205,6 +206,22 @@ class Reply:
         self._flush()
         if not stall.done():
             stall.set_result(None)
+
+    def line(self, path: str, request_id: str | None) -> str:
+        """What the log says of the request."""
+        count = self.count
+        said = {
+            "path": path,
+            "id": self.head.id,
+            "request_id": request_id,
+            "stream": self.ask.stream,
+            "ended": all(choice.ended for choice in self.choices),
+            "input_tokens": count.prompt,
+            "cached_tokens": count.cached,
+            "output_tokens": count.completion,
+            "reasoning_tokens": count.reasoning,
+        }
+        return json.dumps(said) + "\n"
 
     async def finished(self) -> None:
         """Until all is out, a stall included. Raises EngineGone, or ConnectionResetError where a fault asks for a reset."""

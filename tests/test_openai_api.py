@@ -255,3 +255,22 @@ def test_drawn_lengths_have_their_mean(mean: float, cv: float) -> None:
     drawn = [Lengths(mean, cv).draw(rng, None) or 0 for _ in range(4000)]
     assert sum(drawn) / len(drawn) == pytest.approx(mean, rel=0.05)
     assert (len(set(drawn)) == 1) == (cv == 0)
+
+
+def test_a_script_calls_each_tool_once_the_last_one_first() -> None:
+    """And then answers, or, where it must call, calls the first of the list again; what is optional is left out, texts are sentences."""
+    limits = Limits("tiny", 4000, scripted_tools=True)
+    schema = {"type": "object", "properties": {"task": {"type": "string"}, "note": {}}, "required": ["task"]}
+    tools = [{"type": "function", "function": {"name": name, "parameters": schema}} for name in ("end", "ask")]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "the ocean"}]
+    called: dict[str | None, list[str | None]] = {None: [], "required": []}
+    for turn in range(3):
+        for choice, names in called.items():
+            body = {"messages": messages + turn * [{"role": "assistant", "content": "so"}], "tools": tools}
+            ask = parse_chat({**body, "tool_choice": choice}, limits, TOKENIZER)
+            answer = Speaker(TOKENIZER, Lengths(), 4000).answer(ask, ask.prompts[0], 0)
+            names += [call.name for call in answer.calls] or [None]
+            for call in answer.calls:
+                arguments = json.loads(call.arguments)
+                assert list(arguments) == ["task"] and len(arguments["task"]) >= 60
+    assert called == {None: ["ask", "end", None], "required": ["ask", "end", "end"]}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from stub_process import Stub
+from stub_process import Stub, running_stub
 
 from fanmark.servers.answers import Lengths, Speaker
 from fanmark.servers.body_fields import ApiError
@@ -17,6 +18,7 @@ from fanmark.servers.messages_api import MessagesStream, parse_messages, refusal
 from fanmark.servers.openai_api import Ask, Limits, parse_chat
 from fanmark.servers.openai_replies import Count, Head
 from fanmark.servers.responses_api import ResponsesStream, parse_responses, whole_response
+from fanmark.servers.stub import main
 from fanmark.servers.tokenizer import Tokenizer, vocabulary
 
 TOKENIZER = Tokenizer(vocabulary())
@@ -268,3 +270,22 @@ def test_both_apis_are_served_with_faults_and_errors_in_their_form(stub: Stub) -
         stub.send("DELETE", "/admin/faults")
     wrong = stub.send("POST", "/v1/messages", {**message, "model": "nope"})
     assert (wrong.status, wrong.json()["type"]) == (404, "error")
+
+
+@pytest.mark.real
+def test_the_log_has_a_line_for_each_answered_request(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    with running_stub("--log", str(log), "--time-scale", "0.05") as stub:
+        whole = stub.chat("the ocean", max_tokens=5, ignore_eos=True).json()
+        stub.send("POST", "/v1/messages", {"messages": [{"role": "user", "content": "the sea"}], "max_tokens": 7})
+        assert stub.chat("", max_tokens=5).status == 400
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(line["path"], line["input_tokens"], line["output_tokens"], line["ended"]) for line in lines] == [
+        ("/v1/chat/completions", 2, 5, True),
+        ("/v1/messages", 2, 7, True),
+    ]
+    assert lines[0]["id"] == whole["id"]
+
+
+def test_a_log_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    assert main(["--log", str(tmp_path / "none" / "log.jsonl")]) == 2
