@@ -40,6 +40,8 @@ class Step:
     after: tuple[Key, ...] = ()
     pause_s: float = 0.0
     seconds: float = 0.0
+    input_tokens: int | None = None
+    cached_tokens: int | None = None
     reads: tuple[Read, ...] = ()
 
     @property
@@ -115,5 +117,4 @@ def expected(p: Params, _: Drawn) -> Expected:
     )
 
 
-SUMMARY = "re-enacts recorded queries: a tap's, a run's, or an imported trace"
-TOPOLOGY = Topology("replay", SUMMARY, Params, run, expected, "Q --> as recorded")
+TOPOLOGY = Topology("replay", "re-enacts queries that were recorded", Params, run, expected, "Q --> as recorded")

@@ -11,6 +11,7 @@ from itertools import count, islice, takewhile
 
 import msgspec
 
+from fanmark.loadgen.recording import recording_of
 from fanmark.loadgen.scenario import Arm, Load, Scenario, Stage
 
 
@@ -79,12 +80,22 @@ def of_arm(scenario: Scenario, arm: Arm, repeat: int, phase: str = "window") -> 
     """When an arm's queries start in an open loop's repeat, since the phase began; before and after the window without end. Those of the
     window are the same however long the lead-in was."""
     load, place = scenario.load_of(arm), 0.0
+    if load.process == "replay" and load.arrivals is None:
+        return _recorded(scenario, arm, load)
     if load.arms == "interleaved":
         place = scenario.arms.index(arm) / len(scenario.arms)
     stream = arm.name + of_repeat(repeat)
     if phase != "window":
         load, stream = msgspec.structs.replace(load, duration=None, queries=None), f"{stream}/{phase}"
     return open_loop(load, scenario.seed, stream, place)
+
+
+def _recorded(scenario: Scenario, arm: Arm, load: Load) -> Iterator[float]:
+    """The start times of what the arm re-enacts, or, if it does not, of what the first arm does that does; lap after lap."""
+    found = [recording for each in (arm, *scenario.arms) if (recording := recording_of(each)) is not None]
+    lap_s = found[0].lap_s
+    times = (lap * lap_s + at for lap in count() for at in found[0].starts_s())
+    return islice((at / load.speed for at in times), load.queries)
 
 
 def of_repeat(repeat: int) -> str:

@@ -8,6 +8,7 @@ from fanmark.agents.runtime import Author, Key, Message
 from fanmark.loadgen.prompts import Part
 
 _PIECE_BYTES, _PIECE_IDS = 32, 16
+ANYONE = "anyone"
 _WITHIN_BLOCK_TOKENS = 15  # two texts may share the start of their wording, but not a block of 16 tokens
 
 
@@ -38,6 +39,23 @@ def listed(
     return found, len(found) if first_own is None else first_own
 
 
+class Crowd:
+    """Counts of more things than can be remembered, in 16 MB. What falls on one place is counted together: then too much counts as
+    explained, never too little."""
+
+    def __init__(self) -> None:
+        self._counts = bytearray(1 << 24)
+
+    def __getitem__(self, thing: Hashable) -> int:
+        return self._counts[hash(thing) % len(self._counts)]
+
+    def __setitem__(self, thing: Hashable, count: int) -> None:
+        self._counts[hash(thing) % len(self._counts)] = min(count, 255)
+
+
+Counts = Counter[Hashable] | Crowd
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """A prompt that was sent: where its salt is counted, and for each of its prefixes that end with a message, where that is counted,
@@ -45,32 +63,40 @@ class Prompt:
 
     query: Hashable
     salt: Hashable
-    salts: Counter[Hashable]
-    prefixes: Sequence[tuple[Counter[Hashable], Hashable, int]]
+    salts: Counts
+    prefixes: Sequence[tuple[Counts, Hashable, int]]
 
 
 class Explained:
     """Counts the prompts sent under each salt, prefix by prefix. What belongs to one query alone is forgotten when it ends. `elsewhere`:
-    other workers of the run send what queries share as well, at any time before."""
+    other workers of the run send what queries share as well, at any time before. What is ANYONE's any other query may send as well."""
 
     def __init__(self, *, elsewhere: bool = False) -> None:
         self._elsewhere = elsewhere
         self._shared: Counter[Hashable] = Counter()
         self._own: dict[Hashable, Counter[Hashable]] = {}
+        self._crowd: Crowd | None = None
 
     def sent(self, salt: Hashable, query: Hashable, messages: Sequence[tuple[Hashable, int]], first_own: int) -> Prompt:
         """Registers a prompt, a list of (message, tokens); from message number `first_own` on its prefixes belong to `query` alone."""
-        own = self._own.setdefault(query, Counter())
+        own, shared = self._counts(query)
         prefix: Hashable = salt
-        salts = self._shared if first_own > 0 else own
-        salts[salt] += 1 + (self._elsewhere and salts is self._shared)
+        salts = shared if first_own > 0 else own
+        salts[salt] += 1 + (self._elsewhere and salts is shared)
         prefixes = []
         for i, (message, tokens) in enumerate(messages):
             prefix = hash((prefix, message))
-            seen = own if i >= first_own else self._shared
-            seen[prefix] += 1 + (self._elsewhere and seen is self._shared)
+            seen = own if i >= first_own else shared
+            seen[prefix] += 1 + (self._elsewhere and seen is shared)
             prefixes.append((seen, prefix, tokens))
         return Prompt(query, salt, salts, prefixes)
+
+    def _counts(self, query: Hashable) -> tuple[Counts, Counts]:
+        """Where it is counted what is the query's own, and what is not."""
+        if query == ANYONE:
+            self._crowd = self._crowd or Crowd()
+            return self._crowd, self._crowd
+        return self._own.setdefault(query, Counter()), self._shared
 
     def limit(self, prompt: Prompt) -> int:
         """The most tokens that other prompts sent until now can have left in the cache. To be asked when the reply is there: siblings that
@@ -87,7 +113,8 @@ class Explained:
     def replied(self, prompt: Prompt, reply: Hashable) -> None:
         """The reply stays in the cache behind its prompt."""
         last = prompt.prefixes[-1][1] if prompt.prefixes else prompt.salt
-        self._own.setdefault(prompt.query, Counter())[hash((last, reply))] += 1
+        own, _ = self._counts(prompt.query)
+        own[hash((last, reply))] += 1
 
     def forget(self, query: Hashable, keep: int = 0) -> None:
         """Drops what belongs to one query, unless there is so little of it."""

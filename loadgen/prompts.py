@@ -134,18 +134,24 @@ async def measure_template(tokenizer: Tokenizer) -> Template:
 
 
 class _Kept:
-    """Parts by text: each is made once, also when siblings ask for it at the same time. One that could not be made is tried again."""
+    """Parts by text: each is made once, also when siblings ask for it at the same time. One that could not be made is tried again. Of a
+    recording's texts, which are without number, those that were used last are kept: others are made again, and come out the same."""
 
     def __init__(self, make: Callable[[Text], Awaitable[Part]]) -> None:
         self._make = make
+        self.kept_tokens = 4_000_000  # of a recording's texts, at most
+        self._recorded_tokens = 0
         self._of: dict[
             str, dict[Text, Part | asyncio.Future[Part]]
         ] = {}  # by the seed's first two names: a query's own are together
 
     async def part(self, text: Text) -> Part:
         """The message as sent."""
-        parts = self._of.setdefault("/".join(text.seed.split("/", 2)[:2]), {})
+        owner = "/".join(text.seed.split("/", 2)[:2])
+        parts = self._of.setdefault(owner, {})
         part = parts.get(text)
+        if owner.endswith("/recorded"):
+            self._use_recorded(parts, text)
         if isinstance(part, Part):  # without a turn of the loop, in which thousands of others may be served first
             return part
         if part is None:
@@ -156,8 +162,20 @@ class _Kept:
             if parts.get(text) is part:
                 del parts[text]
             raise
-        parts[text] = made
+        if text in parts:
+            parts[text] = made
         return made
+
+    def _use_recorded(self, parts: dict[Text, Part | asyncio.Future[Part]], text: Text) -> None:
+        """It is the last that was used now; where it is not there yet, room is made for it."""
+        if text in parts:
+            parts[text] = parts.pop(text)
+            return
+        self._recorded_tokens += text.tokens
+        while self._recorded_tokens > self.kept_tokens and parts:
+            oldest = next(iter(parts))
+            del parts[oldest]
+            self._recorded_tokens -= oldest.tokens
 
     def forget(self, seed: str) -> None:
         """Drops the texts of one query, by its seed: two names with a / between them."""

@@ -15,6 +15,7 @@ from fanmark.loadgen.demand import draw_demand
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.lengths import Dist
 from fanmark.loadgen.minimums import check_lengths, check_roles
+from fanmark.loadgen.recording import recording_of
 from fanmark.loadgen.scenario import Scenario, Target, ToolServer
 from fanmark.loadgen.shaping import key_hint, shaped_tool_server, target_key, tool_server_key
 from fanmark.loadgen.target import HttpEndpoint, connect
@@ -125,7 +126,9 @@ def uses_tools(scenario: Scenario, topologies: Mapping[str, Topology]) -> bool:
                 continue  # an agent that has its own tools
             expected = demand.topology.expected
             form = expected(demand.params, demand) if expected is not None else None
-            if form is None or form.tool_calls or ("tools",) in form.reads:
+            recording = recording_of(part)  # of which other queries may call tools
+            recorded = recording is not None and recording.calls_tools
+            if form is None or form.tool_calls or recorded or ("tools",) in form.reads:
                 found = True
                 if scenario.tools.decide == "model" and topologies[part.topology].by_model is None:
                     can = ", ".join(name for name, topology in topologies.items() if topology.by_model is not None)

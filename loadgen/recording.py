@@ -1,5 +1,5 @@
-"""A recording: what an agent system did, in the form in which it can be re-enacted (agents/replay.py). The tap writes it, a run with
-`[load] record = true`, and the importers (imports/).
+"""A recording: what an agent system did, in the form in which it can be re-enacted (agents/replay.py). The tap writes it, a run
+of a scenario with `record = true`, and the importers (imports/).
 
 It is a folder with the `queries.jsonl` and `calls.jsonl` of a run (records.py). A line of a call also says what the call read, in order:
 
@@ -19,6 +19,7 @@ Rules of the form:
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path
@@ -27,11 +28,15 @@ from typing import Any
 import msgspec
 
 from fanmark.agents.replay import TOPOLOGY, Enacted, Params, Read, Step
-from fanmark.agents.runtime import Author, Key, Topology
+from fanmark.agents.runtime import Author, Key, Message, Topology
 from fanmark.loadgen.costs import resources
+from fanmark.loadgen.demand import unquoted
 from fanmark.loadgen.errors import ScenarioError
+from fanmark.loadgen.prompts import Part
 from fanmark.loadgen.records import Call, Journal, Query
+from fanmark.loadgen.scenario import Arm
 
+RECORDED = "recorded"  # the kind of a text that is made up
 INSTANT_S = 0.001  # what an agent takes less than is a client's own time, not a pause
 
 
@@ -54,6 +59,29 @@ def text_id(salt: bytes, text: str | bytes) -> str:
     """The id of a text: 64 bits of a hash that nobody can repeat who has not the salt, which is kept nowhere."""
     data = text.encode(errors="surrogatepass") if isinstance(text, str) else text
     return blake2b(data, digest_size=8, key=salt).hexdigest()
+
+
+def said_of(
+    prompt: Sequence[tuple[Key, Author, Part]],
+    messages: Iterable[Message],
+    tools: Part | None,
+    written: Mapping[Key, int],
+    salt: str,
+) -> list[Said]:
+    """A prompt of a run as it is recorded. `messages` are what it was made of; `tools`, the schemas, lead a chat prompt; `written` tells
+    how long replies are."""
+    of = {message.key: message for message in messages}
+    found: list[Said] = []
+    if tools is not None and not any(key == ("tools",) for key, _, _ in prompt):
+        found.append(Said(text_id(salt.encode(), "tools"), tools.size or 0, "system"))
+    for key, author, part in prompt:
+        message = of.get(key)
+        size = part.size
+        if size is None and message is not None:
+            size = written.get(unquoted(key), message.tokens)
+        source = None if message is None else message.source
+        found.append(Said(text_id(salt.encode(), part.seen) if source is None else "", size or 0, author, source))
+    return found
 
 
 class Recorder:
@@ -118,12 +146,12 @@ class _Place(msgspec.Struct):
 
 class Recording:
     """A recorded folder, of which the places of its queries are remembered (24 bytes each) and all else is read when it is asked for.
-    Raises ScenarioError, which begins with `where`, for a folder that cannot be re-enacted."""
+    Raises ScenarioError for a folder that cannot be re-enacted."""
 
-    def __init__(self, folder: Path, arm: str = "", where: str = "") -> None:
+    def __init__(self, folder: Path, arm: str = "") -> None:
         self.folder = folder
         self.left_out = 0  # queries that failed, or of which nothing succeeded
-        self._where = where or str(folder)
+        self.calls_tools = False
         self._starts, self._from, self._bytes = array("d"), array("q"), array("q")
         arms: set[str] = set()
         try:
@@ -152,13 +180,19 @@ class Recording:
         """When the queries started, since the first one did."""
         return iter(self._starts)
 
+    @property
+    def lap_s(self) -> float:
+        """How long a lap takes: until the first query comes again as one more would have come, on average."""
+        return self._starts[-1] * len(self) / max(1, len(self) - 1)
+
     def steps(self, query: int) -> tuple[Step, ...]:
-        """What query number `query`, modulo their number, did."""
-        i = query % len(self)
+        """What query number `query`, modulo their number, did. Each lap has texts of its own, as other users' would be: what is found in
+        a cache is what the recorded queries shared, and not that they come again."""
+        lap, i = divmod(query, len(self))
         with (self.folder / "calls.jsonl").open("rb") as file:
             file.seek(self._from[i])
             lines = file.read(self._bytes[i]).splitlines()
-        return steps_of([_decoder.decode(line) for line in lines])
+        return steps_of([_decoder.decode(line) for line in lines], lap)
 
     def _index(self, arm: str, arms: set[str]) -> None:
         """Notes where the calls stand of each query that can be re-enacted."""
@@ -182,14 +216,15 @@ class Recording:
                     continue
                 if not all(call.told for call, _, _ in mine):
                     raise self._error(
-                        "its calls do not say what they read: record with a tap, or by [load] record = true"
+                        "its calls do not say what they read: record with a tap, or run it with record = true"
                     )
+                self.calls_tools |= any(call.kind == "tool_call" for call, _, _ in mine)
                 self._starts.append(query.due_at)
                 self._from.append(mine[0][1])
                 self._bytes.append(mine[-1][2] - mine[0][1])
 
     def _error(self, text: str) -> ScenarioError:
-        return ScenarioError(f"{self._where}: {text}")
+        return ScenarioError(f"{self.folder}: {text}")
 
 
 _decoder = msgspec.json.Decoder(RecordedCall)
@@ -205,6 +240,25 @@ def _places(path: Path) -> Iterator[tuple[_Place, int, int]]:
             at += len(line)
 
 
+def opened(path: str, arm: str) -> Recording:
+    """The recording in a folder, which is read through once, as long as it does not change."""
+    file = Path(path) / "calls.jsonl"
+    return _opened(path, arm, file.stat().st_mtime_ns if file.exists() else 0)
+
+
+@lru_cache(16)
+def _opened(path: str, arm: str, _: int) -> Recording:
+    return Recording(Path(path), arm)
+
+
+def recording_of(arm: Arm) -> Recording | None:
+    """What an arm, or the first part of its mix that does, re-enacts."""
+    for part in arm.mix or [arm]:
+        if part.topology == TOPOLOGY.name and "path" in part.params:
+            return opened(part.params["path"], part.params.get("arm", ""))
+    return None
+
+
 def with_recordings(arms: Iterable[Any], source: str, table: Mapping[str, Topology]) -> dict[str, Topology]:
     """The table with a `replay` that knows the recordings which the arms name; their paths are relative to the scenario's. The arms then
     name them by absolute path. Raises ScenarioError."""
@@ -217,8 +271,10 @@ def with_recordings(arms: Iterable[Any], source: str, table: Mapping[str, Topolo
             raise ScenarioError(f"{where}: give the folder of a recording (and arm = NAME, where it has several)")
         arm["path"] = str((Path(source).parent / arm["path"]).resolve())
         params = Params(arm["path"], arm.get("arm", ""))
-        if params not in found:
-            found[params] = Recording(Path(params.path), params.arm, where)
+        try:
+            found[params] = opened(params.path, params.arm)
+        except ScenarioError as e:
+            raise ScenarioError(f"{where}: {e}") from None
 
     def of_query(params: Params, query: int) -> Enacted:
         return Enacted(params.path, params.arm, found[params].steps(query))
@@ -226,8 +282,8 @@ def with_recordings(arms: Iterable[Any], source: str, table: Mapping[str, Topolo
     return {**table, TOPOLOGY.name: replace(TOPOLOGY, of_query=of_query)} if found else dict(table)
 
 
-def steps_of(calls: Iterable[RecordedCall]) -> tuple[Step, ...]:
-    """A query's calls as steps; it started with the first of them."""
+def steps_of(calls: Iterable[RecordedCall], lap: int = 0) -> tuple[Step, ...]:
+    """A query's calls as steps; it started with the first of them. `lap` sets its texts apart, if it is not 0."""
     calls = sorted((call for call in calls if call.retry_at is None), key=lambda call: call.call)
     there = {call.call: call for call in calls if call.error is None and call.done_at is not None}
     keys: dict[int, Key] = {n: ("reply" if call.kind == "call" else "result", n) for n, call in there.items()}
@@ -250,15 +306,20 @@ def steps_of(calls: Iterable[RecordedCall]) -> tuple[Step, ...]:
                 after=tuple(keys[m] for m in sorted(before[n])),
                 pause_s=pause_s if pause_s >= INSTANT_S else 0.0,
                 seconds=0.0 if is_call else call.seconds,
-                reads=tuple(_read(said, there, call, keys) for said in call.messages or () if said.tokens > 0),
+                input_tokens=call.input_tokens,
+                cached_tokens=call.cached_tokens,
+                reads=tuple(_read(said, there, call, keys, lap) for said in call.messages or () if said.tokens > 0),
             )
         )
     return tuple(found)
 
 
-def _read(said: Said, there: Mapping[int, RecordedCall], reader: RecordedCall, keys: Mapping[int, Key]) -> Read:
+def _read(
+    said: Said, there: Mapping[int, RecordedCall], reader: RecordedCall, keys: Mapping[int, Key], lap: int
+) -> Read:
     """A reply counts as such only as long as it was written: one whose reasoning is left out, or that was cut, is another text."""
     source = there.get(said.source) if said.source is not None and said.source < reader.call else None
     if source is not None and (source.kind == "tool_call" or source.output_tokens == said.tokens):
         return Read(keys[source.call], said.tokens, said.author)
-    return Read(("recorded", said.id or f"{reader.query}-{said.source}"), said.tokens, said.author)
+    named = said.id or f"{reader.query}-{said.source}"
+    return Read((RECORDED, named, lap) if lap else (RECORDED, named), said.tokens, said.author)

@@ -152,7 +152,7 @@ class Query(msgspec.Struct, kw_only=True):
     it does not count, for its `phase` is not the window. `output_bound`: of output tokens alone the closed form is a bound.
     `written_tokens` are those of replies that were read again, and `reread_tokens` what they counted then; `unexplained_tokens` were found
     in a cache though the run had not sent them. `correct`: whether the final answer is the known one, None where that cannot be judged.
-    `calls` are the last attempts, one for each call; those before them are `retried`."""
+    `calls` are the last attempts, one for each call; those before them are `retried`. `fidelity`: fidelity.py."""
 
     query: int
     arm: str
@@ -180,6 +180,7 @@ class Query(msgspec.Struct, kw_only=True):
     correct: bool | None = None
     session: int | None = None
     turn: int | None = None
+    fidelity: dict[str, float | None] | None = None
 
     @property
     def needed(self) -> list[Call]:

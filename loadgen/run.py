@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, Protocol
 
+from fanmark.agents.replay import Enacted
 from fanmark.agents.runtime import Topology
 from fanmark.loadgen.block import together
 from fanmark.loadgen.contamination import Explained
@@ -16,6 +17,7 @@ from fanmark.loadgen.crew import Alone, Crew, share
 from fanmark.loadgen.demand import Demand, draw_demand, expected_tokens
 from fanmark.loadgen.endpoint import Endpoint, role_key
 from fanmark.loadgen.errors import CallError, Stopped
+from fanmark.loadgen.fidelity import fidelity
 from fanmark.loadgen.gate import Gate
 from fanmark.loadgen.quality import final_replies, is_right
 from fanmark.loadgen.records import Begun, Outcome, Phase, Query, Window
@@ -133,6 +135,7 @@ class Run:
             worker=self._crew.index,
             arms=self._arms,
             questions=scenario.questions,
+            record=scenario.record,
         )
 
     def _salt(self, run: str, arm: str, query: int, call: int) -> str | None:
@@ -328,6 +331,8 @@ class Run:
         if query.outcome == "completed":
             query.mismatches = mismatches(query)
             query.correct = self._correct(runtime) if query.output_bound else None
+            if isinstance(runtime.demand.params, Enacted):
+                query.fidelity = fidelity(runtime.demand.params.steps, query.calls, query.started_at)
         query.unexplained_tokens = runtime.unexplained_tokens
 
     def _correct(self, runtime: QueryRuntime) -> bool | None:

@@ -13,7 +13,7 @@ from fanmark.agents.runtime import Author, Key, Message, ToolAsk, ToolLike
 from fanmark.loadgen import retries
 from fanmark.loadgen.budget import Cost, Promise
 from fanmark.loadgen.call_record import take
-from fanmark.loadgen.contamination import Prompt, listed
+from fanmark.loadgen.contamination import ANYONE, Prompt, listed
 from fanmark.loadgen.demand import Demand, unquoted, word_for_word
 from fanmark.loadgen.endpoint import Endpoint
 from fanmark.loadgen.errors import CallError, Stopped
@@ -21,6 +21,7 @@ from fanmark.loadgen.lanes.http import HttpError, Sent
 from fanmark.loadgen.lanes.mcp_model import Trip
 from fanmark.loadgen.lanes.sse import Reply
 from fanmark.loadgen.prompts import Part, Text, tool_fields
+from fanmark.loadgen.recording import RecordedCall, said_of
 from fanmark.loadgen.records import Call
 from fanmark.loadgen.tool_calls import carried_out
 from fanmark.loadgen.trace_headers import call_headers, tool_headers
@@ -60,7 +61,10 @@ class QueryRuntime:
 
     @property
     def owner(self) -> Hashable:
-        """Whose the query's traffic is: its own, its session's, or that of all who ask a file's line, who may be told the same."""
+        """Whose the query's traffic is: its own, its session's, that of all who ask a file's line, who may be told the same, or, as
+        recorded queries may share anything, anyone's."""
+        if self.demand.topology.of_query is not None:
+            return ANYONE
         number = self.demand.query if self.session is None else self.session.first
         return ("line", number % len(self.world.questions)) if self.world.questions else number
 
@@ -208,7 +212,7 @@ class QueryRuntime:
     def start(self, kind: Any, role: str, round: int, read: Iterable[Message], **where: Any) -> Call:
         """A call or tool call that begins, and reads these messages."""
         after = sorted({m.source for m in read if m.source is not None})
-        call = Call(
+        call = (RecordedCall if self.world.record else Call)(
             query=self.demand.query,
             arm=self.demand.arm,
             call=len(self.calls) + 1,
@@ -271,6 +275,9 @@ class QueryRuntime:
                     continue
                 raise
             take(call, reply)
+            if isinstance(call, RecordedCall):
+                schemas = endpoint.tool_part if tools else None
+                call.messages = said_of(prompt, messages, schemas, self.written, self.world.run_id)
             if traffic is not None:
                 limit = self.world.explained.limit(traffic)
                 self.unexplained_tokens += max(0, (call.cached_tokens or 0) - limit)
@@ -379,5 +386,5 @@ class QueryRuntime:
         found, first_own = listed(prompt, messages, tools, given)
         if salt not in (self.world.run_id, f"{self.world.run_id}-{arm}"):
             first_own = 0  # a salt of this query, or of this call
-        query = self.owner if salt == self.world.run_id else (arm, self.owner)
+        query = self.owner if salt == self.world.run_id or self.owner == ANYONE else (arm, self.owner)
         return self.world.explained.sent(salt, query, found, first_own)

@@ -210,7 +210,8 @@ class Stage(Table, frozen=True):
 
 class Load(Table, frozen=True):
     """When queries start. Each of rate, concurrency, queries and warmup is per arm. `stages` stand in place of `rate`; `gap_cv` is of the
-    gamma process; `arrivals` are start times, or the file that they are read from. At most `max_in_flight` queries run at a time: what
+    gamma process; `arrivals` are start times, or the file that they are read from; left out in a replay, queries start as recorded, and
+    `speed` times as fast. At most `max_in_flight` queries run at a time: what
     that delays is told apart. A query that takes longer than `query_timeout_s` is given up. The run ends when so large a share of the last
     20 calls failed as `abort_on_errors` says (false: never). All is done `repeats` times.
     With `match` "calls" a pilot sets the arms' rates so that all have as many calls in flight as the baseline at its rate. `users` is the
@@ -223,6 +224,7 @@ class Load(Table, frozen=True):
     process: Literal["constant", "poisson", "gamma", "replay"] = "poisson"
     gap_cv: Positive = 2.0
     arrivals: str | list[NotNegative] | None = None
+    speed: Positive = 1.0
     max_in_flight: Annotated[int, msgspec.Meta(ge=1)] | None = None
     query_timeout_s: Positive | None = None
     abort_on_errors: bool | Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5
@@ -290,7 +292,8 @@ ARM_KEYS = frozenset(field.name for field in msgspec.structs.fields(Arm)) - {"pa
 
 
 class Scenario(Table, frozen=True):
-    """A checked scenario. `targets` is empty when the embedded stub stands in; `questions` are those of the workload's file."""
+    """A checked scenario. `targets` is empty when the embedded stub stands in; `questions` are those of the workload's file. `record`: the
+    run's folder is also a recording (recording.py)."""
 
     name: str
     seed: int
@@ -305,6 +308,7 @@ class Scenario(Table, frozen=True):
     source: str
     threshold: list[Threshold] = []
     questions: list[Question] = []
+    record: bool = False
 
     @property
     def system_message(self) -> bool:

@@ -16,6 +16,7 @@ from fanmark.loadgen.lengths import Dist
 from fanmark.loadgen.mistakes import convert, show
 from fanmark.loadgen.question_file import read_questions
 from fanmark.loadgen.questions import Question
+from fanmark.loadgen.recording import recording_of
 from fanmark.loadgen.redaction import is_secret_name
 from fanmark.loadgen.scenario import (
     ANSWER_KINDS,
@@ -59,6 +60,7 @@ class _File(Table, frozen=True, kw_only=True):
     objective: Objective | None = None
     budget: Budget | None = None
     threshold: list[Threshold] = []
+    record: bool = False
 
 
 def bundled() -> dict[str, str]:
@@ -105,7 +107,7 @@ def check(raw: Mapping[str, Any], source: str, topologies: Mapping[str, Topology
     _check_tools(file, source)
     arms = [arm_of(raw_arm, i, source, topologies) for i, raw_arm in enumerate(file.arm)]
     check_arms(arms, targets, source)
-    load = _load(_of_users(file.load, raw, source), source)
+    load = _load(_of_users(file.load, raw, source), source, arms)
     scenario = Scenario(
         name=file.name,
         seed=file.seed,
@@ -120,6 +122,7 @@ def check(raw: Mapping[str, Any], source: str, topologies: Mapping[str, Topology
         threshold=file.threshold,
         source=source,
         questions=_questions(file.workload, arms, source),
+        record=file.record,
     )
     _check_lengths(scenario, source)
     _check_match(scenario, source)
@@ -159,8 +162,17 @@ def _check_match(scenario: Scenario, source: str) -> None:
             )
 
 
-def _load(load: Load, source: str) -> Load:
+def _load(load: Load, source: str, arms: Sequence[Arm]) -> Load:
     """The load with its arrivals read and its end settled: 20 queries where nothing else is said."""
+    recorded = [len(recording) for arm in arms if (recording := recording_of(arm)) is not None]
+    if load.process == "replay" and load.arrivals is None and recorded:
+        queries = load.queries or max(recorded)
+        return msgspec.structs.replace(load, mode="open", queries=queries, duration=None)
+    if load.speed != 1:
+        raise ScenarioError(
+            f'{source}: [load] speed = {load.speed:g}: it is of a replay: give an arm with topology = "replay", and process = "replay" '
+            "without arrivals"
+        )
     if load.queries is not None and load.duration is not None:
         raise ScenarioError(
             f"{source}: [load] queries = {load.queries} and duration = {load.duration:g}: give one of the two"

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from fanmark.loadgen import critical
+from fanmark.loadgen import critical, fidelity
 from fanmark.loadgen.amplification import COUNTS, TIMES, Counted, amplification
 from fanmark.loadgen.claims import held
 from fanmark.loadgen.objective import objective_part
@@ -152,6 +152,7 @@ def _arm(arm: Arm, scenario: Scenario, counted: Counted, base: Counted) -> dict[
         "errors": dict(Counter(call.error for call in calls if call.error not in (None, "cancelled"))),
     }
     found["quality"] = quality(queries, scenario.questions, forced=scenario.workload.lengths == "forced")
+    found["fidelity"] = fidelity.mean([query.fidelity for query in completed])
     found["stopped"] = dict(Counter(query.stopped for query in completed if query.stopped is not None))
     found["by_part"] = _per_query_by(completed, lambda query: query.part or "") if arm.mix else None
     turns = [query for query in completed if query.turn is not None]

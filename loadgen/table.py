@@ -88,9 +88,24 @@ def lines(summary: Mapping[str, Any]) -> list[str]:
         *columns(expected_rows(arms)),
         "",
         *_target_lines(arms),
+        *_fidelity_lines(arms),
         *_quality_lines(arms),
         *claim_lines(arms, "measured"),
         *checks(summary),
+    ]
+
+
+def _fidelity_lines(arms: Mapping[str, Any]) -> list[str]:
+    """How near the arms that replay a recording came to it."""
+    found = {name: told for name, arm in arms.items() if (told := arm.get("fidelity")) is not None}
+    if not found:
+        return []
+    measures = list(next(iter(found.values())))
+    rows = [[name, *("-" if v is None else f"{v:.3f}" for v in told.values())] for name, told in found.items()]
+    return [
+        "fidelity of the replay: the share that is as recorded, per query",
+        *columns([["", *(measure.replace("_", " ") for measure in measures)], *rows]),
+        "",
     ]
 
 

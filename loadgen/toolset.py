@@ -114,7 +114,7 @@ class ToolSet:
         latency_s: float | None = None,
     ) -> ToolOutcome:
         # our own tools draw their latency from the query's seed, so that a query meets the same tools in every arm
-        own = {LATENCY_META: latency_s} if latency_s is not None else {}
+        own = {LATENCY_META: max(0.0, latency_s - self.config.round_trip_s)} if latency_s is not None else {}
         meta = {SEED_META: seed, RESULT_TOKENS_META: tokens, **own} if self._embedded else None
         timeout_s = self.config.call_timeout_s
         result = await self._servers.call(name, arguments, timeout_s=timeout_s, meta=meta, trip=trip)

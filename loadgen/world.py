@@ -42,3 +42,4 @@ class World:
     worker: int = 0
     arms: Mapping[str, Arm] = field(default_factory=dict)
     questions: Sequence[Question] = ()
+    record: bool = False

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fanmark.loadgen.contamination import Explained, Prompt
+from fanmark.loadgen.contamination import ANYONE, Crowd, Explained, Prompt
 
 BLOCK = 16
 Words = tuple[Hashable, ...]
@@ -184,3 +184,20 @@ def test_a_query_that_ended_is_forgotten_and_what_all_share_is_not() -> None:
     client.explained.forget(1)
     client.explained.forget("never seen")
     assert client.explained.limit(client.send("a", 1, [SYSTEM, QUESTION], 1)) == 115
+
+
+def test_what_anyone_may_send_is_counted_in_fixed_memory() -> None:
+    """A message that two queries sent is explained in both, a third query's own is not; nothing of it can be forgotten."""
+    explained = Explained()
+    for query in range(2):
+        prompt = explained.sent("salt", ANYONE, [("shared", 100), (f"own {query}", 40)], 2)
+        explained.replied(prompt, f"reply {query}")
+    assert explained.limit(prompt) == 100 + 15
+    again = explained.sent("salt", ANYONE, [("shared", 100), ("own 1", 40), ("reply 1", 20)], 3)
+    assert explained.limit(again) == 160 + 15
+    explained.forget(ANYONE)
+    assert explained.limit(again) == 160 + 15
+    crowd = Crowd()
+    for _ in range(300):
+        crowd["thing"] += 1
+    assert (crowd["thing"], crowd["other"]) == (255, 0)

@@ -421,3 +421,24 @@ def test_one_who_gives_up_waiting_does_not_spoil_it_for_the_others() -> None:
         return tasks[1].result()
 
     assert run(first_cancelled()).size == 40
+
+
+def test_of_a_recordings_texts_the_last_are_kept_and_others_come_out_the_same() -> None:
+    """Each is a fifth of what is kept: the first is used again and again, so that it stays; the second is not."""
+    server = Server()
+    prompts = TokenPrompts(list(range(1000, 1256)), server)
+    prompts.kept_tokens = 500
+    texts = [Text("user", "", 100, f"1/recorded/{i}") for i in range(6)]
+
+    async def main() -> tuple[list[int], Sequence[int] | str, Sequence[int] | str]:
+        first, second = await prompts.part(texts[0]), await prompts.part(texts[1])
+        for text in texts[2:]:
+            await prompts.part(text)
+            assert await prompts.part(texts[0]) is first
+        again = await prompts.part(texts[1])
+        assert again is not second
+        kept = [i for i, text in enumerate(texts) if text in prompts._of["1/recorded"]]
+        return kept, second.content, again.content
+
+    kept, before, after = run(main())
+    assert kept == [0, 1, 3, 4, 5] and before == after
