@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fanmark.loadgen import cli_engine, cli_runs
+from fanmark.loadgen import cli_engine, cli_runs, cli_tap
 from fanmark.loadgen.errors import FanmarkError
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ for command in (
     cli_runs.report,
     cli_runs.verify,
     cli_runs.compare,
+    cli_tap.tap,
 ):
     app.command()(command)
 

@@ -293,7 +293,7 @@ ARM_KEYS = frozenset(field.name for field in msgspec.structs.fields(Arm)) - {"pa
 
 class Scenario(Table, frozen=True):
     """A checked scenario. `targets` is empty when the embedded stub stands in; `questions` are those of the workload's file. `record`: the
-    run's folder is also a recording (recording.py)."""
+    run's folder is also a recording (recording.py). `tapped`: its arms are what passed a tap, and are not set against each other."""
 
     name: str
     seed: int
@@ -309,6 +309,7 @@ class Scenario(Table, frozen=True):
     threshold: list[Threshold] = []
     questions: list[Question] = []
     record: bool = False
+    tapped: bool = False
 
     @property
     def system_message(self) -> bool:

@@ -61,6 +61,7 @@ class _File(Table, frozen=True, kw_only=True):
     budget: Budget | None = None
     threshold: list[Threshold] = []
     record: bool = False
+    tapped: bool = False
 
 
 def bundled() -> dict[str, str]:
@@ -123,6 +124,7 @@ def check(raw: Mapping[str, Any], source: str, topologies: Mapping[str, Topology
         source=source,
         questions=_questions(file.workload, arms, source),
         record=file.record,
+        tapped=file.tapped,
     )
     _check_lengths(scenario, source)
     _check_match(scenario, source)

@@ -176,7 +176,7 @@ async def _hold(seconds: float, progress: TextIO | None) -> None:
         return
     tell(f"metrics  up for {seconds:.0f} s more, so that the run's end is scraped; Ctrl-C ends that", progress)
     enough = asyncio.Event()
-    async with _signals(enough.set):
+    async with signals(enough.set):
         await hold(seconds, enough)
 
 
@@ -225,7 +225,7 @@ async def _alone(
     await open_connections(scenario, endpoints.values(), Alone(clock.now))
     health = Health(clock.now)
     clock.start(time.monotonic())
-    await last.enter_async_context(_signals(one.stop.ask, options.progress))
+    await last.enter_async_context(signals(one.stop.ask, options.progress))
     beside = [*_progress(course, options), sampler.watch(lambda: {0: health.look()}, course.add)]
     ending = await carry_out(one, tally, health, journal, beside)
     return Ended(ending, {0: health.look()})
@@ -242,7 +242,7 @@ async def _crew(
 ) -> Ended:
     """The whole run by worker processes. From its start until `last`, signals are requests to stop."""
     await crew.start(options.workers)
-    await last.enter_async_context(_signals(crew.ask, options.progress))
+    await last.enter_async_context(signals(crew.ask, options.progress))
     async with going_on([*_progress(course, options), sampler.watch(crew.states, course.add)]):
         ended = await crew.carry_out()
     await crew.join(journal, ended)
@@ -281,18 +281,23 @@ def _progress(course: Course, options: Options) -> list[Coroutine[Any, Any, None
 
 def open_folder(out: Path, scenario: Scenario, *, through: bool = False) -> Journal:
     """The run's folder with its scenario.toml, and a journal in it. Raises ScenarioError where it holds a run or cannot be written."""
-    import tomli_w
-
     if (out / "queries.jsonl").exists() or (out / "summary.json").exists():
         raise ScenarioError(f"--out {out}: holds another run: give a new folder, or remove it first")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "scenario.toml").write_text(tomli_w.dumps(_without_none(resolved(scenario))))
+        write_scenario(out, scenario)
         if scenario.questions:
             write_questions(out / QUESTIONS, scenario.questions)
         return Journal(out, through=through)
     except OSError as e:
         raise ScenarioError(f"--out {out}: cannot be written ({e.strerror}): give another folder") from None
+
+
+def write_scenario(out: Path, scenario: Scenario) -> None:
+    """scenario.toml, resolved. Raises OSError."""
+    import tomli_w
+
+    (out / "scenario.toml").write_text(tomli_w.dumps(_without_none(resolved(scenario))))
 
 
 def _without_none(value: Any) -> Any:
@@ -302,7 +307,7 @@ def _without_none(value: Any) -> Any:
 
 
 @asynccontextmanager
-async def _signals(ask: Callable[[], None], progress: TextIO | None = None) -> AsyncIterator[None]:
+async def signals(ask: Callable[[], None], progress: TextIO | None = None) -> AsyncIterator[None]:
     loop = asyncio.get_running_loop()
     lines = iter([f"interrupted: no new queries; those that run have {GRACE_S:g} s, and end at once when asked again"])
 

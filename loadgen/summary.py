@@ -143,7 +143,9 @@ def _arm(arm: Arm, scenario: Scenario, counted: Counted, base: Counted) -> dict[
         "per_call": _per_call([call for query in completed for call in query.calls]),
         "expected": _expected(completed),
         "amplification": {
-            name: amplification(counted, base, name, scenario.seed, interleaved=interleaved)
+            name: None
+            if scenario.tapped
+            else amplification(counted, base, name, scenario.seed, interleaved=interleaved)
             for name in (*COUNTS, *TIMES)
         },
         **_groups(completed),
@@ -321,7 +323,7 @@ def _steady(arms: Mapping[str, Any]) -> tuple[bool | None, str]:
     return worst, "; ".join(whole)
 
 
-def _counted(arms: Mapping[str, Any]) -> tuple[bool, str]:
+def _counted(arms: Mapping[str, Any]) -> tuple[bool | None, str]:
     wrong = {name: arm["expected"]["mismatches"] for name, arm in arms.items() if arm["expected"]["mismatches"]}
     empty = [name for name, arm in arms.items() if not arm["queries"]["completed"]]
     if wrong or empty:
@@ -334,6 +336,8 @@ def _counted(arms: Mapping[str, Any]) -> tuple[bool, str]:
     formless = [name for name, arm in arms.items() if arm["expected"]["calls"] is None]
     but += f"; {', '.join(formless)} has no closed form" if formless else ""
     compared = sum(arm["queries"]["completed"] for name, arm in arms.items() if name not in formless)
+    if len(formless) == len(arms):
+        return None, f"{', '.join(formless)}: no closed form"
     return True, f"{compared} queries equal their closed form{but}"
 
 

@@ -133,13 +133,14 @@ class ArmTally:
 
 
 class Tally:
-    """All arms' sums, and the client's own delays."""
+    """All arms' sums, and the client's own delays. Without `compared` no arm is set against the baseline."""
 
-    def __init__(self, arms: dict[str, str], baseline: str) -> None:
+    def __init__(self, arms: dict[str, str], baseline: str, *, compared: bool = True) -> None:
         self._arms = {name: ArmTally(topology) for name, topology in arms.items()}
         self._ended: deque[Call] = deque()  # and not yet added
         self._adding = Lock()  # those who look do so from several threads
         self.baseline = baseline
+        self.compared = compared
         self.send_delay: Counter[int] = Counter()  # of calls, by log bucket (records.gap_bucket), as the next
         self.ttft: Counter[int] = Counter()
         self.chunks = self.coalesced = 0  # a call's first chunk included
@@ -167,11 +168,19 @@ class Tally:
         self._arms[call.arm].calls_in_flight += 1
 
     def call_finished(self, call: Call) -> None:
-        self._arms[call.arm].calls_in_flight -= 1
+        self.call_landed(call)
         if call.query >= 0:
-            self._ended.append(call)
-            if len(self._ended) >= MOST_PENDING:
-                self._add_ended()
+            self.call_told(call)
+
+    def call_landed(self, call: Call) -> None:
+        """It is in flight no more; what it was will be told."""
+        self._arms[call.arm].calls_in_flight -= 1
+
+    def call_told(self, call: Call) -> None:
+        """What a call was that has ended."""
+        self._ended.append(call)
+        if len(self._ended) >= MOST_PENDING:
+            self._add_ended()
 
     def _add(self, call: Call) -> None:
         arm = self._arms[call.arm]
@@ -231,7 +240,7 @@ class Tally:
     def amplification(self, arm: str, resource: str) -> float | None:
         """The ratio of means so far, None before both arms have completed a query or where the baseline has none of it."""
         own, base = self.arms[arm], self.arms[self.baseline]
-        if not own.completed or not base.completed or not base.sums[resource]:
+        if not self.compared or not own.completed or not base.completed or not base.sums[resource]:
             return None
         return (own.sums[resource] / own.completed) / (base.sums[resource] / base.completed)
 
@@ -240,7 +249,13 @@ class Tally:
         does not know which queries of the arms belong together, so it is wider than the run's own."""
         own, base = self.arms[arm], self.arms[self.baseline]
         least = min(own.completed, base.completed)
-        if resource not in COUNTS or least < LEAST_QUERIES or not own.sums[resource] or not base.sums[resource]:
+        if (
+            not self.compared
+            or resource not in COUNTS
+            or least < LEAST_QUERIES
+            or not own.sums[resource]
+            or not base.sums[resource]
+        ):
             return None
         if own is base:
             return (1.0, 1.0)

@@ -11,7 +11,7 @@ Rules of the file:
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -26,7 +26,7 @@ MAX_EVENT_BYTES = 16_000_000
 _EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?!\n)){2}")  # an end of line of any kind, and an empty line
 
 
-class _Details(msgspec.Struct, gc=False):
+class Details(msgspec.Struct, gc=False):
     cached_tokens: int | None = None
     reasoning_tokens: int | None = None
 
@@ -36,32 +36,32 @@ class Usage(msgspec.Struct, gc=False):
 
     prompt_tokens: int
     completion_tokens: int = 0
-    prompt_tokens_details: _Details | None = None
-    completion_tokens_details: _Details | None = None
+    prompt_tokens_details: Details | None = None
+    completion_tokens_details: Details | None = None
 
 
-class _Function(msgspec.Struct, gc=False):
+class Function(msgspec.Struct, gc=False):
     name: str | None = None
     arguments: str | None = None
 
 
-class _ToolCall(msgspec.Struct, gc=False):
+class ToolDelta(msgspec.Struct, gc=False):
     index: int = 0
     id: str | None = None
-    function: _Function | None = None
+    function: Function | None = None
 
 
-class _Message(msgspec.Struct, gc=False):
+class Delta(msgspec.Struct, gc=False):
     content: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[_ToolCall] | None = None
+    tool_calls: list[ToolDelta] | None = None
 
 
-class _Choice(msgspec.Struct, gc=False):
+class Choice(msgspec.Struct, gc=False):
     index: int = 0
-    delta: _Message | None = None
-    message: _Message | None = None
+    delta: Delta | None = None
+    message: Delta | None = None
     text: str | None = None
     finish_reason: str | None = None
     token_ids: list[int] | None = None
@@ -70,7 +70,7 @@ class _Choice(msgspec.Struct, gc=False):
 class Chunk(msgspec.Struct, gc=False):
     """One event of a stream, or a whole reply that is not streamed: what of it is read."""
 
-    choices: list[_Choice] = []
+    choices: list[Choice] = []
     usage: Usage | None = None
     error: Any = None
     object: str | None = None
@@ -123,7 +123,8 @@ def _data(event: bytes) -> bytes | None:
 
 
 class StreamParser:
-    """One streamed reply, read in batches. A lane feeds it in order and asks for the reply once, when the body is whole."""
+    """One streamed reply, read in batches. A lane feeds it in order and asks for the reply once, when the body is whole. `decode` makes a
+    chunk of an event of another API."""
 
     __slots__ = (
         "_answer_at",
@@ -133,6 +134,7 @@ class StreamParser:
         "_chunks",
         "_closed",
         "_coalesced",
+        "_decode",
         "_done",
         "_error",
         "_finish",
@@ -148,7 +150,8 @@ class StreamParser:
         "_usage",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, decode: Callable[[bytes], Chunk] | None = None) -> None:
+        self._decode = decode or _decode
         self._rest = bytearray()  # of an event that is not whole yet
         self._rest_at = 0.0  # the instant of its last byte
         self._has_cr = False
@@ -239,7 +242,7 @@ class StreamParser:
             asks=tuple(ToolAsk(id, name, "".join(rest)) for _, (id, name, *rest) in sorted(self._asks.items())),
         )
 
-    def _ask(self, deltas: Sequence[_ToolCall]) -> None:
+    def _ask(self, deltas: Sequence[ToolDelta]) -> None:
         """More of the tool calls: a call's id and name come once, its arguments in pieces."""
         for delta in deltas:
             parts = self._asks.setdefault(delta.index, ["", ""])
@@ -258,7 +261,7 @@ class StreamParser:
                 if isinstance(data, bytes) and (data == b"[DONE]" or (data[:1] != b"{" and data.strip() == b"[DONE]")):
                     self._done = True
                     break
-                chunk = _decode(data)
+                chunk = self._decode(data) if isinstance(data, bytes) else _checked(data)
                 if chunk.usage is not None:
                     self._usage = chunk.usage
                 self._closed = (
@@ -318,29 +321,33 @@ def parse_stream(chunks: Chunks) -> Reply:
 
 
 def parse_body(body: bytes, done_at: float) -> Reply:
-    """The reply of a request that was not streamed: all its tokens came at once."""
-    chunk = _decode(body)
+    """The reply of a request that was not streamed."""
+    return reply_of(_decode(body), done_at)
+
+
+def reply_of(chunk: Chunk, done_at: float) -> Reply:
+    """A whole reply: all its tokens came at once."""
     if not chunk.choices:
-        raise CallError("bad_reply", f"a reply without choices: {body[:200]!r}")
+        raise CallError("bad_reply", "a reply without choices")
     choice = chunk.choices[0]
-    message = choice.message or _Message()
+    message = choice.message or Delta()
     said = choice.text if choice.text is not None else message.content
-    functions = [(call.id or "", call.function or _Function()) for call in message.tool_calls or ()]
+    functions = [(call.id or "", call.function or Function()) for call in message.tool_calls or ()]
     asks = tuple(ToolAsk(id, function.name or "", function.arguments or "") for id, function in functions)
     return Reply(
         said or "", choice.token_ids, done_at, done_at, done_at, chunk.usage, choice.finish_reason, {}, 0, asks
     )
 
 
-def _decode(data: bytes | Chunk) -> Chunk:
-    if isinstance(data, bytes):
-        try:
-            chunk = _decoder.decode(data)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
-            raise CallError("bad_reply", f"a malformed event: {e}: {data[:200]!r}") from None
-    else:
-        chunk = data
+def _decode(data: bytes) -> Chunk:
+    try:
+        return _checked(_decoder.decode(data), data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
+        raise CallError("bad_reply", f"a malformed event: {e}: {data[:200]!r}") from None
+
+
+def _checked(chunk: Chunk, data: bytes = b"") -> Chunk:
     if chunk.error is not None or chunk.object == "error":
-        told = data[:300].decode(errors="replace") if isinstance(data, bytes) else str(chunk.error or chunk.message)
+        told = data[:300].decode(errors="replace") or str(chunk.error or chunk.message)
         raise CallError("bad_reply", f"an error in place of a reply: {told}")
     return chunk

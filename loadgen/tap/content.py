@@ -1,0 +1,90 @@
+"""What requests and replies show of who waited for whom: the same texts, found again. Pure.
+
+1. A request extends an earlier one if all messages of that stand first in it. What follows, its reply apart, is new to that agent.
+2. A reply, or a tool's result, is read where it stands in a message: as the message, or, if it is long enough not to stand there by
+   chance, within it.
+3. A tool call that a reply asks for is open until its result is told. What another agent is first told, and is an argument of an open one
+   or holds it, was handed over by it.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import blake2b
+from typing import Any
+
+import msgspec
+
+from fanmark.agents.runtime import ToolAsk
+from fanmark.loadgen.quoting import SHORT
+from fanmark.loadgen.tap.asked import Said
+
+AS_USER = (
+    "Observation:",
+    "<tool_response>",
+    "Call id:",
+    "Tool output",
+    "Tool result",
+)  # a result in a user's words begins so
+_HANDED = 16  # characters: an argument of so many stands in another text by no chance
+
+
+def chain(messages: Iterable[Said]) -> list[bytes]:
+    """A digest of the messages up to each one."""
+    digest, found = blake2b(digest_size=16), []
+    for message in messages:
+        digest.update(f"{message.role}\0{message.content}\0".encode(errors="surrogatepass"))
+        found.append(digest.copy().digest())
+    return found
+
+
+def stands(text: str, message: str) -> bool:
+    """Whether a reply stands in a message."""
+    return text == message or (len(text) >= SHORT and text in message)
+
+
+def texts_of(ask: ToolAsk) -> list[str]:
+    """The texts among a tool call's arguments."""
+    try:
+        arguments = msgspec.json.decode(ask.arguments)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        arguments = ask.arguments
+    return [text.strip() for text in _leaves(arguments) if text.strip()]
+
+
+def _leaves(value: Any) -> Iterable[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _leaves(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _leaves(each)
+
+
+def handed_over(ask: ToolAsk, told: str) -> bool:
+    """Whether what an agent is first told is what this tool call says."""
+    return any(text == told or (len(text) >= _HANDED and text in told) for text in texts_of(ask))
+
+
+def first_told(messages: Sequence[Said]) -> str:
+    """What an agent is first told: its first message that is not the system's."""
+    return next((m.text.strip() for m in messages if m.role == "user"), "")
+
+
+def same_call(ask: ToolAsk, tool: str, arguments: Mapping[str, Any]) -> bool:
+    """Whether a tool call is the one that a reply asked for; frameworks put a server's name before a tool's."""
+    try:
+        asked = msgspec.json.decode(ask.arguments) if ask.arguments else {}
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    return (ask.name == tool or ask.name.endswith(tool)) and asked == arguments
+
+
+def new_turn(added: Sequence[Said], told: Iterable[str]) -> bool:
+    """Whether what a request adds to an earlier one, whose reply asked for no tool, is a user's next turn: it ends with a user's message
+    that is no tool's result, in no form, and in which nothing stands that was `told` in the query."""
+    last = added[-1] if added else None
+    if last is None or last.role != "user" or any(message.role == "tool" for message in added):
+        return False
+    text = last.text.strip()
+    return not text.startswith(AS_USER) and not any(stands(each, text) for each in told)
