@@ -96,7 +96,7 @@ def recomputable(
         key: None if any(p[key] is None for p in parts) else all(p[key] for p in parts)
         for key in ("reconciled", "alone")
     } | {said: "; ".join(dict.fromkeys(p[said] for p in parts)) for said in ("reason", "alone_reason")}
-    warm = scenario.workload.cache == "warm"
+    warm = scenario.tapped or scenario.workload.cache == "warm"
     counted = counted_calls(queries)
     knowable = not warm and any(call.cached_tokens is not None for call in counted)
     unexplained = sum(query.unexplained_tokens for query in queries) if knowable else None

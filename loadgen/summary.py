@@ -343,7 +343,7 @@ def _counted(arms: Mapping[str, Any]) -> tuple[bool | None, str]:
 
 def _uncontaminated(unexplained_tokens: int | None, warm: bool, heard: bool) -> tuple[bool | None, str]:
     if warm:
-        return None, 'cache = "warm": whatever was cached before was meant to be found'
+        return None, "warm: whatever was cached before was meant to be found"
     if unexplained_tokens is None:
         return None, "the server reports no cached tokens" if heard else "no call that counts was answered"
     if unexplained_tokens:

@@ -62,7 +62,8 @@ def load(folder: Path, topologies: Mapping[str, Topology]) -> tuple[dict[str, An
             raise ScenarioError(
                 f"{folder}: its summary is of schema {summary.get('schema')!r}, this version reads {SCHEMA}"
             )
-        scenario = scenario_check.check(raw, source, with_users(raw, source, topologies))
+        known = topologies if raw.get("tapped") is True else with_users(raw, source, topologies)
+        scenario = scenario_check.check(raw, source, known)
         return summary, scenario, records.read_queries(folder)
     except (OSError, msgspec.MsgspecError) as e:
         raise ScenarioError(

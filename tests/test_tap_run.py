@@ -10,9 +10,9 @@ from tapped import SALT, by_seed, through
 
 from fanmark.agents import topologies
 from fanmark.loadgen import session
+from fanmark.loadgen.recording import text_id
 from fanmark.loadgen.records import read_queries
 from fanmark.loadgen.scenario_check import check
-from fanmark.loadgen.tap.record import key_id
 from fanmark.loadgen.trace_headers import trace_id
 from fanmark.loadgen.verify import verify
 
@@ -54,7 +54,7 @@ def test_the_tap_tells_of_each_query_what_the_run_tells(stub: Stub, tools_url: s
     tapped, queries = by_seed(tmp_path / "tap"), read_queries(tmp_path / "run")
     assert len(tapped) == len(queries) == 12
     for query in queries:
-        seen = tapped[key_id(SALT, trace_id("r1", query.arm, query.query))]
+        seen = tapped[text_id(SALT, trace_id("r1", query.arm, query.query))]
         told = {name: query.resources[name] for name in EQUAL}
         assert {name: seen.resources[name] for name in EQUAL} == told, (query.arm, query.query)
         assert seen.outcome == "completed"

@@ -1,6 +1,8 @@
 """What requests and replies show of who waited for whom: the same texts, found again. Pure.
 
-1. A request extends an earlier one if all messages of that stand first in it. What follows, its reply apart, is new to that agent.
+1. A request extends an earlier one if all messages of that stand first in it, the system's apart, for another agent may take over. What
+   follows, its reply apart, is new. Frameworks write an earlier turn anew: texts are compared without the white space around them, tool
+   calls by name and parsed arguments, and a reply that became a text by its calls' ids.
 2. A reply, or a tool's result, is read where it stands in a message: as the message, or, if it is long enough not to stand there by
    chance, within it.
 3. A tool call that a reply asks for is open until its result is told. What another agent is first told, and is an argument of an open one
@@ -17,6 +19,7 @@ from fanmark.agents.runtime import ToolAsk
 from fanmark.loadgen.quoting import SHORT
 from fanmark.loadgen.tap.asked import Said
 
+_in_order = msgspec.json.Encoder(order="deterministic")
 AS_USER = (
     "Observation:",
     "<tool_response>",
@@ -31,9 +34,25 @@ def chain(messages: Iterable[Said]) -> list[bytes]:
     """A digest of the messages up to each one."""
     digest, found = blake2b(digest_size=16), []
     for message in messages:
-        digest.update(f"{message.role}\0{message.content}\0".encode(errors="surrogatepass"))
+        calls = [[ask.name, _parsed(ask)] for ask in message.asks]
+        digest.update(_in_order.encode([message.role, message.text.strip(), calls]))
         found.append(digest.copy().digest())
     return found
+
+
+def of_system(messages: Iterable[Said]) -> str:
+    """What the system says of who is asked."""
+    return "\n".join(message.text for message in messages if message.role == "system")
+
+
+def spoken(messages: Iterable[Said]) -> list[Said]:
+    """The conversation: all but the system's words and the tools' schemas."""
+    return [message for message in messages if message.role not in ("system", "tools")]
+
+
+def call_ids(messages: Iterable[Said]) -> list[str]:
+    """The ids of the tool calls that are told of."""
+    return [id for message in messages for id in (*(ask.id for ask in message.asks), message.answers) if id]
 
 
 def stands(text: str, message: str) -> bool:
@@ -41,13 +60,21 @@ def stands(text: str, message: str) -> bool:
     return text == message or (len(text) >= SHORT and text in message)
 
 
+def _parsed(ask: ToolAsk) -> Any:
+    try:
+        return msgspec.json.decode(ask.arguments) if ask.arguments else {}
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return ask.arguments
+
+
 def texts_of(ask: ToolAsk) -> list[str]:
     """The texts among a tool call's arguments."""
-    try:
-        arguments = msgspec.json.decode(ask.arguments)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        arguments = ask.arguments
-    return [text.strip() for text in _leaves(arguments) if text.strip()]
+    return [text.strip() for text in _leaves(_parsed(ask)) if text.strip()]
+
+
+def says(text: str, asks: Iterable[ToolAsk]) -> list[str]:
+    """What of a reply may be read again: its text, and what its tool calls say, for some agents give their answer by one."""
+    return [text] * bool(text) + [each for ask in asks for each in texts_of(ask) if len(each) >= _HANDED]
 
 
 def _leaves(value: Any) -> Iterable[str]:
@@ -73,11 +100,7 @@ def first_told(messages: Sequence[Said]) -> str:
 
 def same_call(ask: ToolAsk, tool: str, arguments: Mapping[str, Any]) -> bool:
     """Whether a tool call is the one that a reply asked for; frameworks put a server's name before a tool's."""
-    try:
-        asked = msgspec.json.decode(ask.arguments) if ask.arguments else {}
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return False
-    return (ask.name == tool or ask.name.endswith(tool)) and asked == arguments
+    return (ask.name == tool or ask.name.endswith(tool)) and _parsed(ask) == arguments
 
 
 def new_turn(added: Sequence[Said], told: Iterable[str]) -> bool:

@@ -14,95 +14,30 @@ Rules of the file:
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fanmark.agents.runtime import ToolAsk
+from fanmark.loadgen.quoting import SHORT, depends_on
 from fanmark.loadgen.quoting import Said as Replied
-from fanmark.loadgen.quoting import depends_on
 from fanmark.loadgen.tap.asked import Asked, Said
-from fanmark.loadgen.tap.content import chain, first_told, handed_over, new_turn, same_call, stands
+from fanmark.loadgen.tap.content import (
+    call_ids,
+    chain,
+    first_told,
+    handed_over,
+    new_turn,
+    of_system,
+    same_call,
+    spoken,
+    stands,
+)
 from fanmark.loadgen.tap.ids import Name, names, retries
+from fanmark.loadgen.tap.seen import NOWHERE, Answer, Group, Seen
 
-OPEN_ASKS_IDLE = 10  # so many times as long is waited while a tool call is open
 MOST_READ = 256  # replies of other queries that are looked for in a request without a name, the latest first
 MOST_ALIKE = 64  # calls with the same messages
 MOST_ENDED = 10_000  # sessions whose last query has ended are known so many at a time
-
-
-class Answer(NamedTuple):
-    """How a call or tool call ended. `id` is the reply's, where it may be told again."""
-
-    text: str = ""
-    asks: tuple[ToolAsk, ...] = ()
-    failed: bool = False
-    id: str | None = None
-
-
-@dataclass(eq=False)
-class Seen:
-    """A call or tool call as the tap saw it. `text` is its reply, or its result; `extends` the call whose messages its own begin with;
-    `after` are those that it waited for, `sources` those whose replies its messages are, by their place. `tool`: None for a call."""
-
-    n: int
-    began_at: float
-    asked: Asked
-    query: "Group"
-    tool: str | None = None
-    chain: list[bytes] = field(default_factory=list)
-    digest: bytes = b""
-    attempt: int = 1
-    failed_before: list["Seen"] = field(default_factory=list)
-    extends: "Seen | None" = None
-    caller: "Seen | None" = None  # whose tool call it is, or was handed over by
-    after: list["Seen"] = field(default_factory=list)
-    sources: list["Seen | None"] = field(default_factory=list)
-    by_time: bool = False
-    text: str = ""
-    asks: tuple[ToolAsk, ...] = ()
-    open_asks: list[ToolAsk] = field(default_factory=list)
-    ended_at: float | None = None
-    failed: bool = False
-    record: Any = None  # the recorder's own
-
-    @property
-    def round(self) -> int:
-        """Which call of its agent's it is, within the query."""
-        before = self.extends
-        return 1 if before is None or before.query is not self.query else before.round + 1
-
-
-@dataclass(eq=False)
-class Group:
-    """A query as the tap sees it."""
-
-    name: Name
-    session: int
-    turn: int
-    calls: list[Seen] = field(default_factory=list)
-    in_flight: int = 0
-    ended_at: float = 0.0
-    over: bool = False
-    followed: bool = False  # the session's next query has begun
-    paused_after: Seen | None = None  # the call at whose end nothing was in flight
-
-    @property
-    def attributed(self) -> str:
-        """By which method; "none" where its one call shows no company."""
-        lone = self.name.method == "content" and self.turn == 1 and len(self.calls) == 1 and not self.followed
-        return "none" if lone else self.name.method
-
-    def told(self) -> Iterator[str]:
-        """All replies and results so far."""
-        yield from (seen.text for seen in self.calls if seen.text)
-
-    def ends_at(self, idle_s: float) -> float | None:
-        """When it ends if nothing comes; None while something is in flight."""
-        if self.in_flight:
-            return None
-        waits = any(seen.open_asks for seen in self.calls)
-        return self.ended_at + idle_s * (OPEN_ASKS_IDLE if waits else 1)
 
 
 class Grouping:
@@ -118,11 +53,15 @@ class Grouping:
         self._sessions: OrderedDict[Name, Group] = OrderedDict()
         self._ends: OrderedDict[bytes, list[Seen]] = OrderedDict()  # calls by the digest of all their messages
         self._by_reply: OrderedDict[str, Seen] = OrderedDict()  # and by their reply's id
+        self._asks: OrderedDict[str, Seen] = OrderedDict()  # and by the ids of the tool calls that it asks for
         self._numbers = 0
 
     def call(self, n: int, at: float, headers: Mapping[str, str], asked: Asked, digest: bytes = b"") -> Seen:
         """A call that begins."""
-        seen = Seen(n, at, asked, _NOWHERE, chain=chain(asked.messages), digest=digest)
+        said = spoken(asked.messages)
+        seen = Seen(
+            n, at, asked, NOWHERE, spoken=said, system=of_system(asked.messages), chain=chain(said), digest=digest
+        )
         seen.extends = self._extended(seen)
         known = names(headers, asked.ids)
         self._join(seen, self._named(seen, known, at) if known else self._by_content(seen))
@@ -134,7 +73,7 @@ class Grouping:
 
     def tool_call(self, n: int, at: float, headers: Mapping[str, str], tool: str, arguments: Mapping[str, Any]) -> Seen:
         """A tool call that begins."""
-        seen = Seen(n, at, Asked(None, [], {}), _NOWHERE, tool=tool)
+        seen = Seen(n, at, Asked(None, [], {}), NOWHERE, tool=tool)
         known = names(headers, {})
         query = self._named(seen, known, at) if known else None
         among = [query] if query is not None else list(self.open)
@@ -156,6 +95,9 @@ class Grouping:
         """It ended."""
         seen.ended_at, seen.failed, seen.text = at, said.failed, said.text.strip()
         seen.asks, seen.open_asks = said.asks, list(said.asks)
+        for ask in said.asks:
+            if ask.id:
+                _keep(self._asks, ask.id, seen)
         if said.id is not None:
             _keep(self._by_reply, said.id, seen)
         query = seen.query
@@ -226,17 +168,17 @@ class Grouping:
         return new_turn(_added(seen, before), query.told())
 
     def _extended(self, seen: Seen) -> Seen | None:
-        """The call whose messages stand first, the longest; of several that asked the same the one whose reply comes next, and where that
-        does not tell either, none. The reply that it goes on from, where that is told."""
+        """The call that it goes on from: by the id of its reply, else the one whose messages stand first, the longest. Of several that
+        asked the same the one whose reply comes next, or whose system does; where neither tells of one query alone, none."""
         if seen.asked.previous is not None and (before := self._by_reply.get(seen.asked.previous)) is not None:
             return before
         for place in range(len(seen.chain) - 1, 0, -1):
-            alike = self._ends.get(seen.chain[place - 1], [])
+            alike = self._ends.get(seen.chain[place - 1])
             if alike:
-                following = seen.asked.messages[place].text.strip()
-                told = [each for each in alike if each.ended_at is not None and following and each.text == following]
-                found = told or alike
-                return found[-1] if told or len({each.query for each in found}) == 1 else None
+                following = seen.spoken[place]
+                found = [e for e in alike if e.ended_at is not None and _is_reply(following, e)] or alike
+                found = [e for e in found if e.system == seen.system] or found
+                return found[-1] if len({e.query for e in found}) == 1 else None
         return None
 
     def _by_content(self, seen: Seen) -> Group:
@@ -249,7 +191,10 @@ class Grouping:
                 return query
             self.reopened += 1
             return self._begin(Name("content", str(seen.n), False), query)
-        told = first_told(seen.asked.messages)
+        asked = [self._asks[id] for id in call_ids(seen.spoken) if id in self._asks]
+        if asked and not asked[-1].query.over:
+            return asked[-1].query
+        told = first_told(seen.spoken)
         handed = [
             each for query in self.open for each in query.calls if any(handed_over(a, told) for a in each.open_asks)
         ]
@@ -267,12 +212,15 @@ class Grouping:
 
     def _read(self, seen: Seen) -> list[Group]:
         """The open queries whose replies stand in it."""
-        messages = [message.text.strip() for message in seen.asked.messages if message.role not in ("system", "tools")]
-        latest = [each for query in self.open for each in query.calls if each.text and each.tool is None]
+        messages = [message.text.strip() for message in seen.spoken]
+        latest = [
+            each for query in self.open for each in query.calls if each.ended_at is not None and each.tool is None
+        ]
         found = [
             each.query
             for each in sorted(latest, key=lambda each: each.n)[-MOST_READ:]
-            if any(stands(each.text, message) for message in messages)
+            if any(stands(text, message) for text in each.says for message in messages)
+            or any(len(ask.id) >= SHORT and ask.id in message for ask in each.asks for message in messages)
         ]
         return list(dict.fromkeys(found))
 
@@ -297,12 +245,10 @@ class Grouping:
     def _link(self, seen: Seen) -> None:
         """What it waited for, and whose replies its messages are."""
         messages = seen.asked.messages
+        ids = call_ids(messages)
         ended = [e for e in seen.query.calls if e is not seen and e.ended_at is not None and not e.failed]
-        read = [message.text for message in messages if message.role not in ("system", "tools")]
-        ids = [ask.id for message in messages for ask in message.asks if ask.id]
-        ids += [message.answers for message in messages if message.answers]
-        said = [Replied(e.n, [e.text] if e.text else [], [ask.id for ask in e.asks if ask.id]) for e in ended]
-        waited = set(depends_on(said, [*read, *ids]))
+        said = [Replied(e.n, e.says, [ask.id for ask in e.asks if ask.id]) for e in ended]
+        waited = set(depends_on(said, [*(message.text for message in seen.spoken), *ids]))
         seen.after = [e for e in ended if e.n in waited]
         if seen.caller is not None and seen.caller not in seen.after:
             seen.after.insert(0, seen.caller)
@@ -335,13 +281,18 @@ def _callers(seen: Seen) -> None:
             source.caller, source.after, source.by_time = reply, [reply], False
 
 
-_NOWHERE = Group(Name("none", "", False), 0, 0)
-
-
 def _source(message: Said, by_text: Mapping[str, Seen], by_ask: Mapping[str, Seen]) -> Seen | None:
     """Whose reply or result a message is."""
     asker = next((by_ask[ask.id] for ask in message.asks if ask.id in by_ask), None)
     return asker if asker is not None else by_text.get(message.text.strip())
+
+
+def _is_reply(message: Said, seen: Seen) -> bool:
+    """Whether a message is the reply to a call, as it was or as a framework tells it."""
+    text = message.text.strip()
+    if seen.asks:
+        return any(ask.id and (ask.id in text or ask.id in [told.id for told in message.asks]) for ask in seen.asks)
+    return bool(text) and text == seen.text
 
 
 def _answered(ask: ToolAsk, messages: Sequence[Said], *, told_again: bool) -> bool:
@@ -353,8 +304,8 @@ def _answered(ask: ToolAsk, messages: Sequence[Said], *, told_again: bool) -> bo
 def _added(seen: Seen, before: Seen) -> list[Said]:
     """What of its messages is new after those of the call that it extends, and that call's reply."""
     if seen.asked.previous is not None:
-        return seen.asked.messages
-    added = seen.asked.messages[len(before.chain) :]
+        return seen.spoken
+    added = seen.spoken[len(before.chain) :]
     return added[1:] if added and added[0].role == "assistant" else added
 
 

@@ -1,33 +1,36 @@
-"""What the files of a tapped run hold beside those of any run: of each call enough to re-enact it, and nothing that was said. Pure.
+"""What the files of a tapped run hold beside those of any run: of each call enough to re-enact it (recording.py), and nothing that was
+said. Pure.
 
-Texts are known by salted hashes: equal texts of one recording have equal hashes, those of two have not, for each has a salt of its own,
-which is kept nowhere.
+A server tells how long a whole prompt is. What of it a message has: of a reply, what was written; of a message that was read before, what
+it had then; the rest is shared out among those that are new, by their length. So messages add up to their prompts, and equal texts are
+equally long.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
+from itertools import accumulate
 
+from fanmark.agents.runtime import Author
+from fanmark.loadgen.recording import RecordedCall, text_id
+from fanmark.loadgen.recording import Said as Told
 from fanmark.loadgen.records import Call, Query
 from fanmark.loadgen.tap.asked import Said
-from fanmark.loadgen.tap.grouping import Group, Seen
+from fanmark.loadgen.tap.seen import Group, Seen
 
 BYTES_A_TOKEN = 4
 BLOCK_TOKENS = 64
 _BLOCK_BYTES = BLOCK_TOKENS * BYTES_A_TOKEN
-_ID_BYTES = 6
-
-Read = tuple[
-    str, int, int | None, str
-]  # a message: its id, its tokens, the call or tool call of the query whose reply it is, its role
+_HASH_BYTES = 6
+_MOST_SIZES = 200_000
+_AUTHORS: dict[str, Author] = {"system": "system", "tools": "system", "assistant": "assistant", "tool": "tool"}
 
 
-class TappedCall(Call, kw_only=True):
-    """A line of calls.jsonl. `messages` are those of the prompt in order, the tools' schemas first, as of role "tools"; `blocks` are
-    chained hashes of the prompt's blocks of 64 tokens (256 bytes): prompts share what their lists begin with. `prompt` and `reply` are
-    there only where texts are kept. `by_time`: what it waited for is not told by its content."""
+class TappedCall(RecordedCall, kw_only=True):
+    """A line of calls.jsonl. `blocks` are chained hashes of the prompt's blocks of 64 tokens (256 bytes): prompts share what their lists
+    begin with. `prompt` and `reply` are there only where texts are kept. `by_time`: what it waited for is not told by its content."""
 
     api: str = "chat"
-    messages: list[Read] = []
     blocks: list[int] = []
     by_time: bool = False
     prompt: list[tuple[str, str]] | None = None
@@ -40,28 +43,64 @@ class TappedQuery(Query, kw_only=True):
     attributed: str = "none"
 
 
-def text_id(salt: bytes, message: Said) -> str:
-    """The id of a message's text."""
-    return _hash(salt, message.content.encode(errors="surrogatepass")).hex()
+class Sizes(OrderedDict[str, int]):
+    """Lengths of messages in tokens by their id, of those that were met last."""
+
+    def settle(self, id: str, tokens: int) -> int:
+        """The message's length from now on, unless it is known."""
+        tokens = self.setdefault(id, tokens)
+        self.move_to_end(id)
+        if len(self) > _MOST_SIZES:
+            self.popitem(last=False)
+        return tokens
 
 
-def key_id(salt: bytes, key: str) -> str:
-    """The id of what groups calls."""
-    return _hash(salt, key.encode(errors="surrogatepass")).hex()
+def told_of(salt: bytes, messages: Iterable[Said]) -> list[Told]:
+    """The messages of a prompt as they are kept; `tokens` are near enough for now: some four bytes each."""
+    return [
+        Told(text_id(salt, m.content), -(-len(_bytes(m.content)) // BYTES_A_TOKEN), _AUTHORS.get(m.role, "user"))
+        for m in messages
+    ]
+
+
+def shared_out(total: int, weights: Sequence[int]) -> list[int]:
+    """A number of tokens in whole parts that are as the weights, and add up."""
+    whole = sum(weights)
+    if not whole:
+        return [total, *([0] * (len(weights) - 1))] if weights else []
+    ends = [total * upto // whole for upto in accumulate(weights)]
+    return [end - before for before, end in zip([0, *ends], ends, strict=False)]
+
+
+def _sized(call: TappedCall, sources: Sequence[Seen | None], numbers: dict[Seen, int], sizes: Sizes) -> list[Told]:
+    """The messages with their lengths, and whose replies they are."""
+    messages = call.messages or []
+    known: list[int | None] = []
+    for message, source in zip(messages, sources, strict=True):
+        written = source.record.output_tokens if source is not None and source.tool is None and source.text else None
+        known.append(sizes.settle(message.id, written) if written is not None else sizes.get(message.id))
+    new = [message for message, tokens in zip(messages, known, strict=True) if tokens is None]
+    rest = None if call.input_tokens is None else call.input_tokens - sum(tokens or 0 for tokens in known)
+    weights = [message.tokens for message in new]
+    parts = iter(weights if rest is None or rest < 0 else shared_out(rest, weights))
+    found = []
+    for message, tokens, source in zip(messages, known, sources, strict=True):
+        length = tokens if tokens is not None else sizes.settle(message.id, next(parts))
+        found.append(Told(message.id, length, message.author, numbers.get(source) if source is not None else None))
+    return found
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode(errors="surrogatepass")
 
 
 def _hash(salt: bytes, data: bytes) -> bytes:
-    return blake2b(data, digest_size=_ID_BYTES, key=salt).digest()
-
-
-def near_tokens(message: Said) -> int:
-    """How long a message is, near enough: a token is some four bytes."""
-    return -(-len(message.content.encode(errors="surrogatepass")) // BYTES_A_TOKEN)
+    return blake2b(data, digest_size=_HASH_BYTES, key=salt).digest()
 
 
 def blocks(salt: bytes, messages: Iterable[Said]) -> list[int]:
     """Each whole block of the prompt, hashed with all before it."""
-    text = b"".join(f"{m.role}\0{m.content}\0".encode(errors="surrogatepass") for m in messages)
+    text = b"".join(_bytes(f"{m.role}\0{m.content}\0") for m in messages)
     found, before = [], b""
     for start in range(0, len(text) - _BLOCK_BYTES + 1, _BLOCK_BYTES):
         before = _hash(salt, before + text[start : start + _BLOCK_BYTES])
@@ -74,9 +113,8 @@ def numbered(group: Group) -> dict[Seen, int]:
     return {seen: number for number, seen in enumerate(sorted(group.calls, key=lambda seen: seen.n), start=1)}
 
 
-def settle(group: Group, number: int, arm: str, tokens: dict[str, int]) -> list[Call]:
-    """Fills in what only a whole query tells of its calls, attempts that failed before included: the last ones come last. `tokens` are the
-    exact lengths that are known, by message id."""
+def settle(group: Group, number: int, arm: str, sizes: Sizes) -> list[Call]:
+    """Fills in what only a whole query tells of its calls, attempts that failed before included."""
     numbers = numbered(group)
     found: list[Call] = []
     for seen, place in numbers.items():
@@ -85,15 +123,9 @@ def settle(group: Group, number: int, arm: str, tokens: dict[str, int]) -> list[
         for attempt in [seen, *reversed(seen.failed_before)]:
             call: TappedCall = attempt.record
             call.query, call.arm, call.call, call.after = number, arm, place, after
-            call.round, call.by_time, call.attempt = seen.round, seen.by_time, attempt.attempt
-            sources = [numbers.get(source) if source is not None else None for source in seen.sources]
-            call.messages = [
-                (id, tokens.get(id, near), source, role)
-                for (id, near, _, role), source in zip(
-                    call.messages, sources or [None] * len(call.messages), strict=True
-                )
-            ]
-            call.retry_at = again_at
+            call.round, call.by_time, call.attempt, call.retry_at = seen.round, seen.by_time, attempt.attempt, again_at
+            if call.messages is not None:
+                call.messages = _sized(call, seen.sources, numbers, sizes)
             again_at = call.due_at
             found.append(call)
     return found
@@ -116,7 +148,7 @@ def of_query(group: Group, number: int, arm: str, salt: bytes, calls: Sequence[C
         resources={},
         expected={},
         mismatches=[],
-        seed=key_id(salt, group.name.key),
+        seed=text_id(salt, group.name.key),
         error=final.error if failed else None,
         calls=sorted(last, key=lambda call: call.call),
         retried=[call for call in calls if call.retry_at is not None],

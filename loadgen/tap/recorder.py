@@ -15,13 +15,15 @@ from fanmark.loadgen.lanes.http import HttpError
 from fanmark.loadgen.lanes.mcp_model import ToolProtocolError
 from fanmark.loadgen.lanes.mcp_session import result_of
 from fanmark.loadgen.lanes.sse import Reply, parse_body, reply_of
+from fanmark.loadgen.recording import text_id
 from fanmark.loadgen.records import Journal
 from fanmark.loadgen.tally import Tally
 from fanmark.loadgen.tap.asked import Asked, asked_of, ids_text
-from fanmark.loadgen.tap.grouping import Answer, Group, Grouping, Seen
+from fanmark.loadgen.tap.grouping import Grouping
 from fanmark.loadgen.tap.ids import METHODS
-from fanmark.loadgen.tap.record import TappedCall, blocks, near_tokens, of_query, settle, text_id
+from fanmark.loadgen.tap.record import Sizes, TappedCall, blocks, of_query, settle, told_of
 from fanmark.loadgen.tap.replies import parser_of, whole_reply
+from fanmark.loadgen.tap.seen import Answer, Group, Seen
 from fanmark.loadgen.tap.wire import Exchange
 from fanmark.servers import mcp_codec as codec
 
@@ -61,7 +63,7 @@ class Recorder:
         self.attributed: Counter[tuple[str, str]] = Counter()  # calls, by kind and method
         self.unread = self.others = self.by_time = 0
         self.written: Counter[str] = Counter()  # queries, by arm
-        self.tokens: dict[str, int] = {}
+        self.sizes = Sizes()
         self._tally = tally
         self._journal = journal
         self._now = now
@@ -86,7 +88,7 @@ class Recorder:
         self.models[asked.model or "?"] += 1
         seen.record = self._call(exchange, "call", self._role(asked))
         seen.record.api, seen.record.samples = exchange.api, asked.samples
-        seen.record.messages = [(text_id(self._salt, m), near_tokens(m), None, m.role) for m in asked.messages]
+        seen.record.messages = told_of(self._salt, asked.messages)
         seen.record.blocks = blocks(self._salt, asked.messages)
         if self._keep_text:
             seen.record.prompt = [(m.role, m.content) for m in asked.messages]
@@ -131,7 +133,7 @@ class Recorder:
 
     def _role(self, asked: Asked) -> str:
         """Agents are told apart by their system prompts."""
-        system = next((text_id(self._salt, m) for m in asked.messages if m.role == "system"), "")
+        system = next((text_id(self._salt, m.content) for m in asked.messages if m.role == "system"), "")
         if system not in self._roles and len(self._roles) >= _MOST_ROLES:
             return "agent-other"
         return self._roles.setdefault(system, f"agent-{len(self._roles) + 1}")
@@ -207,7 +209,7 @@ class Recorder:
         self._told.pop(group, None)
         number = self.written[arm]
         self.written[arm] += 1
-        calls = settle(group, number, arm, self.tokens)
+        calls = settle(group, number, arm, self.sizes)
         query = of_query(group, number, arm, self._salt, calls)
         query.resources = resources(query.needed, query.due_at, query.done_at, {}, query.retried)
         for call in query.calls:

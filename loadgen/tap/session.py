@@ -3,6 +3,7 @@
 import asyncio
 import os
 import secrets
+import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
@@ -20,13 +21,13 @@ from fanmark.loadgen.course import Course
 from fanmark.loadgen.environment import client_host, environment, on_this_host
 from fanmark.loadgen.errors import CallError, ScenarioError, UnreachableError
 from fanmark.loadgen.execute import allow_connections, going_on
-from fanmark.loadgen.health import Health, client_part
+from fanmark.loadgen.health import ClientState, Health, client_part
 from fanmark.loadgen.lanes import fast
 from fanmark.loadgen.lanes.http import HttpLane
 from fanmark.loadgen.live import tell
 from fanmark.loadgen.metrics import Metrics, Told
 from fanmark.loadgen.metrics_server import Page, Scrapes, hold, serve
-from fanmark.loadgen.records import digests, read_queries
+from fanmark.loadgen.records import Journal, digests, read_queries
 from fanmark.loadgen.report.live_page import LivePage
 from fanmark.loadgen.report.write import write_report
 from fanmark.loadgen.results import assemble, write_summary
@@ -101,114 +102,138 @@ def upstreams(options: Options) -> list[Upstream]:
 def scenario_of(options: Options, model: str | None, arms: Sequence[str]) -> Scenario:
     """The tapped run as a scenario: an arm that re-enacts what was recorded in the folder."""
     known = topologies()
-    shape: dict[str, Any] = {"topology": "replay", "path": "."} if "replay" in known else {"topology": "single"}
     raw = {
         "name": options.name,
         "tapped": True,
         "target": {"url": options.target.rstrip("/")} | ({"model": model} if model else {}),
-        "workload": {"lengths": "natural", "cache": "warm"},
         "load": {"mode": "closed"},
-        "arm": [{"name": name, "baseline": name == TAPPED, **shape} for name in arms],
+        "arm": [
+            {"name": name, "baseline": name == TAPPED, "topology": "replay", "path": ".", "arm": name} for name in arms
+        ],
     }
     return scenario_check.check(raw, str(options.out / "scenario.toml"), known)
+
+
+@dataclass
+class _Standing:
+    """What a tap stands on, once its target has been looked at."""
+
+    options: Options
+    clock: RunClock
+    endpoint: HttpEndpoint
+    before: server_side.Readings
+    tally: Tally
+    recorder: Recorder
+    journal: Journal
+    run_id: str
+
+    @property
+    def endpoints(self) -> dict[str, HttpEndpoint]:
+        return {TARGET: self.endpoint}
 
 
 async def tap(options: Options, opened: Callable[[Tap], None] = lambda _: None) -> Result:
     """Stands before the target until it is asked to end, and leaves a folder as of a run. Raises FanmarkError before it is open."""
     routes = upstreams(options)
-    clock = RunClock(1.0)
     async with AsyncExitStack() as stack:
-        endpoint = await _look_at(options, clock.now)
-        stack.push_async_callback(endpoint.close)
-        endpoints = {TARGET: endpoint}
-        scenario = scenario_of(options, endpoint.model or None, [TAPPED, UNATTRIBUTED])
-        tally = Tally(
-            {TAPPED: scenario.arms[0].topology, UNATTRIBUTED: scenario.arms[0].topology}, TAPPED, compared=False
-        )
-        course = Course(tally, options.queries, clock.now)
-        run_id = secrets.token_hex(4)
+        port = _bind(options)
+        stack.callback(port.close)
+        tally, clock = Tally({TAPPED: "replay", UNATTRIBUTED: "replay"}, TAPPED, compared=False), RunClock(1.0)
+        run_id, course = secrets.token_hex(4), Course(tally, options.queries, clock.now)
         info = {"scenario": options.name, "version": options.version, "seed": "", "baseline": TAPPED}
         watched = Told(run_id, info, began_at=lambda: clock.began_at)
         scrapes = Scrapes(Metrics(tally, watched).scrape)
         pages: dict[str, Page] = {"/metrics": scrapes, **LivePage(course, options.name).pages()}
         metrics_port, stop_metrics = serve(pages, options.metrics_port, options.metrics_host)
         stack.callback(stop_metrics)
-        before = await server_side.read_all(endpoints)
-        server_side.name_servers(endpoints, before)
-        journal = open_folder(options.out, scenario)
-        stack.callback(journal.close)
-        recorder = Recorder(
-            Grouping(options.idle_s), tally, journal, clock.now, options.salt, keep_text=options.keep_text
-        )
-        wire = Wire(routes, recorder, clock.now)
-        url = await _listen(wire, options, stack)
-        surroundings = environment({}, client_host(), endpoints, before, {TARGET: await on_this_host(endpoint.urls)})
-        enough = asyncio.Event()
-        open_tap = Tap(url, recorder, enough)
-        for line in _where(options, url, routes, endpoint.server, metrics_port):
+        on = await _stand(options, stack, clock, tally, run_id)
+        wire = Wire(routes, on.recorder, on.clock.now)
+        stack.callback(wire.close)
+        server = await asyncio.get_running_loop().create_server(lambda: Client(wire), sock=port, backlog=1024)
+        stack.callback(server.close)
+        url = f"http://{options.host}:{port.getsockname()[1]}"
+        for line in _where(options, url, routes, on.endpoint.server, metrics_port):
             tell(line, options.progress)
-        clock.start(time.monotonic())
         started = datetime.now(UTC)
-        health = Health(clock.now)
-        sampler = Sampler(options.out, clock.now, endpoints, before, tally)
-        beside = [
-            health.watch(tally), sampler.watch(lambda: {0: health.look()}, course.add), _look(recorder, options, enough),
-            _lines(recorder, course, options),
-        ]  # fmt: skip
-        async with signals(enough.set), going_on([*beside, _flush(journal, enough)]):
-            opened(open_tap)
-            try:
-                async with asyncio.timeout(options.duration_s):
-                    await enough.wait()
-            except TimeoutError:
-                pass
-        wire.close()
-        await asyncio.sleep(0)
-        seconds = clock.now()
-        recorder.grouping.close()
-        recorder.write_closed()
-        journal.flush()
+        client, samples = await _pass(on, course, Tap(url, on.recorder, asyncio.Event()), opened, wire)
         run_part = {
-            "name": options.name, "id": run_id, "started": started.isoformat(timespec="seconds"), "seconds": seconds, "seed": scenario.seed,
+            "name": options.name, "id": on.run_id, "started": started.isoformat(timespec="seconds"), "seconds": on.clock.now(), "seed": 1,
             "version": options.version, "command": list(options.command), "clock": "real", "time_scale": 1.0,
         }  # fmt: skip
-        found = await _leave(options, recorder, wire, endpoint, before, run_part, health, sampler)
-        found["environment"] = surroundings
+        on.recorder.grouping.close()
+        on.recorder.write_closed()
+        on.journal.flush()
+        found = await _summary(on, wire, run_part, client, samples)
         found["files"] = digests(options.out)
         write_summary(options.out, found)
         course.report = write_report(options.out)
         watched.ended_at = time.time()
-        await hold(scrapes.hold_s if options.metrics_hold_s is None else options.metrics_hold_s, asyncio.Event())
+        enough = asyncio.Event()
+        async with signals(enough.set):
+            await hold(scrapes.hold_s if options.metrics_hold_s is None else options.metrics_hold_s, enough)
         return Result(found)
 
 
-async def _leave(
-    options: Options,
-    recorder: Recorder,
-    wire: Wire,
-    endpoint: HttpEndpoint,
-    before: server_side.Readings,
-    run_part: dict[str, Any],
-    health: Health,
-    sampler: Sampler,
+async def _stand(options: Options, stack: AsyncExitStack, clock: RunClock, tally: Tally, run_id: str) -> _Standing:
+    endpoint = await _look_at(options, clock.now)
+    stack.push_async_callback(endpoint.close)
+    before = await server_side.read_all({TARGET: endpoint})
+    server_side.name_servers({TARGET: endpoint}, before)
+    journal = open_folder(options.out, scenario_of(options, endpoint.model or None, [TAPPED, UNATTRIBUTED]))
+    stack.callback(journal.close)
+    grouping = Grouping(options.idle_s)
+    recorder = Recorder(grouping, tally, journal, clock.now, options.salt, keep_text=options.keep_text)
+    return _Standing(options, clock, endpoint, before, tally, recorder, journal, run_id)
+
+
+async def _pass(
+    on: _Standing, course: Course, one: Tap, opened: Callable[[Tap], None], wire: Wire
+) -> tuple[ClientState, Sampler]:
+    """While the tap is open. Gives how it fared itself."""
+    on.clock.start(time.monotonic())
+    health = Health(on.clock.now)
+    sampler = Sampler(on.options.out, on.clock.now, on.endpoints, on.before, on.tally)
+    beside = [
+        health.watch(on.tally),
+        sampler.watch(lambda: {0: health.look()}, course.add),
+        _look(on.recorder, on.options, one.enough),
+        _lines(on.recorder, course, on.options),
+        _flush(on.journal, one.enough),
+    ]
+    async with signals(one.ask), going_on(beside):
+        opened(one)
+        try:
+            async with asyncio.timeout(on.options.duration_s):
+                await one.enough.wait()
+        except TimeoutError:
+            pass
+    wire.close()
+    await asyncio.sleep(0)
+    return health.look(), sampler
+
+
+async def _summary(
+    on: _Standing, wire: Wire, run_part: dict[str, Any], client: ClientState, sampler: Sampler
 ) -> dict[str, Any]:
     """summary.json, as far as files and servers tell it."""
-    endpoint.model = endpoint.model or next(iter(recorder.models), "?")
-    arms = [TAPPED] + ([UNATTRIBUTED] if recorder.written[UNATTRIBUTED] else [])
-    scenario = scenario_of(options, endpoint.model if endpoint.model != "?" else None, arms)
-    write_scenario(options.out, scenario)
-    queries = read_queries(options.out)
-    endpoints = {TARGET: endpoint}
-    server = await server_side.reconciled(endpoints, before, queries)
-    stub = await server_side.stub_on_time(endpoints, before, queries, 1.0)
-    client = partial(client_part, {0: health.look()}, host_busy_seconds=sampler.host_busy_seconds)
+    out, endpoint = on.options.out, on.endpoint
+    arms = [TAPPED] + ([UNATTRIBUTED] if on.recorder.written[UNATTRIBUTED] else [])
+    scenario = scenario_of(on.options, endpoint.model or next(iter(on.recorder.models), None), arms)
+    endpoint.model = endpoint.model or ", ".join(on.recorder.models) or "no model"
+    write_scenario(out, scenario)
+    queries = read_queries(out)
+    server = await server_side.reconciled(on.endpoints, on.before, queries)
+    stub = await server_side.stub_on_time(on.endpoints, on.before, queries, 1.0)
+    report = partial(client_part, {0: client}, host_busy_seconds=sampler.host_busy_seconds)
     found = assemble(
-        scenario, queries, endpoints, server, client, run_part, stub, ending=None, samples=read_samples(options.out)
+        scenario, queries, on.endpoints, server, report, run_part, stub, ending=None, samples=read_samples(out)
     )
     found["target"]["lane"] = LANE
-    found["notes"] = endpoint.notes
-    found["tap"] = told(recorder, wire, options)
-    return found
+    same_host = {TARGET: await on_this_host(endpoint.urls)}
+    surroundings = environment({}, client_host(), on.endpoints, on.before, same_host)
+    return found | {
+        "notes": endpoint.notes, "tap": told(on.recorder, wire, on.options), "environment": surroundings
+    }  # fmt: skip
 
 
 def told(recorder: Recorder, wire: Wire, options: Options) -> dict[str, Any]:
@@ -254,18 +279,16 @@ async def _look_at(options: Options, now: Callable[[], float]) -> HttpEndpoint:
     return endpoint
 
 
-async def _listen(wire: Wire, options: Options, stack: AsyncExitStack) -> str:
-    """Opens the port; gives its address. Raises ScenarioError."""
+def _bind(options: Options) -> socket.socket:
+    """The tap's port. Raises ScenarioError."""
     allow_connections(2 * CONNECTIONS)
-    loop = asyncio.get_running_loop()
     try:
-        server = await loop.create_server(lambda: Client(wire), options.host, options.port, backlog=1024)
+        return socket.create_server((options.host, options.port), backlog=1024)
     except OSError as e:
-        raise ScenarioError(
-            f"--port {options.port}: {e.strerror}: choose another, or leave it out for a free one"
-        ) from None
-    stack.callback(server.close)
-    return f"http://{options.host}:{server.sockets[0].getsockname()[1]}"
+        where = (
+            f"--port {options.port}" if options.host == "127.0.0.1" else f"--host {options.host} --port {options.port}"
+        )
+        raise ScenarioError(f"{where}: {e.strerror}: choose another, or leave it out for a free one") from None
 
 
 def _where(options: Options, url: str, routes: Sequence[Upstream], server: str, metrics_port: int) -> list[str]:
@@ -308,7 +331,7 @@ async def _lines(recorder: Recorder, course: Course, options: Options) -> None:
         )
 
 
-async def _flush(journal: Any, enough: asyncio.Event) -> None:
+async def _flush(journal: Journal, enough: asyncio.Event) -> None:
     """Hands the records to the system once a second; a full disk ends the tap."""
     try:
         while True:
