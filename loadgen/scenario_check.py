@@ -108,7 +108,7 @@ def check(raw: Mapping[str, Any], source: str, topologies: Mapping[str, Topology
     _check_tools(file, source)
     arms = [arm_of(raw_arm, i, source, topologies) for i, raw_arm in enumerate(file.arm)]
     check_arms(arms, targets, source)
-    load = _load(_of_users(file.load, raw, source), source, arms)
+    load = file.load if file.tapped else _load(_of_users(file.load, raw, source), source, arms)
     scenario = Scenario(
         name=file.name,
         seed=file.seed,

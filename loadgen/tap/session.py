@@ -106,7 +106,7 @@ def scenario_of(options: Options, model: str | None, arms: Sequence[str]) -> Sce
         "name": options.name,
         "tapped": True,
         "target": {"url": options.target.rstrip("/")} | ({"model": model} if model else {}),
-        "load": {"mode": "closed"},
+        "load": {"process": "replay"},
         "arm": [
             {"name": name, "baseline": name == TAPPED, "topology": "replay", "path": ".", "arm": name} for name in arms
         ],
