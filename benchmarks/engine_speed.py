@@ -1,6 +1,6 @@
 """How fast the engine runs: an hour of agent traffic on some replicas, in virtual time, on one core.
 
-usage: python benchmarks/engine_speed.py [--requests N] [--replicas N] [--profile NAME] [--step-by-step]
+usage: python benchmarks/engine_speed.py [--requests N] [--replicas N] [--profile NAME] [--step-by-step] [--attribute]
 
 Half of the queries are 12-step tool chains whose context grows (shared system text and tool schemas), half are debates of four agents,
 two rounds and a judge (shared question and answers). Queries arrive at random over an hour; a call starts when those it needs have
@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from heapq import heappop, heappush
 from math import inf
 
+from fanmark.servers.engine.attribution import Account, Attribution, weights_of
 from fanmark.servers.engine.batch import EngineConfig
 from fanmark.servers.engine.prompt import Prompt
 from fanmark.servers.engine.replica import Replica
@@ -119,6 +120,9 @@ def main() -> None:
     options.add_argument("--replicas", type=int, default=6)
     options.add_argument("--profile", default="qwen3-30b-a3b@h100")
     options.add_argument("--step-by-step", action="store_true", help="an event for every token, no jumps")
+    options.add_argument(
+        "--attribute", action="store_true", help="keep account of whose the time is, as simulate and the stub do"
+    )
     given = options.parse_args()
     profile = load_profile(given.profile)
     settings = profile.settings
@@ -129,7 +133,16 @@ def main() -> None:
         block_size=settings.block_size,
     )
     gc.disable()  # the engine makes no cyclic garbage; looking for it would be a quarter of the time
-    replicas = [Replica(config, profile.law, stream=given.step_by_step) for _ in range(given.replicas)]
+    weights = weights_of(profile.law, config.max_num_batched_tokens)
+    replicas = [
+        Replica(
+            config,
+            profile.law,
+            stream=given.step_by_step,
+            attribution=Attribution(weights) if given.attribute else None,
+        )
+        for _ in range(given.replicas)
+    ]
     hour = Hour(given.requests)
     began = time.process_time()
     now, wake_ups = drive(replicas, hour)
@@ -174,6 +187,17 @@ def report(name: str, replicas: list[Replica], hour: Hour, now: float) -> None:
     )
     print(f", {sum(engine.num_preemptions for engine in engines):,} preemptions")
     print(f"{steps:,} steps of {busy_s / steps * 1e3:.2f} ms, busy {100 * busy_s / now / len(replicas):.0f} %")
+    accounts = [state.account for state in states if state.account is not None]
+    if accounts:
+        whole = sum(accounts, Account())
+        parts = {
+            "prefill": whole.prefill_s,
+            "output": whole.output_s,
+            "context": whole.context_s,
+            "waste": whole.waste_s,
+        }
+        told = ", ".join(f"{name} {100 * s / busy_s:.1f} %" for name, s in (parts | {"slack": whole.slack_s}).items())
+        print(f"of the busy time: {told}")
 
 
 if __name__ == "__main__":

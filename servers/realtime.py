@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from fanmark.servers.engine.events import Event, ReplicaStatistics
 from fanmark.servers.engine.group import Engine
-from fanmark.servers.engine.replica import Event, ReplicaStatistics
 from fanmark.servers.engine.request import Request
 
 _EARLY_S = 0.0005

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 
 from fanmark.servers.answers import Answer
-from fanmark.servers.engine.replica import Event
+from fanmark.servers.engine.events import Event
 from fanmark.servers.faults import Doom
 from fanmark.servers.messages_api import MessagesStream
 from fanmark.servers.openai_api import Ask

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fanmark.servers.engine.batch import Batch, EngineConfig, Sequence
-from fanmark.servers.engine.replica import Event, Replica, Step
+from fanmark.servers.engine.events import Event, Step
+from fanmark.servers.engine.replica import Replica
 from fanmark.servers.engine.request import Request
 from fanmark.servers.engine.scheduler import Scheduler
 from fanmark.servers.engine.step_time import StepLaw

@@ -6,8 +6,9 @@ import pytest
 from engine_laws import Constant
 
 from fanmark.servers.engine.batch import EngineConfig, Rejected
+from fanmark.servers.engine.events import Event, Step
 from fanmark.servers.engine.group import ReplicaGroup
-from fanmark.servers.engine.replica import Event, Replica, Step
+from fanmark.servers.engine.replica import Replica
 from fanmark.servers.engine.request import Request
 from fanmark.servers.engine.step_time import StepLaw
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from fanmark.servers.engine.replica import Event, Replica
+from fanmark.servers.engine.events import Event
+from fanmark.servers.engine.replica import Replica
 from fanmark.servers.engine.request import Request
 from fanmark.servers.profiles.profile import load_profile
 from fanmark.servers.realtime import EngineDead, RealTime

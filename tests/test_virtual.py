@@ -20,7 +20,8 @@ from fanmark.loadgen.scenario import Target, Tools
 from fanmark.loadgen.toolset import ToolSet
 from fanmark.servers.answers import Lengths, Speaker
 from fanmark.servers.engine.batch import EngineConfig, Rejected
-from fanmark.servers.engine.replica import Event, Replica
+from fanmark.servers.engine.events import Event
+from fanmark.servers.engine.replica import Replica
 from fanmark.servers.engine.request import Request
 from fanmark.servers.openai_api import Limits, parse_chat, parse_completions
 from fanmark.servers.profiles import load_profile

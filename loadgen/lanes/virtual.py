@@ -29,10 +29,11 @@ from fanmark.loadgen.scenario import Target
 from fanmark.loadgen.tokenizers import LocalTokenizer
 from fanmark.servers.answers import Answer, Lengths, Speaker, prompt_data
 from fanmark.servers.body_fields import ApiError
+from fanmark.servers.engine.attribution import FULL_BATCH
 from fanmark.servers.engine.batch import Rejected
+from fanmark.servers.engine.events import Event
 from fanmark.servers.engine.group import Engine
 from fanmark.servers.engine.prompt import Prompt
-from fanmark.servers.engine.replica import Event
 from fanmark.servers.engine.request import Request
 from fanmark.servers.engine.routing import Policy
 from fanmark.servers.openai_api import Ask, Limits, check_context, parse_chat, parse_completions
@@ -115,12 +116,14 @@ class VirtualLane:
 
 @dataclass(frozen=True)
 class Service:
-    """What stands at a target: replicas of a profile behind a router, with settings of the engine that are not the profile's."""
+    """What stands at a target: replicas of a profile behind a router, with settings of the engine that are not the profile's. `full_batch`:
+    so many sequences fill a replica (servers/engine/attribution.py); None: its time is not accounted for."""
 
     profile: Profile
     replicas: int = 1
     router: Policy = "round_robin"
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    full_batch: int | None = FULL_BATCH
 
 
 class VirtualEndpoint(Endpoint):
@@ -134,7 +137,9 @@ class VirtualEndpoint(Endpoint):
         engine = serving_config(profile, service.overrides)
         words = vocabulary()
         self.notes += profile.caveats()
-        self._lane = VirtualLane(service_of(profile, engine, service.replicas, service.router, stream=False))
+        self._lane = VirtualLane(
+            service_of(profile, engine, service.replicas, service.router, stream=False, full_batch=service.full_batch)
+        )
         self._energy_known = profile.energy_known
         self.max_model_len = engine.max_model_len
         engines = profile.settings.data_parallel * service.replicas

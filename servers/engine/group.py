@@ -6,8 +6,10 @@ Engines that share their experts step together: that is one `Replica` with sever
 from collections.abc import Sequence
 from math import inf
 
+from fanmark.servers.engine.attribution import Account
+from fanmark.servers.engine.events import Event, ReplicaStatistics
 from fanmark.servers.engine.kv import HashChains
-from fanmark.servers.engine.replica import Event, Replica, ReplicaStatistics
+from fanmark.servers.engine.replica import Replica
 from fanmark.servers.engine.request import Request
 from fanmark.servers.engine.routing import LEADING_TOKENS, Router
 
@@ -76,11 +78,13 @@ class ReplicaGroup:
     def statistics(self) -> ReplicaStatistics:
         """Sums over the replicas; the engines side by side."""
         parts = [replica.statistics() for replica in self.replicas]
+        accounts = [part.account for part in parts if part.account is not None]
         return ReplicaStatistics(
             engines=tuple(engine for part in parts for engine in part.engines),
             steps=sum(part.steps for part in parts),
             busy_s=sum(part.busy_s for part in parts),
             joules=sum(part.joules for part in parts),
+            account=sum(accounts, Account()) if accounts else None,
         )
 
     @property

@@ -18,13 +18,15 @@ Rules of the file:
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from math import inf, nextafter
 from typing import NamedTuple
 
-from fanmark.servers.engine.batch import Batch, EngineConfig, Output, Statistics
+from fanmark.servers.engine.attribution import Attribution
+from fanmark.servers.engine.batch import Batch, EngineConfig, Output
 from fanmark.servers.engine.decode_run import DecodeRun, StepTime
+from fanmark.servers.engine.events import Event, ReplicaStatistics, Step
 from fanmark.servers.engine.request import Request
 from fanmark.servers.engine.scheduler import Scheduler
 from fanmark.servers.engine.step_time import BatchShape
@@ -33,47 +35,6 @@ from fanmark.servers.engine.timeline import Gaps, Timeline
 _GAP_STEPS = 32
 _LONG_TIMELINE = 1 << 16
 _IDLE = BatchShape(0, 0, 0, 0.0, 0)
-
-
-@dataclass(slots=True)
-class Event:
-    """Tokens of one request that came out `at`. Streamed: one per request and step. Else: one per request, when it ends.
-
-    `index` is the place in the output of the first of `tokens`. `queued_at` to `scheduled_at` is vLLM's queue interval (the first
-    scheduling counts, also after a preemption). `gaps`, when not streamed: times between its tokens as (seconds, count).
-    """
-
-    id: str
-    at: float
-    tokens: int
-    index: int
-    first: bool
-    finished: bool
-    cached_tokens: int
-    queued_at: float
-    scheduled_at: float
-    first_at: float
-    preemptions: int
-    gaps: Gaps = field(default_factory=list)
-
-
-class Step(NamedTuple):
-    """`steps` steps that followed each other from `start_at` to `end_at`; `shape` is the first one's, summed over engines."""
-
-    start_at: float
-    end_at: float
-    shape: BatchShape
-    steps: int
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaStatistics:
-    """One moment of a replica: its engines' statistics, and integrals since the start."""
-
-    engines: tuple[Statistics, ...]
-    steps: int
-    busy_s: float
-    joules: float
 
 
 class _Flight(NamedTuple):
@@ -107,6 +68,7 @@ class Replica:
         token_s: float = 0.0,
         completion_s: float = 0.0,
         on_step: Callable[[Step], None] | None = None,
+        attribution: Attribution | None = None,
     ) -> None:
         self.config = config
         self.law = law
@@ -116,6 +78,7 @@ class Replica:
         self._stream = stream
         self._costs = (ingress_s, token_s, completion_s)
         self.on_step = on_step
+        self._attribution = attribution
         self._timelines = [Timeline() for _ in range(engines)]
         self._tracks: dict[str, _Track] = {}
         self._adds: deque[tuple[float, Request]] = deque()  # due at, in order: the ingress cost is constant
@@ -139,7 +102,8 @@ class Replica:
 
     def statistics(self) -> ReplicaStatistics:
         engines = tuple(scheduler.statistics() for scheduler in self.schedulers)
-        return ReplicaStatistics(engines, self._steps, self._busy_s, self._joules)
+        account = self._attribution.account if self._attribution is not None else None
+        return ReplicaStatistics(engines, self._steps, self._busy_s, self._joules, account)
 
     # The caller's side
 
@@ -301,7 +265,11 @@ class Replica:
         self._filling, self._due_at, self._chip_free_at = False, ends[0], ends[-1]
         self._steps += steps
         self._busy_s += run_s
-        self._joules += run.joules(steps, run_s)
+        joules = run.joules(steps, run_s)
+        self._joules += joules
+        if self._attribution is not None:
+            last = self._flights[-1].batches[0][1].number
+            self._attribution.run(last, run.shape, steps, run_s, joules, self.slowdown)
         if self.on_step is not None:
             self.on_step(Step(start_at, ends[-1], run.shape, steps))
 
@@ -309,6 +277,8 @@ class Replica:
         track = self._tracks.pop(request_id, None)
         if track is not None:
             self.schedulers[track.engine].abort(request_id)
+            if self._attribution is not None:
+                self._attribution.drop(track.engine, request_id)
 
     def _schedule(self, now: float) -> float | None:
         """Schedule and launch one step; the moment at which the processor is free again, None if there is nothing to do."""
@@ -336,7 +306,10 @@ class Replica:
         self._flights.append(_Flight(batches, end_at))
         self._steps += 1
         self._busy_s += end_at - start_at
-        self._joules += sum([law.joules(shape, end_at - start_at) for shape in shapes])
+        joules = sum([law.joules(shape, end_at - start_at) for shape in shapes])
+        self._joules += joules
+        if self._attribution is not None:
+            self._attribution.step(batches, shapes, end_at - start_at, joules, self.slowdown)
         if self.on_step is not None:
             whole = BatchShape(*(sum(column) for column in zip(*shapes, strict=True)))
             self.on_step(Step(start_at, end_at, whole, 1))
@@ -364,8 +337,11 @@ class Replica:
         if output.first:
             track.first_at, track.first_number = at, number
         gaps: Gaps = []
+        share = None
         if output.finished:
             del self._tracks[output.id]
+            if self._attribution is not None:
+                share = self._attribution.end(track.engine, output.id, output.spans)
             if not self._stream:
                 gaps = self._gaps(track.engine, output)
         elif not self._stream:
@@ -383,6 +359,7 @@ class Replica:
             first_at=track.first_at,
             preemptions=output.preemptions,
             gaps=gaps,
+            share=share,
         )
         self._emitted += 1
         heappush(self._outbox, (event.at, self._emitted, event))
