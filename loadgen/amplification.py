@@ -3,9 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from fanmark.loadgen.records import Query, Window
+from fanmark.loadgen.costs import COUNTS, TIMES
+from fanmark.loadgen.records import Window
+from fanmark.loadgen.reduced import QueryKind, Rows
 from fanmark.loadgen.statistics import LEAST_SESSIONS, PAIRED, Batched, by_batches, by_repeats, paired_ratio, resampled
 from fanmark.loadgen.steadiness import Verdict
 from fanmark.loadgen.window import p90
@@ -19,40 +22,26 @@ REPEAT_LATENCIES = (
 SHORT_REPEATS = f"repeats of less than {REPEAT_LATENCIES:g} x the p90 query latency, no interval"
 NO_INTERVAL = "one short run, no interval"
 
-COUNTS = (
-    "calls",
-    "tool_calls",
-    "input_tokens",
-    "cached_tokens",
-    "fresh_tokens",
-    "output_tokens",
-    "reasoning_tokens",
-    "depth",
-    "width",
-    "retries",
-    "dollars",
-)
-TIMES = (
-    "latency_s",
-    "first_answer_s",
-    "work_s",
-    "critical_path_s",
-    "tool_s",
-    "client_s",
-    "limited_s",
-    "parallelism",
-    "gpu_s",
-    "joules",
-)
-
 
 @dataclass(frozen=True)
 class Counted:
-    """An arm's counted queries, its windows and the verdicts on them."""
+    """An arm's counted queries, its windows and the verdicts on them. `apart` moves the numbers of queries and sessions away from those of
+    another run, so that they are not paired with them."""
 
-    queries: Sequence[Query]
+    queries: Rows[QueryKind]
     windows: Sequence[Window]
     verdicts: Sequence[Verdict]
+    apart: int = 0
+
+    @property
+    def completed(self) -> Rows[QueryKind]:
+        """Those of the queries that were completed."""
+        return self.queries.where(lambda kind: kind.outcome == "completed")
+
+    @property
+    def p90_latency_s(self) -> float:
+        """Of all that were started."""
+        return p90(done_at - due_at for due_at, done_at in self.queries.rows("due_at", "done_at"))
 
     @property
     def over_capacity(self) -> bool:
@@ -62,8 +51,8 @@ class Counted:
 
 def amplification(arm: Counted, base: Counted, name: str, seed: int, *, interleaved: bool) -> dict[str, Any] | None:
     """Ratio of the means per completed query, what failed queries and retries spent included."""
-    own, own_waste = _costs(arm.queries, name)
-    against, base_waste = _costs(base.queries, name)
+    own, own_waste = _costs(arm, name)
+    against, base_waste = _costs(base, name)
     if own is None or against is None:
         return None
     if name in TIMES:
@@ -117,7 +106,7 @@ def change(
     """How an amplification differs between two runs, from the arm and the baseline of each: ratio of the ratios, by the same rules."""
     (arm, base), (other, other_base) = second, first
     every = (arm, other_base, base, other)
-    costs = [_costs(each.queries, name) for each in every]
+    costs = [_costs(each, name) for each in every]
     values = [known for known, _ in costs if known is not None]
     if len(values) < len(every) or not all(math.fsum(each.values()) for each in values):
         return None
@@ -153,69 +142,58 @@ def change(
 
 def _sessions(*arms: Counted) -> dict[int, int]:
     """The session of each query that is a turn of one."""
-    return {q.query: q.session for each in arms for q in each.queries if q.session is not None}
+    numbers = ((each.apart, row) for each in arms for row in each.queries.rows("number", "session"))
+    return {number + apart: session + apart for apart, (number, session) in numbers if session is not None}
 
 
 def _short_repeats(*arms: Counted) -> bool:
     """Whether repeats are so short that their means lean on each other."""
-    long_s = max(p90([q.done_at - q.due_at for q in each.queries]) for each in arms)
+    long_s = max(each.p90_latency_s for each in arms)
     windows = [window for each in arms for window in each.windows]
     return len(arms[0].windows) > 1 and min(window.seconds for window in windows) < REPEAT_LATENCIES * long_s
 
 
 def _by_repeat(counted: Counted, name: str) -> dict[int, float]:
     """The mean of each repeat."""
-    values: dict[int, list[float]] = {}
-    for query in counted.queries:
-        if query.outcome == "completed":
-            values.setdefault(query.repeat, []).append(query.resources[name] or 0.0)
-    return {repeat: math.fsum(mine) / len(mine) for repeat, mine in values.items()}
+    repeats = counted.completed.by(lambda kind: kind.repeat)
+    return {repeat: math.fsum(mine.known(name)) / len(mine) for repeat, mine in repeats.items()}
 
 
 def _batches(arm: Counted, base: Counted, name: str) -> tuple[Batched, Batched, int] | None:
     """The windows that both arms shared, cut into batches of equal length by due times; None where they are too few of a length that
     leaves them nearly independent."""
-    lengths_s = [p90([q.done_at - q.due_at for q in each.queries]) for each in (arm, base)]
+    lengths_s = [each.p90_latency_s for each in (arm, base)]
     most = -(-MOST_BATCHES // max(len(arm.windows), 1))
     counts = [min(int(window.seconds / (BATCH_LATENCIES * max(*lengths_s, 1e-9))), most) for window in arm.windows]
     found: list[dict[int, tuple[int, float]]] = [{}, {}]
     first = 0
     for window, count in zip(arm.windows, counts, strict=True):
         for each, batched in zip((arm, base), found, strict=True):
-            for q in each.queries:
-                if count and q.repeat == window.repeat and q.outcome == "completed":
-                    place = int((q.due_at - window.start_at) / window.seconds * count)
-                    batched[q.query] = first + min(place, count - 1), q.resources[name] or 0.0
+            mine = each.completed.where(partial(_in_repeat, repeat=window.repeat))
+            for number, due_at, value in mine.rows("number", "due_at", name) if count else ():
+                place = int((due_at - window.start_at) / window.seconds * count)
+                batched[number] = first + min(place, count - 1), value or 0.0
         first += count
     if first < LEAST_BATCHES or not all(sum(value for _, value in batched.values()) > 0 for batched in found):
         return None
     return found[0], found[1], first
 
 
-def _costs(queries: Sequence[Query], name: str) -> tuple[dict[int, float] | None, float]:
-    """Values of the completed queries by number (None if one is unknown), and all queries' total over the completed ones'."""
-    completed = {query.query: _cost(query, name) for query in queries if query.outcome == "completed"}
-    known = {i: value for i, value in completed.items() if value is not None}
-    if len(known) < len(completed):
+def _in_repeat(kind: QueryKind, repeat: int) -> bool:
+    return kind.repeat == repeat
+
+
+def _costs(arm: Counted, name: str) -> tuple[dict[int, float] | None, float]:
+    """Values of the completed queries by number (None if one is unknown), and all queries' total over the completed ones'. Of calls,
+    attempts that were sent again are among them; of those there are no tokens, as the server did nothing."""
+    completed = arm.completed
+    if completed.unknown(name):
         return None, 1.0
+    names = (name, "retries") if name == "calls" else (name,)
+    known = {number + arm.apart: sum(values) for number, *values in completed.rows("number", *names)}
     total = math.fsum(known.values())
     if name not in COUNTS or name in ("depth", "width") or total == 0:
         return known, 1.0
-    lost = math.fsum(spent(query, name) for query in queries if query.outcome != "completed")
+    others = arm.queries.where(lambda kind: kind.outcome != "completed")
+    lost = math.fsum(value for each in names for value in others[each])
     return known, (total + lost) / total
-
-
-def _cost(query: Query, name: str) -> float | None:
-    """What a query cost, attempts that were sent again included: of those there are no tokens, as the server did nothing."""
-    value = query.resources[name]
-    return value if value is None or name != "calls" else value + len(query.retried)
-
-
-def spent(query: Query, name: str) -> float:
-    """What a query that did not complete is known to have spent; of tokens at least those of its calls that ended."""
-    value = _cost(query, name)
-    if value is not None:
-        return value
-    if name == "fresh_tokens":
-        return spent(query, "input_tokens") - spent(query, "cached_tokens")
-    return math.fsum(getattr(call, name, None) or 0 for call in query.calls if call.kind == "call")

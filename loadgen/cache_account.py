@@ -1,13 +1,13 @@
 """What the servers' counters say of the prefix cache as a whole: the mean of cached tokens, and the KV turnover. Pure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from fanmark.loadgen.records import Call
+from fanmark.loadgen.reduced import CallKind, Rows
 
 
 def cache_account(
-    before: Mapping[str, float] | None, after: Mapping[str, float] | None, calls: Sequence[Call], queries: int
+    before: Mapping[str, float] | None, after: Mapping[str, float] | None, calls: Rows[CallKind], queries: int
 ) -> dict[str, Any]:
     """For `server` of summary.json, over all of a target's calls and queries, warm-up included.
 
@@ -19,8 +19,7 @@ def cache_account(
     cached = counted = grown.get("prompt_tokens_cached", grown.get("prefix_cache_hits"))
     prompt, output = grown.get("prompt_tokens"), grown.get("generation_tokens")
     if cached is None:  # a server that counts none, but tells it with each call
-        told = [call.cached_tokens for call in calls if call.kind == "call" and call.error is None]
-        cached = None if None in told else float(sum(tokens or 0 for tokens in told))
+        cached = calls.where(lambda kind: kind.kind == "call" and kind.error is None).total("cached_tokens")
     capacity = (after or {}).get("kv_capacity_tokens")
     written = None if prompt is None or output is None or cached is None else prompt - cached + output
     return {

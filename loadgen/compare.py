@@ -11,14 +11,13 @@ Rules of the file:
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from fanmark.agents.runtime import Topology
-from fanmark.loadgen.amplification import COUNTS, LEAST_REPEATS, NO_INTERVAL, TIMES, Counted, amplification, change
+from fanmark.loadgen.amplification import LEAST_REPEATS, NO_INTERVAL, Counted, amplification, change
+from fanmark.loadgen.costs import COUNTS, TIMES
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.junit import Case
 from fanmark.loadgen.mistakes import show
@@ -63,9 +62,9 @@ class Gate:
 
 def read(folder: Path, topologies: Mapping[str, Topology]) -> RunRead:
     """Raises ScenarioError where the folder holds no run that has ended."""
-    summary, scenario, queries = load(folder, topologies)
+    summary, scenario, run = load(folder, topologies)
     cut_at = summary["run"]["seconds"] if summary["ended"] is not None else None
-    arms = counted_by_arm(scenario, queries, read_windows(folder), kv_use(read_samples(folder)), cut_at)
+    arms = counted_by_arm(scenario, run, read_windows(folder), kv_use(read_samples(folder)), cut_at)
     return RunRead(str(folder), summary, scenario, arms)
 
 
@@ -105,7 +104,7 @@ def compare(first: RunRead, second: RunRead, *, force: bool) -> Found:
     if not names:
         raise ScenarioError(f"{first.folder} and {second.folder}: have no arm in common")
     paired = not refused and "seed" not in differ
-    before = first.arms if paired else {name: _moved(arm) for name, arm in first.arms.items()}
+    before = {name: replace(arm, apart=0 if paired else _APART) for name, arm in first.arms.items()}
     seed, base, base_before = second.scenario.seed, second.scenario.baseline.name, first.scenario.baseline.name
     arms: dict[str, Found] = {}
     for name in names:
@@ -209,16 +208,6 @@ def _words(run: Found) -> str:
     clock = "in virtual time" if run["clock"] == "virtual" else "in real time"
     off = [f"{', '.join(run['failed'])} failed"] if run["failed"] else []
     return "; ".join([f"{run['folder']}, {clock}, seed {run['seed']}", *["partial"] * run["partial"], *off])
-
-
-def _moved(arm: Counted) -> Counted:
-    queries = [
-        msgspec.structs.replace(
-            query, query=query.query + _APART, session=None if query.session is None else query.session + _APART
-        )
-        for query in arm.queries
-    ]
-    return Counted(queries, arm.windows, arm.verdicts)
 
 
 def _by_name(scenario: Scenario) -> dict[str, Any]:

@@ -7,6 +7,34 @@ from fanmark.loadgen.records import Call, Query, critical_path, shape
 from fanmark.loadgen.retries import lost_s
 from fanmark.loadgen.scenario import Prices
 
+# the resources of per_query: each has an entry in what `resources` gives
+COUNTS = (
+    "calls",
+    "tool_calls",
+    "input_tokens",
+    "cached_tokens",
+    "fresh_tokens",
+    "output_tokens",
+    "reasoning_tokens",
+    "depth",
+    "width",
+    "retries",
+    "dollars",
+)
+TIMES = (
+    "latency_s",
+    "first_answer_s",
+    "work_s",
+    "critical_path_s",
+    "tool_s",
+    "client_s",
+    "limited_s",
+    "parallelism",
+    "gpu_s",
+    "joules",
+)
+EXPECTED = ("calls", "tool_calls", "input_tokens", "output_tokens", "depth", "width")
+
 
 def resources(
     calls: list[Call], due_at: float, done_at: float, prices: Mapping[str, Prices | None], retried: Sequence[Call] = ()
@@ -83,3 +111,13 @@ def mismatches(query: Query) -> list[str]:
         if measured > expected if bound else measured != expected:
             off.append(name)
     return off
+
+
+def spent(query: Query, name: str) -> float:
+    """What a query that did not complete is known to have spent; of tokens at least those of its calls that ended."""
+    value = query.resources.get(name)
+    if value is not None:
+        return value
+    if name == "fresh_tokens":
+        return spent(query, "input_tokens") - spent(query, "cached_tokens")
+    return math.fsum(getattr(call, name, None) or 0 for call in query.calls if call.kind == "call")

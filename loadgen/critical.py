@@ -1,7 +1,7 @@
 """What a query's latency was spent on, from its records alone. Pure."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from fanmark.loadgen.records import Query, critical_path
 from fanmark.loadgen.retries import lost_s
@@ -30,8 +30,7 @@ def spent_s(query: Query) -> dict[str, float]:
     return found
 
 
-def shares(queries: Sequence[Query]) -> dict[str, float] | None:
-    """By part, its share of all the queries' latency; None where there is none."""
-    parts = [spent_s(query) for query in queries]
-    total_s = math.fsum(seconds for part in parts for seconds in part.values())
-    return {name: math.fsum(part[name] for part in parts) / total_s for name in PARTS} if total_s else None
+def shares(spent: Mapping[str, float]) -> dict[str, float] | None:
+    """By part, its share of the latency of all queries, `spent` on it in sum; None where there is none."""
+    total_s = math.fsum(spent.values())
+    return {name: spent[name] / total_s for name in PARTS} if total_s else None

@@ -15,7 +15,7 @@ What is not known of a call on either side (cached tokens, mostly) makes that sh
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -52,16 +52,6 @@ def fidelity(steps: Sequence[Step], calls: Iterable[Call], started_at: float) ->
         "overlap": _overlap(inferred),
         "gaps": _gaps(pairs),
     }
-
-
-def mean(measured: Sequence[Mapping[str, float | None] | None]) -> dict[str, float | None] | None:
-    """Of all queries; a measure that is not known of one of them is not known. None where nothing was replayed."""
-    there = [each for each in measured if each is not None]
-    found: dict[str, float | None] = {}
-    for name in MEASURES:
-        known = [value for each in there if (value := each.get(name)) is not None]
-        found[name] = math.fsum(known) / len(known) if known and len(known) == len(there) else None
-    return found if there else None
 
 
 def _recorded(steps: Sequence[Step]) -> list[Made]:

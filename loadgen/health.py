@@ -4,13 +4,15 @@ import asyncio
 import math
 import resource
 import time
-from collections import Counter
+from array import array
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
-from fanmark.loadgen.records import Call, bucket_gap_s, gap_bucket
+from fanmark.loadgen.records import bucket_gap_s, gap_bucket
+from fanmark.loadgen.reduced import CallKind, Rows, ttft_s
 from fanmark.loadgen.statistics import distribution, gap_distribution
 
 _BEAT_S = 0.05
@@ -101,32 +103,30 @@ def worst(words: Sequence[str]) -> str:
     return max(words, key=WORDS.index, default=WORDS[0])
 
 
-def chunks_of(call: Call) -> int:
-    """The chunks with tokens of a call that was sent. What came together with its first is in no gap: a reply that came all at once is
-    coalesced but for one chunk."""
-    return 1 + max(sum(call.gaps.values()), call.coalesced)
-
-
-def told_by(calls: Sequence[Call]) -> dict[str, Any]:
+def told_by(calls: Rows[CallKind]) -> dict[str, Any]:
     """What of the `client` part is known from the counted calls that were sent alone."""
-    delays = [delay_s for call in calls if (delay_s := call.send_delay_s) is not None]
-    new = sum(call.connect_s is not None for call in calls)
-    chunks = sum(map(chunks_of, calls))
+    reused = calls.unknown("connect_s")
     return {
-        "send_delay_s": distribution(delays),
-        "connections": {"new": new, "reused": len(calls) - new},
-        "coalesced_share": sum(call.coalesced for call in calls) / chunks if chunks else 0.0,
+        "send_delay_s": distribution(calls.known("send_delay_s")),
+        "connections": {"new": len(calls) - reused, "reused": reused},
+        "coalesced_share": sum(calls["coalesced"]) / sum(calls["chunks"]) if len(calls) else 0.0,
     }
 
 
-def client_part(states: Mapping[int, ClientState], calls: Sequence[Call], host_busy_seconds: int = 0) -> dict[str, Any]:
+def delays_by_worker(calls: Rows[CallKind]) -> "dict[int, array[float]]":
+    """The calls' send delays."""
+    found: dict[int, array[float]] = defaultdict(lambda: array("d"))
+    for worker, delay_s in calls.rows("worker", "send_delay_s"):
+        if delay_s is not None:
+            found[worker].append(delay_s)
+    return found
+
+
+def client_part(states: Mapping[int, ClientState], calls: Rows[CallKind], host_busy_seconds: int = 0) -> dict[str, Any]:
     """The `client` part of summary.json from the workers' states and the counted calls that were sent: the verdict is the worst worker's,
     CPU and memory are sums. A host that was busy for `host_busy_seconds` on end strains the client, whoever made it so."""
-    delays: dict[int, list[float]] = {worker: [] for worker in states}
-    for call in calls:
-        if call.send_delay_s is not None:
-            delays.setdefault(call.worker, []).append(call.send_delay_s)
-    ttft = sorted(c.first_at - c.sent_at for c in calls if c.first_at is not None and c.sent_at is not None)
+    delays = delays_by_worker(calls)
+    ttft = sorted(ttft_s(calls))
     median_ttft_s = ttft[len(ttft) // 2] if ttft else None
     judged = {worker: judge(state, p99(delays[worker]), median_ttft_s) for worker, state in states.items()}
     host = [f"the host's CPU was above 80 % for {host_busy_seconds} s"] if host_busy_seconds >= _BUSY_S else []

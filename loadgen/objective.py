@@ -1,6 +1,6 @@
 """Whether a query met its objective, on its own deadline and on that of its calls. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from fanmark.loadgen.records import Call, Query
@@ -8,9 +8,9 @@ from fanmark.loadgen.scenario import Objective
 from fanmark.loadgen.statistics import wilson
 
 
-def good(query: Query, objective: Objective) -> bool:
-    """Whether a query met its deadline."""
-    return query.outcome == "completed" and query.done_at - query.due_at <= objective.query_seconds
+def good(latencies_s: Iterable[float], objective: Objective) -> int:
+    """How many completed queries met their deadline."""
+    return sum(latency_s <= objective.query_seconds for latency_s in latencies_s)
 
 
 def calls_good(query: Query, objective: Objective) -> bool:
@@ -29,15 +29,16 @@ def _call_good(call: Call, objective: Objective) -> bool:
     )
 
 
-def objective_part(queries: Sequence[Query], objective: Objective | None) -> dict[str, Any] | None:
-    """`objective` of an arm in summary.json, over all queries that were started. `per_call`: how many had all their calls in time; None
-    where the scenario says nothing of calls."""
+def objective_part(
+    started: int, latencies_s: Iterable[float], in_time: int, objective: Objective | None
+) -> dict[str, Any] | None:
+    """`objective` of an arm in summary.json, over all queries that were started; latencies are those of the completed ones. `per_call`:
+    how many had all their calls `in_time`; None where the scenario says nothing of calls."""
     if objective is None:
         return None
     of_calls = objective.ttft_s is not None or objective.tpot_s is not None
-    per_call = _share(sum(calls_good(query, objective) for query in queries), len(queries), objective)
-    return _share(sum(good(query, objective) for query in queries), len(queries), objective) | {
-        "per_call": per_call if of_calls else None
+    return _share(good(latencies_s, objective), started, objective) | {
+        "per_call": _share(in_time, started, objective) if of_calls else None
     }
 
 

@@ -7,14 +7,15 @@ whole text, but for case, white space and a full stop. Where several calls answe
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 from fanmark.agents.runtime import Key
-from fanmark.loadgen.amplification import spent
 from fanmark.loadgen.questions import Question, asked
-from fanmark.loadgen.records import Call, Query
+from fanmark.loadgen.records import Call
+from fanmark.loadgen.reduced import QueryKind, Rows
 from fanmark.loadgen.statistics import wilson
 
 _FINAL = ("answer", "judge_answer")
@@ -64,27 +65,40 @@ def final_replies(calls: Sequence[Call], numbers: Mapping[Key, int]) -> list[Key
     return [] if several & {number for number, _ in found} else [key for _, key in found]
 
 
-def quality(queries: Sequence[Query], questions: Sequence[Question], *, forced: bool) -> dict[str, Any] | None:
+def quality(queries: Rows[QueryKind], questions: Sequence[Question], *, forced: bool) -> dict[str, Any] | None:
     """`quality` of an arm: how many of its counted queries were judged, how many right, and what was spent on all whose answer is known,
     failed ones included, for each right one. None where no answer is known."""
-    with_answer = [q for q in queries if (one := asked(questions, q.query)) is not None and one.answer is not None]
-    if not with_answer:
+    if not any(True for _ in _asked(queries, questions, "number")):
         return None
-    judged = [query for query in with_answer if query.correct is not None]
-    right = sum(query.correct or False for query in judged)
-    low, high = wilson(right, len(judged)) if judged else (None, None)
+    right, wrong = (
+        sum(1 for _ in _asked(queries.where(partial(_is, correct=correct)), questions, "number"))
+        for correct in (True, False)
+    )
+    judged = right + wrong
+    low, high = wilson(right, judged) if judged else (None, None)
     return {
-        "judged": len(judged),
+        "judged": judged,
         "correct": right,
-        "share": right / len(judged) if judged else None,
+        "share": right / judged if judged else None,
         "low": low,
         "high": high,
-        "per_correct": {name: _per_correct(with_answer, name, right) for name in COSTS},
+        "per_correct": {name: _per_correct(queries, questions, name, right) for name in COSTS},
         "reason": None if judged else _FORCED if forced else _NONE,
     }
 
 
-def _per_correct(queries: Sequence[Query], name: str, right: int) -> float | None:
-    if not right or any(query.resources[name] is None for query in queries if query.outcome == "completed"):
-        return None
-    return math.fsum(spent(query, name) for query in queries) / right
+def _is(kind: QueryKind, *, correct: bool) -> bool:
+    return kind.correct is correct
+
+
+def _asked(queries: Rows[QueryKind], questions: Sequence[Question], name: str) -> Iterator[Any]:
+    """A column, of the queries whose question has a known answer."""
+    for number, value in queries.rows("number", name):
+        if (one := asked(questions, number)) is not None and one.answer is not None:
+            yield value
+
+
+def _per_correct(queries: Rows[QueryKind], questions: Sequence[Question], name: str, right: int) -> float | None:
+    names = (name, "retries") if name == "calls" else (name,)
+    values = [value for each in names for value in _asked(queries, questions, each)]
+    return None if not right or None in values else math.fsum(values) / right

@@ -1,11 +1,11 @@
 """The server's own counters set against the client's sums. Pure."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from fanmark.loadgen.counters import LATENESS
-from fanmark.loadgen.records import Call
+from fanmark.loadgen.reduced import CallKind, Rows
 
 # the server's counter (counters.py) -> the field of the calls whose sum must equal it
 _PAIRS = {
@@ -59,31 +59,30 @@ def stub_on_time(
     return False, f"{said}: the machine is too slow for it, set stub.time_scale = {math.ceil(wanted)}"
 
 
-def client_sums(calls: Sequence[Call]) -> dict[str, int | None]:
+def client_sums(calls: Rows[CallKind]) -> dict[str, int | None]:
     """What the calls say of each counter; None where a call that reached the server did not say."""
-    ended = [call for call in calls if call.kind == "call" and call.error is None]
+    ended = calls.where(lambda kind: kind.kind == "call" and kind.error is None)
+    several = len(ended.where(lambda kind: kind.samples > 1))
     sums: dict[str, int | None] = {}
     for counter, field in _PAIRS.items():
-        values = [getattr(call, field) for call in ended] if field else [call.samples for call in ended]
-        if counter == "prompt_tokens":  # the server reads the prompt once for each sample, usage tells it once
-            values = [v if v is None else v * call.samples for v, call in zip(values, ended, strict=True)]
-        unheard = None in values or (counter == "prompt_tokens_cached" and any(call.samples > 1 for call in ended))
-        sums[counter] = None if unheard else sum(values)
-    told = [
-        _FINISHES.get(call.finish or "") if call.samples == 1 else None for call in ended
-    ]  # a reply tells one finish
+        # the server reads the prompt once for each sample, usage tells it once
+        times = (lambda kind: kind.samples) if counter in ("prompt_tokens", "request_success") else (lambda kind: 1)
+        totals = [(len(mine) if field is None else mine.total(field), times(kind)) for kind, mine in ended.kinds()]
+        unheard = any(total is None for total, _ in totals) or (counter == "prompt_tokens_cached" and several)
+        sums[counter] = None if unheard else sum(int(total or 0) * n for total, n in totals)
+    told = ended.counts(lambda kind: _FINISHES.get(kind.finish or "") if kind.samples == 1 else None)
     for reason in ("stop", "length"):
-        sums[f"request_success_{reason}"] = None if None in told else told.count(reason)
-    sums["request_success_abort"] = None if _unheard(calls) else 0
+        sums[f"request_success_{reason}"] = None if told[None] else told[reason]  # a reply tells one finish
+    sums["request_success_abort"] = None if len(_unheard(calls)) else 0
     return sums | dict.fromkeys(_TOLD, None)
 
 
-def _unheard(calls: Sequence[Call]) -> list[Call]:
-    return [c for c in calls if c.kind == "call" and c.error in _UNHEARD and c.sent_at is not None]
+def _unheard(calls: Rows[CallKind]) -> Rows[CallKind]:
+    return calls.where(lambda kind: kind.kind == "call" and kind.error in _UNHEARD and kind.sent)
 
 
 def reconcile(
-    before: Mapping[str, float] | None, after: Mapping[str, float] | None, calls: Sequence[Call]
+    before: Mapping[str, float] | None, after: Mapping[str, float] | None, calls: Rows[CallKind]
 ) -> dict[str, Any]:
     """`server` of summary.json for one target. `reconciled` is None where the server exposes no counters, or where calls that ended unheard
     may explain what it counted beyond those that were heard; `alone` is False when it did more than this client can have asked for."""
@@ -114,26 +113,28 @@ def draft_acceptance(before: Mapping[str, float] | None, after: Mapping[str, flo
     return accepted / drafted if drafted > 0 and "accepted_draft_tokens" in after else None
 
 
-def _judge(apart: Mapping[str, float], sums: Mapping[str, int | None], unheard: Sequence[Call]) -> dict[str, Any]:
+def _judge(apart: Mapping[str, float], sums: Mapping[str, int | None], unheard: Rows[CallKind]) -> dict[str, Any]:
     """`apart` is how much more the server counted than this client did."""
-    most = sum(call.samples for call in unheard)  # so many requests may be this client's though it was told of none
+    most = sum(
+        kind.samples * len(mine) for kind, mine in unheard.kinds()
+    )  # so many requests may be this client's though it was told of none
     requests = apart.get("request_success")
     more = _amounts({name: n for name, n in apart.items() if n > 0})
     less = _amounts({name: -n for name, n in apart.items() if n < 0})
     strange = any(apart.get(name, 0.0) > 0 for name in ("request_success", "prompt_tokens", "generation_tokens"))
-    if (requests or 0.0) > most or (strange and not unheard):
+    if (requests or 0.0) > most or (strange and not len(unheard)):
         who = "somebody else uses the server" if requests != 0 else "somebody else's, or the server counts otherwise"
         bound = f", of which {most} may be calls that ended unheard" if most else ""
         reason = f"{more} more than this client sent{bound}: {who}"
         return _verdict(False, False, f"{reason}; and {less} less" if less else reason, reason)
     alone = "the server did no more than this client asked for"
-    if less or (more and not strange and not unheard):
+    if less or (more and not strange and not len(unheard)):
         said = f"the server counted {f'{less} less' if less else f'{more} more'} than this client"
         return _verdict(False, None if strange else True, said, said if strange else alone)
     if more:
         ended = f"{len(unheard)} call{'s' * (len(unheard) > 1)}"
         return _verdict(None, None, f"the server counted {more} more: {ended} ended unheard")
-    wrong = [name for name, n in apart.items() if n and name not in _SAID and not unheard]
+    wrong = [name for name, n in apart.items() if n and name not in _SAID and not len(unheard)]
     if wrong:
         return _verdict(False, True, f"{', '.join(wrong)} differ", alone)
     if sums["prompt_tokens"] is None or sums["generation_tokens"] is None:

@@ -11,6 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from io import FileIO
+from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, TypeVar
@@ -18,7 +19,6 @@ from typing import Literal, TypeVar
 import msgspec
 
 from fanmark.loadgen.errors import LostError
-from fanmark.loadgen.lean import PackedGaps, Shared, row
 
 Outcome = Literal["completed", "failed", "abandoned"]
 Phase = Literal["lead-in", "window", "lead-out"]  # only the queries of the window count
@@ -35,8 +35,7 @@ KEPT = (
     "questions.jsonl",
 )  # what summary.json rests on
 _COPIED_BYTES = 1 << 20
-_OF_FEW_WORDS = ("arm", "role", "target", "tool", "finish", "lane")
-_encoder = msgspec.json.Encoder(enc_hook=dict)  # of gaps that are packed
+_encoder = msgspec.json.Encoder()
 
 GAP_BASE = 1.002  # a bucket of token gaps is 0.2 % wide: a gap is known to 0.1 %, which of 20 ms is 0.02 ms
 JOINED, JOINED_FROM = 10, 21  # buckets
@@ -137,6 +136,12 @@ class Call(msgspec.Struct, omit_defaults=False, kw_only=True):
     def seconds(self) -> float:
         """Time in flight; 0 for a call that was never sent."""
         return self.done_at - self.sent_at if self.done_at is not None and self.sent_at is not None else 0.0
+
+    @property
+    def chunks(self) -> int:
+        """The chunks with tokens of a call that was sent. What came together with its first is in no gap: a reply that came all at once is
+        coalesced but for one chunk."""
+        return 1 + max(sum(self.gaps.values()), self.coalesced)
 
     @property
     def send_delay_s(self) -> float | None:
@@ -306,24 +311,22 @@ def read_begun(folder: Path) -> list[Begun]:
     return list(lines_of(folder / "begun.jsonl", Begun))
 
 
-def read_queries(folder: Path, begun: Iterable[Query] = ()) -> list[Query]:
-    """All whole records of a run's folder, each query with its calls; a last line that was cut off is left out. One of `begun` stands in
-    where a query has no record."""
-    queries = {(q.arm, q.query): q for each in (begun, lines_of(folder / "queries.jsonl", Query)) for q in each}
-    for query in queries.values():
-        query.resources, query.expected = row(query.resources), row(query.expected)
-    shared = Shared()
-    for call in lines_of(folder / "calls.jsonl", Call):
-        for name in _OF_FEW_WORDS:
-            setattr(call, name, shared.word(getattr(call, name)))
-        call.after = shared.numbers(call.after)
-        call.limited_s = call.limited_s or 0.0
-        call.gaps = PackedGaps(call.gaps) if call.gaps else call.gaps
-        if (call.arm, call.query) in queries:
-            query = queries[call.arm, call.query]
-            call.query = query.query
-            (query.calls if call.retry_at is None else query.retried).append(call)
-    return list(queries.values())
+def read_queries(folder: Path) -> Iterator[Query]:
+    """The whole records of a run's folder one by one, each query with its calls; a last line that was cut off is left out. Calls stand in
+    the order of their queries; such as have no query are passed over."""
+    calls = groupby(lines_of(folder / "calls.jsonl", Call), lambda call: (call.arm, call.query))
+    nothing: tuple[tuple[str, int] | None, Iterable[Call]] = (None, ())
+    key, mine = next(calls, nothing)
+    for query in lines_of(folder / "queries.jsonl", Query):
+        own = (query.arm, query.query)
+        made_some = any(query.resources.get(name) for name in ("calls", "tool_calls", "retries"))
+        while key != own and key is not None and made_some:
+            key, mine = next(calls, nothing)
+        if key == own:
+            for call in mine:
+                (query.calls if call.retry_at is None else query.retried).append(call)
+            key, mine = next(calls, nothing)
+        yield query
 
 
 def read_windows(folder: Path) -> list[Window]:

@@ -10,7 +10,8 @@ import msgspec
 from fanmark.loadgen import frozen, summary, table
 from fanmark.loadgen.endpoint import Endpoint
 from fanmark.loadgen.errors import LostError
-from fanmark.loadgen.records import Call, Query, Window
+from fanmark.loadgen.records import Window
+from fanmark.loadgen.reduced import CallKind, Reduced, Rows
 from fanmark.loadgen.report.words import title
 from fanmark.loadgen.run import Ending
 from fanmark.loadgen.samples import Sample
@@ -22,12 +23,12 @@ from fanmark.loadgen.thresholds import lines as threshold_lines
 from fanmark.loadgen.tool_report import Listing, tools_part
 
 MATCHED = 0.05  # so near to each other must the calls in flight of matched arms be
-ClientReport = Callable[[Sequence[Call]], dict[str, Any]]  # of the counted calls that were sent; see health.client_part
+ClientReport = Callable[[Rows[CallKind]], dict[str, Any]]  # of the counted calls that were sent; see health.client_part
 
 
 def assemble(
     scenario: Scenario,
-    queries: Sequence[Query],
+    run: Reduced,
     endpoints: Mapping[str, Endpoint],
     server: dict[str, Any],
     client_report: ClientReport,
@@ -40,12 +41,12 @@ def assemble(
     samples: Sequence[Sample] = (),
 ) -> dict[str, Any]:
     """The whole of summary.json."""
-    counted = counted_calls(queries)
-    client = client_report(counted)
+    counted = counted_calls(run)
+    client, tools_told = client_report(counted), tools_part(tools, run.calls)
     cut_at = run_part["seconds"] if ending is not None else None
-    found = recomputable(scenario, queries, windows, samples, cut_at, client, server, stub)
+    told = tells_cached(counted) or not answered(counted)
+    found = recomputable(scenario, run, windows, samples, cut_at, client, server, stub)
     parts = list(server.values()) if "reconciled" not in server else [server]
-    told = any(c.cached_tokens is not None for c in counted)
     targets = {
         name: {"url": e.config.replicas[0], "model": e.model, "server": e.server, "lane": e.lane.name}
         | ({"urls": e.config.replicas, "spread": e.config.spread} if e.config.urls else {})
@@ -60,25 +61,30 @@ def assemble(
         **found,
         "client": client,
         "server": server,
-        "tools": tools_part(tools, queries),
-        "notes": _notes(scenario, found["arms"], endpoints, parts, queries, told=told or not answered(counted)),
+        "tools": tools_told,
+        "notes": _notes(scenario, found["arms"], endpoints, parts, run, told=told),
     }
     return whole | {"thresholds": judged(scenario.threshold, whole), "label": frozen.label(scenario, whole)}
 
 
-def counted_calls(queries: Sequence[Query]) -> list[Call]:
+def counted_calls(run: Reduced) -> Rows[CallKind]:
     """The counted queries' calls that were sent."""
-    return [c for q in queries if not q.warmup for c in q.calls if c.kind == "call" and c.sent_at is not None]
+    return run.calls.where(lambda kind: not kind.warmup and not kind.retried and kind.kind == "call" and kind.sent)
 
 
-def answered(calls: Sequence[Call]) -> bool:
+def answered(calls: Rows[CallKind]) -> bool:
     """Whether one of them was answered at all: else nothing is known of what a server tells."""
-    return any(call.error is None for call in calls)
+    return any(kind.error is None for kind, _ in calls.kinds())
+
+
+def tells_cached(calls: Rows[CallKind]) -> bool:
+    """Whether one of them told its cached tokens."""
+    return calls.unknown("cached_tokens") < len(calls)
 
 
 def recomputable(
     scenario: Scenario,
-    queries: Sequence[Query],
+    run: Reduced,
     windows: Sequence[Window],
     samples: Sequence[Sample],
     cut_at: float | None,
@@ -86,8 +92,12 @@ def recomputable(
     server: Mapping[str, Any],
     stub: tuple[bool, str] | None,
 ) -> dict[str, Any]:
-    """What of summary.json follows from the records, given what client and servers told of themselves."""
-    arms = summary.summarise_arms(scenario, queries, windows, samples, cut_at)
+    """What of summary.json follows from the records, given what client and servers told of themselves. Uses up the run's calls
+    (summarise_arms)."""
+    counted = counted_calls(run)
+    warm, heard = scenario.tapped or scenario.workload.cache == "warm", answered(counted)
+    knowable = not warm and tells_cached(counted)
+    arms = summary.summarise_arms(scenario, run, windows, samples, cut_at)
     if scenario.workload.lengths != "forced":
         for arm in arms.values():
             arm["expected"]["output_at_most"] = True
@@ -96,13 +106,10 @@ def recomputable(
         key: None if any(p[key] is None for p in parts) else all(p[key] for p in parts)
         for key in ("reconciled", "alone")
     } | {said: "; ".join(dict.fromkeys(p[said] for p in parts)) for said in ("reason", "alone_reason")}
-    warm = scenario.tapped or scenario.workload.cache == "warm"
-    counted = counted_calls(queries)
-    knowable = not warm and any(call.cached_tokens is not None for call in counted)
-    unexplained = sum(query.unexplained_tokens for query in queries) if knowable else None
-    written, reread = (sum(getattr(query, name) for query in queries) for name in ("written_tokens", "reread_tokens"))
+    unexplained = run.unexplained_tokens if knowable else None
+    written, reread = run.written_tokens, run.reread_tokens
     return {
-        "validity": summary.validity(arms, ticked, client, unexplained, stub, warm=warm, heard=answered(counted)),
+        "validity": summary.validity(arms, ticked, client, unexplained, stub, warm=warm, heard=heard),
         "arms": arms,
         "retokenized_pct": 100.0 * (reread - written) / written if written else None,
     }
@@ -113,7 +120,7 @@ def _notes(
     arms: Mapping[str, Any],
     endpoints: Mapping[str, Endpoint],
     servers: Sequence[Mapping[str, Any]],
-    queries: Sequence[Query],
+    run: Reduced,
     *,
     told: bool,
 ) -> list[str]:
@@ -132,8 +139,8 @@ def _notes(
     ]
     reasons = dict.fromkeys(q["reason"] for arm in arms.values() if (q := arm["quality"]) is not None)
     notes += [f"quality is not judged: {reason}" for reason in reasons if reason is not None]
-    asked = len({query.query for query in queries})
-    if scenario.questions and asked > len(scenario.questions):
+    asked = len(set(run.queries["number"])) if scenario.questions else 0
+    if asked > len(scenario.questions):
         notes.append(
             f"{len(scenario.questions)} questions for {asked} queries: they come again, and are then in the prefix cache"
         )

@@ -1,24 +1,20 @@
-"""Calls that are sent again: which failures pass, how long to wait, and what came of nothing in the end. Pure.
+"""Calls that are sent again: which failures pass, and how long to wait. Pure.
 
 A call that is sent again keeps its number, so dependencies, depth, width and the closed form speak of it once: by its last attempt. The
-attempts before are records of their own (`retry_at` tells them) and are counted apart, as waste.
+attempts before are records of their own (`retry_at` tells them) and are counted apart, as waste (waste.py).
 """
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
 
 from fanmark.loadgen.errors import CallError
 from fanmark.loadgen.lanes.http import HttpError
-from fanmark.loadgen.records import Call, Query
+from fanmark.loadgen.records import Call
 from fanmark.loadgen.scenario import Target
 
 LONGEST_BACKOFF_S = 8.0
-# how an attempt ends whose server did not say what it cost, though it may have worked on it
-_UNTOLD = ("timeout", "http_5xx", "stream_cut", "bad_reply", "cancelled")
 
 
 def wait_s(config: Target, attempt: int, error: CallError, chance: float, wall_s: float) -> float | None:
@@ -64,29 +60,3 @@ def lost_s(retried: Iterable[Call]) -> dict[int, float]:
         if call.retry_at is not None:
             found[call.call] = found.get(call.call, 0.0) + call.retry_at - call.due_at
     return found
-
-
-def waste(queries: Sequence[Query]) -> dict[str, Any]:
-    """`waste` of an arm in summary.json: attempts that were sent again, calls that a query gave up since it
-    needed them no more, and the calls of queries that did not complete. Tokens are None
-    where a server may have worked on one of them and did not say; `seconds` is time in flight, and between attempts."""
-    retried = [call for query in queries for call in query.retried]
-    lost = [call for query in queries if query.outcome != "completed" for call in query.calls if call.kind == "call"]
-    completed = [query for query in queries if query.outcome == "completed"]
-    given_up = [
-        call for query in completed for call in query.calls if call.kind == "call" and call.error == "cancelled"
-    ]
-    lost += given_up
-    tokens: dict[str, int | None] = {}
-    for name in ("input_tokens", "output_tokens"):
-        untold = any(c.sent_at is not None and c.error in _UNTOLD and getattr(c, name) is None for c in lost)
-        tokens[name] = None if untold else sum(getattr(c, name) or 0 for c in lost)
-    waited_s = math.fsum(s for query in queries for s in lost_s(query.retried).values())
-    return {
-        "retries": len(retried),
-        "retried": dict(Counter(call.error for call in retried)),
-        "given_up": len(given_up),
-        "calls": len(retried) + len(lost),
-        **tokens,
-        "seconds": waited_s + math.fsum(call.seconds for call in lost),
-    }

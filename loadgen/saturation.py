@@ -12,15 +12,16 @@ Rules of the file:
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
 from fanmark.loadgen.arrivals import of_arm
 from fanmark.loadgen.operating_point import Span, spans
-from fanmark.loadgen.records import Call, Query, Window
+from fanmark.loadgen.records import Window
+from fanmark.loadgen.reduced import CallKind, QueryKind, Reduced, Rows, seconds
 from fanmark.loadgen.samples import Sample
 from fanmark.loadgen.scenario import Arm, Scenario, Stage
 
@@ -48,41 +49,40 @@ class Level:
 def saturation(
     scenario: Scenario,
     arm: Arm,
-    queries: Sequence[Query],
+    run: Reduced,
     windows: Sequence[Window],
     qps: float,
     samples: Sequence[Sample],
 ) -> dict[str, Any] | None:
-    """`saturation` of an arm in summary.json; None where it called no tool. `queries` are those of all arms, `windows` its own, `qps`
+    """`saturation` of an arm in summary.json; None where it called no tool. `run` is that of all arms, `windows` are its own, `qps` is
     what it was offered. `first`: "tools", "model", "neither" or None (not known); `qps` and `level`: where, of "neither" the highest."""
-    own = [query for query in queries if query.arm == arm.name]
-    if not any(call.kind == "tool_call" for query in own for call in query.calls):
+    own = run.where(lambda kind: kind.arm == arm.name)
+    if not len(own.calls.where(lambda kind: kind.kind == "tool_call")):
         return None
-    counted = [query for query in own if not query.warmup]
+    counted = own.queries.where(lambda kind: not kind.warmup)
     stages = scenario.load.stages
     levels = _staged(scenario, arm, counted) if stages else [Level(qps, spans(counted, windows))]
-    calls, targets = _sent(own), {call.target for query in own for call in query.calls if call.kind == "call"}
-    others = [call for call in _sent(queries) if call.target in targets]
+    targets = {kind.target for kind, _ in own.calls.kinds() if kind.kind == "call" and not kind.retried}
+    calls, others = _sent(own), _sent(run).where(lambda kind: kind.target in targets)
     told: list[dict[str, Any]] = []
-    first: list[Call] | None = None
+    first: Side | None = None
     for level in levels:
-        mine = [call for call in calls if level.holds(_at(call))]
-        beside = sum(level.holds(_at(call)) for call in others)
+        mine = Side(calls, level)
+        beside = sum(map(level.holds, others["at"]))
         at_times = [sample for sample in samples if level.holds(sample.at)]
         told.append(
             {"qps": level.qps, "times": [list(span) for span in level.times]}
-            | {"tools": _tools(mine, first, level), "model": _model(mine, first, level, beside, at_times, targets)}
+            | {"tools": _tools(mine, first), "model": _model(mine, first, beside, at_times, targets)}
         )
         first = mine if first is None else first
     return _verdict(told) | {"levels": told}
 
 
-def _staged(scenario: Scenario, arm: Arm, counted: Sequence[Query]) -> list[Level]:
+def _staged(scenario: Scenario, arm: Arm, counted: Rows[QueryKind]) -> list[Level]:
     """The levels of the stages. A repeat begins before its first query by as much as that query's arrival says."""
     starts = []
-    for repeat in sorted({query.repeat for query in counted}):
-        due_at = min(query.due_at for query in counted if query.repeat == repeat)
-        starts.append(due_at - next(of_arm(scenario, arm, repeat)))
+    for repeat, mine in sorted(counted.by(lambda kind: kind.repeat).items()):
+        starts.append(min(mine["due_at"]) - next(of_arm(scenario, arm, repeat)))
     return [Level(qps, [(at + a, at + b) for at in starts]) for a, b, qps in levels_of(scenario.load.stages)]
 
 
@@ -99,58 +99,72 @@ def levels_of(stages: Sequence[Stage]) -> list[tuple[float, float, float]]:
     return found
 
 
-def _sent(queries: Sequence[Query]) -> list[Call]:
+def _sent(run: Reduced) -> Rows[CallKind]:
     """All that was asked of a server, or would have been but for it."""
-    return [call for query in queries for call in (*query.retried, *query.calls) if call.refused is None]
+    return run.calls.where(lambda kind: kind.refused is None)
 
 
-def _at(call: Call) -> float:
-    return call.due_at if call.sent_at is None else call.sent_at
+@dataclass(frozen=True)
+class Side:
+    """Calls, as far as a level holds them: all of them, or those of one side."""
+
+    calls: Rows[CallKind]
+    level: Level
+
+    def where(self, test: Callable[[CallKind], bool]) -> "Side":
+        return Side(self.calls.where(test), self.level)
+
+    def taken(self, times: Iterable[float | None]) -> Iterator[float]:
+        """Of as many times as there are calls the known ones of those that the level holds."""
+        beside = zip(self.calls["at"], times, strict=True)
+        return (seconds for at, seconds in beside if seconds is not None and self.level.holds(at))
+
+    def seconds(self) -> Iterator[float]:
+        return self.taken(seconds(self.calls))
+
+    def ttft_s(self) -> Iterator[float]:
+        first = self.calls.rows("at", "first_at")
+        return self.taken(None if first_at is None else first_at - at for at, first_at in first)
+
+    def __len__(self) -> int:
+        return sum(map(self.level.holds, self.calls["at"]))
 
 
-def _tools(mine: Sequence[Call], first: Sequence[Call] | None, level: Level) -> dict[str, Any]:
-    calls = [call for call in mine if call.kind == "tool_call"]
-    ended = [call for call in calls if call.error is None]
-    queued = [call.queued_s for call in ended if call.queued_s is not None]
-    wait_s = math.fsum(queued) if queued else _growth(ended, first, lambda c: c.tool, lambda c: c.seconds)
-    latency_s = [call.seconds for call in ended]
+def _tools(mine: Side, first: Side | None) -> dict[str, Any]:
+    calls = mine.where(lambda kind: kind.kind == "tool_call")
+    ended = calls.where(lambda kind: kind.error is None)
+    queued = array("d", ended.taken(ended.calls["queued_s"]))
+    wait_s = math.fsum(queued) if queued else _growth(ended, first, lambda kind: kind.tool, Side.seconds)
+    latency_s = array("d", ended.seconds())
     return {
         "calls": len(calls),
         **_shares(calls, mine, wait_s, "queue" if queued else "growth", ("tool_transport",)),
         "latency_s": fmean(latency_s) if latency_s else None,
         "queued_s": fmean(queued) if queued else None,
-        "in_service": (math.fsum(latency_s) - math.fsum(queued)) / level.seconds if queued else None,
+        "in_service": (math.fsum(latency_s) - math.fsum(queued)) / mine.level.seconds if queued else None,
     }
 
 
 def _model(
-    mine: Sequence[Call],
-    first: Sequence[Call] | None,
-    level: Level,
-    beside: int,
-    samples: Sequence[Sample],
-    targets: set[str | None],
+    mine: Side, first: Side | None, beside: int, samples: Sequence[Sample], targets: set[str | None]
 ) -> dict[str, Any]:
     """`beside`: the calls of all arms to these targets, which wait in the same queues."""
-    calls = [call for call in mine if call.kind == "call"]
-    begun = [call for call in calls if call.error is None and call.first_at is not None]
+    calls = mine.where(lambda kind: kind.kind == "call")
+    begun = calls.where(lambda kind: kind.error is None)
     waiting, kv_use = (_gauge(samples, targets, name) for name in ("waiting", "kv_use"))
     wait_s = None
     if waiting is not None:
-        wait_s = fmean(waiting) * level.seconds * len(calls) / beside if beside else 0.0
+        wait_s = fmean(waiting) * mine.level.seconds * len(calls) / beside if beside else 0.0
     else:
-        wait_s = _growth(begun, first, lambda c: (c.role, c.round), _ttft_s)
+        wait_s = _growth(begun, first, lambda kind: (kind.role, kind.round), Side.ttft_s)
+    ttft_s = array("d", begun.ttft_s())
     return {
         "calls": len(calls),
         **_shares(calls, mine, wait_s, "growth" if waiting is None else "queue", None),
-        "ttft_s": fmean(map(_ttft_s, begun)) if begun else None,
+        "ttft_s": fmean(ttft_s) if ttft_s else None,
         "waiting_share": None if waiting is None else fmean(n > 0 for n in waiting),
         "kv_use_max": max(kv_use) / len(targets) if kv_use and targets else None,
     }
-
-
-def _ttft_s(call: Call) -> float:
-    return (call.first_at or 0.0) - (call.sent_at or 0.0)
 
 
 def _gauge(samples: Sequence[Sample], targets: set[str | None], name: str) -> list[float] | None:
@@ -164,30 +178,36 @@ def _gauge(samples: Sequence[Sample], targets: set[str | None], name: str) -> li
     return found if len(found) >= LEAST_SAMPLES else None
 
 
-def _shares(
-    calls: Sequence[Call], mine: Sequence[Call], wait_s: float | None, by: str, errors: Sequence[str] | None
-) -> dict[str, Any]:
+def _shares(calls: Side, mine: Side, wait_s: float | None, by: str, errors: Sequence[str] | None) -> dict[str, Any]:
     """A side's waiting as a share of the time that all calls and tool calls took, and its failures; `errors` None: all but what was given
     up."""
-    known = len(calls) >= LEAST_CALLS
-    took_s = math.fsum(call.seconds for call in mine)
-    failed = [c for c in calls if (c.error in errors if errors else c.error not in (None, "cancelled", "budget"))]
+    count = len(calls)
+    known = count >= LEAST_CALLS
+    took_s = math.fsum(mine.seconds())
+    failed = calls.where(
+        lambda kind: kind.error in errors if errors else kind.error not in (None, "cancelled", "budget")
+    )
     return {
         "wait_share": min(wait_s / took_s, 1.0) if known and wait_s is not None and took_s else None,
         "by": by,
-        "failed_share": len(failed) / len(calls) if known else None,
+        "failed_share": len(failed) / count if known else None,
     }
 
 
 def _growth(
-    calls: Sequence[Call], first: Sequence[Call] | None, key: Callable[[Call], Any], seconds: Callable[[Call], float]
+    calls: Side, first: Side | None, key: Callable[[CallKind], Any], times: Callable[[Side], Iterator[float]]
 ) -> float | None:
     """How much longer the calls took than the first level's of their kind; 0 where that may be chance (two standard errors)."""
-    before: dict[Any, list[float]] = defaultdict(list)
-    for call in first or ():
-        if call.error is None and call.kind == (calls[0].kind if calls else "") and call.done_at is not None:
-            before[key(call)].append(seconds(call))
-    grown = [seconds(call) - fmean(before[key(call)]) for call in calls if key(call) in before]
+    if first is None:
+        return None
+    kinds = {kind.kind for kind, _ in calls.calls.kinds()}
+    ended = first.calls.where(lambda kind: kind.error is None and kind.kind in kinds)
+    before = {name: array("d", times(Side(mine, first.level))) for name, mine in ended.by(key).items()}
+    means = {name: fmean(mine) for name, mine in before.items() if mine}
+    grown = array("d")
+    for name, mine in calls.calls.by(key).items():
+        if name in means:
+            grown.extend(took_s - means[name] for took_s in times(Side(mine, calls.level)))
     count = sum(map(len, before.values()))
     if len(grown) < LEAST_CALLS or count < LEAST_CALLS:
         return None

@@ -4,13 +4,14 @@ import asyncio
 import math
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from fanmark.loadgen import reconcile
 from fanmark.loadgen.cache_account import cache_account
 from fanmark.loadgen.counters import Reading
 from fanmark.loadgen.endpoint import Endpoint
-from fanmark.loadgen.records import Query
+from fanmark.loadgen.reduced import CallKind, Reduced, seconds
 
 _COUNTERS_SETTLE_S = 2.0
 
@@ -41,25 +42,23 @@ def sharing(endpoints: Mapping[str, Endpoint]) -> dict[str, list[str]]:
     }
 
 
-def account(
-    names: Sequence[str], before: Reading | None, after: Reading | None, queries: Sequence[Query]
-) -> dict[str, Any]:
+def account(names: Sequence[str], before: Reading | None, after: Reading | None, run: Reduced) -> dict[str, Any]:
     """`server` of summary.json for targets that share their servers, usually one."""
-    calls = [call for query in queries for call in (*query.retried, *query.calls) if call.target in names]
-    asked = len({(call.arm, call.query) for call in calls})
+    calls = run.calls.where(lambda kind: kind.target in names)
+    asked = sum(count for targets, count in run.asked.items() if targets & set(names))
     first, last = (None if reading is None else reading.values for reading in (before, after))
     found = reconcile.reconcile(first, last, calls) | cache_account(first, last, calls, asked)
     return found | {"draft_acceptance": reconcile.draft_acceptance(first, last)}
 
 
-async def reconciled(endpoints: Mapping[str, Endpoint], before: Readings, queries: Sequence[Query]) -> dict[str, Any]:
+async def reconciled(endpoints: Mapping[str, Endpoint], before: Readings, run: Reduced) -> dict[str, Any]:
     """`server` of summary.json; by target where there are several. Counters get a moment to catch up with the last reply."""
     parts: dict[str, Any] = {}
     names = sharing(endpoints)
     for name, endpoint in endpoints.items():
         give_up_at = time.monotonic() + _COUNTERS_SETTLE_S
         while True:
-            parts[name] = account(names[name], before[name], await endpoint.reading(), queries)
+            parts[name] = account(names[name], before[name], await endpoint.reading(), run)
             if parts[name]["reconciled"] is not False or time.monotonic() > give_up_at:
                 break
             await asyncio.sleep(0.1)
@@ -67,14 +66,18 @@ async def reconciled(endpoints: Mapping[str, Endpoint], before: Readings, querie
 
 
 async def stub_on_time(
-    endpoints: Mapping[str, Endpoint], before: Readings, queries: Sequence[Query], time_scale: float
+    endpoints: Mapping[str, Endpoint], before: Readings, run: Reduced, time_scale: float
 ) -> tuple[bool, str] | None:
     """The worst of the stubs among the targets, None where there is none."""
     found = []
     for name, after in (await read_all(endpoints)).items():
-        seconds = [c.seconds * time_scale for q in queries for c in q.calls if c.target == name and c.error is None]
+        answered = run.calls.where(partial(_answered, target=name))
         first = before[name]
-        if seconds and first is not None and after is not None:
-            mean_s = math.fsum(seconds) / len(seconds)
+        if len(answered) and first is not None and after is not None:
+            mean_s = time_scale * math.fsum(seconds(answered)) / len(answered)
             found.append(reconcile.stub_on_time(first.values, after.values, mean_s, time_scale))
     return min((each for each in found if each is not None), default=None)
+
+
+def _answered(kind: CallKind, target: str) -> bool:
+    return kind.target == target and kind.error is None and not kind.retried

@@ -28,7 +28,8 @@ from fanmark.loadgen.metrics_server import Page, Scrapes, hold, serve, texts_of
 from fanmark.loadgen.otlp import Facts, Spans, check_url
 from fanmark.loadgen.question_file import write_questions
 from fanmark.loadgen.reach import Reached, reach, settle
-from fanmark.loadgen.records import Journal, Query, digests, read_queries, read_windows
+from fanmark.loadgen.records import Journal, digests, read_queries, read_windows
+from fanmark.loadgen.reduced import reduced
 from fanmark.loadgen.report.live_page import LivePage
 from fanmark.loadgen.report.write import write_report
 from fanmark.loadgen.results import assemble, so_far, write_summary
@@ -110,19 +111,19 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
             journal.flush()
         except LostError as e:
             raise LostError(f"{e}: the run ended with it; until then {so_far(tally)}") from None
-        queries = read_queries(options.out)
-        server = await server_side.reconciled(endpoints, before, queries)
+        records = reduced(read_queries(options.out), scenario.objective)
+        server = await server_side.reconciled(endpoints, before, records)
         if any(state.lost_at is not None for state in ended.states.values()):
             _not_reconcilable(server)
-        stub = await server_side.stub_on_time(endpoints, before, queries, place.time_scale)
+        stub = await server_side.stub_on_time(endpoints, before, records, place.time_scale)
         run_part = _run_part(scenario, options, started, seconds, place.time_scale)
         client = partial(client_part, ended.states, host_busy_seconds=sampler.host_busy_seconds)
         found = assemble(
-            scenario, queries, endpoints, server, client, run_part, stub,
+            scenario, records, endpoints, server, client, run_part, stub,
             ending=ended.ending, windows=read_windows(options.out), samples=read_samples(options.out),
             tools=listing(reached.tools, endpoints) if reached.tools is not None else None,
         )  # fmt: skip
-        notes = [*ended.notes, *found["notes"], *_sent(spans, queries, options.workers)]
+        notes = [*ended.notes, *found["notes"], *_sent(spans, options)]
         found["notes"] = list(dict.fromkeys(notes))  # what is lost first; all workers notice the same
         found, course.report = _leave(options.out, found | {"environment": surroundings}, endpoints)
         tally.validity = {tick: ok for tick, ok in found["validity"].items() if isinstance(ok, bool)}
@@ -152,11 +153,11 @@ def _spans(
     return spans
 
 
-def _sent(spans: Spans | None, queries: Sequence[Query], workers: int) -> list[str]:
+def _sent(spans: Spans | None, options: Options) -> list[str]:
     """Ends the sending of spans, those of workers' queries first; what is to be told of it."""
     if spans is None:
         return []
-    for query in queries if workers > 1 else []:
+    for query in read_queries(options.out) if options.workers > 1 else ():
         spans.put(query)
     return spans.close()
 

@@ -24,7 +24,8 @@ from fanmark.loadgen.lanes.virtual import Service, VirtualEndpoint
 from fanmark.loadgen.lanes.virtual_tools import VirtualTools
 from fanmark.loadgen.minimums import check_lengths, check_roles
 from fanmark.loadgen.reach import tool_latency, uses_tools
-from fanmark.loadgen.records import Call, digests, read_queries, read_windows
+from fanmark.loadgen.records import digests, read_queries, read_windows
+from fanmark.loadgen.reduced import CallKind, Rows, reduced
 from fanmark.loadgen.report.write import write_report
 from fanmark.loadgen.results import assemble, write_summary
 from fanmark.loadgen.run import Run
@@ -150,10 +151,10 @@ async def _simulate(
         loop.watch_time(None)
         sampler.close()
         journal.close()
-    queries = read_queries(options.out)
+    records = reduced(read_queries(options.out), scenario.objective)
     told = {name: endpoint.told() for name, endpoint in endpoints.items()}
     server = {
-        name: account([name], Reading("", {}), told[name], queries) | endpoint.work()
+        name: account([name], Reading("", {}), told[name], records) | endpoint.work()
         for name, endpoint in endpoints.items()
     }
     run_part = {
@@ -169,7 +170,7 @@ async def _simulate(
     }
     parts = server if len(server) > 1 else next(iter(server.values()))
     found = assemble(
-        scenario, queries, endpoints, parts, _no_client, run_part,
+        scenario, records, endpoints, parts, _no_client, run_part,
         ending=ending, windows=read_windows(options.out), samples=read_samples(options.out),
         tools=listing(tools, endpoints) if tools is not None else None,
     )  # fmt: skip
@@ -194,7 +195,7 @@ def _tools(scenario: Scenario) -> ToolSet:
     return ToolSet(tools, tools.tools, config, embedded=True)
 
 
-def _no_client(calls: Sequence[Call]) -> dict[str, Any]:
+def _no_client(calls: Rows[CallKind]) -> dict[str, Any]:
     """The `client` part of summary.json: nothing stands between a call and the engine."""
     return {
         "verdict": "ok",

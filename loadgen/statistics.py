@@ -1,7 +1,7 @@
 """Distributions and intervals. Pure; numpy is imported when first used, which is after the run."""
 
 import math
-from collections import Counter
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -19,11 +19,11 @@ _DRAWN_AT_ONCE = 200_000  # query numbers: what a bootstrap holds in memory does
 Distribution = dict[str, float | int | None]
 
 
-def distribution(values: Sequence[float]) -> Distribution | None:
+def distribution(values: Iterable[float]) -> Distribution | None:
     """mean, p50, p90, p99, max, n of the values; a quantile without support is None, no values at all give None."""
-    if not values:
-        return None
     ordered = sorted(values)
+    if not ordered:
+        return None
     found: Distribution = {"mean": math.fsum(ordered) / len(ordered)}
     for name, q in QUANTILES.items():
         found[name] = _quantile(ordered, q) if len(ordered) >= SUPPORT[name] else None
@@ -45,14 +45,6 @@ def gap_distribution(gaps: Mapping[int, int]) -> Distribution | None:
                 break
         found[name] = bucket_gap_s(bucket) if n >= SUPPORT[name] else None
     return found | {"max": bucket_gap_s(buckets[-1]), "n": n}
-
-
-def merge_gaps(many: Sequence[Mapping[int, int]]) -> Counter[int]:
-    """All gaps in one histogram."""
-    total: Counter[int] = Counter()
-    for gaps in many:
-        total.update(gaps)
-    return total
 
 
 def _quantile(ordered: Sequence[float], q: float) -> float:
@@ -198,13 +190,18 @@ def wilson(successes: int, n: int, z: float = Z_95) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def occupancy(spans: Sequence[tuple[float, float]], start_at: float, end_at: float) -> dict[str, float]:
+def occupancy(spans: Iterable[tuple[float, float]], start_at: float, end_at: float) -> dict[str, float]:
     """Mean and max of how many spans (from, to) are open between two instants."""
-    inside = [(max(a, start_at), min(b, end_at)) for a, b in spans if b > start_at and a < end_at]
-    length = max(end_at - start_at, 1e-9)
-    edges = sorted([(a, 1) for a, _ in inside] + [(b, -1) for _, b in inside])
-    open_now = most = 0
-    for _, step in edges:
-        open_now += step
-        most = max(most, open_now)
-    return {"mean": math.fsum(b - a for a, b in inside) / length, "max": most}
+    starts, ends = array("d"), array("d")
+    for a, b in spans:
+        if b > start_at and a < end_at:
+            starts.append(max(a, start_at))
+            ends.append(min(b, end_at))
+    open_s = math.fsum(b - a for a, b in zip(starts, ends, strict=True))
+    starts, ends = (array("d", sorted(each)) for each in (starts, ends))
+    ended = most = 0
+    for begun, at in enumerate(starts, 1):
+        while ended < len(ends) and ends[ended] <= at:
+            ended += 1
+        most = max(most, begun - ended)
+    return {"mean": open_s / max(end_at - start_at, 1e-9), "max": most}

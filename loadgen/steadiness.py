@@ -5,7 +5,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fanmark.loadgen.records import Query, Window
+from fanmark.loadgen.records import Window
+from fanmark.loadgen.reduced import CallKind, QueryKind, Rows, in_flight
 from fanmark.loadgen.statistics import occupancy
 
 HALVES_APART = 0.10  # calls in flight, or KV use, may differ by so much of their mean between the window's halves
@@ -33,24 +34,25 @@ class Verdict:
 
 
 def judge(
-    queries: Sequence[Query],
-    beside: Sequence[Query],
+    queries: Rows[QueryKind],
+    beside: Rows[QueryKind],
+    calls: Rows[CallKind],
     window: Window,
     kv: Sequence[tuple[float, float]] | None = None,
     *,
     open_loop: bool,
 ) -> Verdict:
-    """`queries` are all of the arm's, `beside` all of the arms that shared the window, lead-in and lead-out included. `kv` is KV use
-    between 0 and 1 at instants, None where no server told it."""
-    counted = sorted((q for q in queries if not q.warmup), key=lambda q: q.due_at)
-    if not counted:
+    """`queries` are all of the arm's, `beside` all of the arms that shared the window and `calls` theirs, lead-in and lead-out included.
+    `kv` is KV use between 0 and 1 at instants, None where no server told it."""
+    counted = queries.where(lambda kind: not kind.warmup)
+    if not len(counted):
         return Verdict(False, "no query was due in the window", None)
-    mean_s = math.fsum(q.done_at - q.due_at for q in counted) / len(counted)
-    in_flight = occupancy([(q.due_at, q.done_at) for q in queries], window.start_at, window.end_at)["mean"]
+    mean_s = math.fsum(done_at - due_at for due_at, done_at in counted.rows("due_at", "done_at")) / len(counted)
+    in_flight = occupancy(queries.rows("due_at", "done_at"), window.start_at, window.end_at)["mean"]
     by_rate = len(counted) / window.seconds * mean_s
     off = in_flight / by_rate - 1 if by_rate else None
     wrong = []
-    over = open_loop and any(over_capacity([q for q in beside if q.arm == arm], window) for arm in window.arms)
+    over = open_loop and any(over_capacity(mine, window) for mine in beside.by(lambda kind: kind.arm).values())
     if over:
         wrong.append("over capacity: more arrives than is served, and latency has no mean")
     if window.given_up:
@@ -65,9 +67,9 @@ def judge(
         wrong.append(
             f"the window ({window.seconds:.0f} s) is shorter than 5 mean query latencies ({mean_s:.1f} s each)"
         )
-    calls = _halves_of_calls(beside, window)
-    if _apart(*calls) > HALVES_APART:
-        wrong.append(f"calls in flight {calls[0]:.3g} in its first half, {calls[1]:.3g} in its second")
+    halves = _halves_of_calls(calls, window)
+    if _apart(*halves) > HALVES_APART:
+        wrong.append(f"calls in flight {halves[0]:.3g} in its first half, {halves[1]:.3g} in its second")
     if (
         kv is not None
         and (use := _halves_of_samples(kv, window)) is not None
@@ -79,19 +81,27 @@ def judge(
         wrong.append(f"L = {in_flight:.3g} queries in flight, lambda x W = {by_rate:.3g}")
     reason = (
         "; ".join(wrong)
-        or f"calls in flight {calls[0]:.3g} and {calls[1]:.3g} in its halves, L = {in_flight:.3g}, lambda x W = {by_rate:.3g}"
+        or f"calls in flight {halves[0]:.3g} and {halves[1]:.3g} in its halves, L = {in_flight:.3g}, lambda x W = {by_rate:.3g}"
     )
     return Verdict(not wrong, reason, None if off is None else 100.0 * off, over)
 
 
-def over_capacity(queries: Sequence[Query], window: Window) -> bool:
+def over_capacity(queries: Rows[QueryKind], window: Window) -> bool:
     """Whether more of an arm arrived in the window than was served. One that was abandoned took longer than all that ended."""
-    counted = sorted((q for q in queries if not q.warmup), key=lambda q: q.due_at)
-    there = [sum(q.due_at <= at < q.done_at for q in queries) for at in (window.start_at, window.end_at)]
+    counted = queries.where(lambda kind: not kind.warmup)
+    there = [
+        sum(due_at <= at < done_at for due_at, done_at in queries.rows("due_at", "done_at"))
+        for at in (window.start_at, window.end_at)
+    ]
     left = there[1] - there[0]
     if left <= LEFT_SHARE * len(counted):
         return False
-    latencies_s = [math.inf if q.outcome == "abandoned" else q.done_at - q.due_at for q in counted]
+    by_due_at = sorted(
+        (due_at, math.inf if kind.outcome == "abandoned" else done_at - due_at)
+        for kind, mine in counted.kinds()
+        for due_at, done_at in mine.rows("due_at", "done_at")
+    )
+    latencies_s = [latency_s for _, latency_s in by_due_at]
     large = left > LARGE_SHARE * len(counted)
     if large and 2 * latencies_s.count(math.inf) > len(counted):
         return True
@@ -114,15 +124,11 @@ def rise_z(values: Sequence[float]) -> float:
     return excess / math.sqrt(n * (n - 1) * (2 * n + 5) / 18)
 
 
-def _halves_of_calls(queries: Sequence[Query], window: Window) -> tuple[float, float]:
-    spans = [
-        (call.sent_at, call.done_at)
-        for query in queries
-        for call in (*query.retried, *query.calls)
-        if call.kind == "call" and call.sent_at is not None and call.done_at is not None
-    ]
+def _halves_of_calls(calls: Rows[CallKind], window: Window) -> tuple[float, float]:
     middle = window.start_at + window.seconds / 2
-    return occupancy(spans, window.start_at, middle)["mean"], occupancy(spans, middle, window.end_at)["mean"]
+    halves = ((window.start_at, middle), (middle, window.end_at))
+    first, second = (occupancy(in_flight(calls), a, b)["mean"] for a, b in halves)
+    return first, second
 
 
 def _halves_of_samples(samples: Sequence[tuple[float, float]], window: Window) -> tuple[float, float] | None:

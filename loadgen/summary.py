@@ -1,62 +1,87 @@
-"""Records -> summary.json (schema fanmark.summary/1). Pure: everything here can be recomputed from a run's folder."""
+"""Records -> summary.json (schema fanmark.summary/1). Pure: everything here can be recomputed from a run's folder. A new figure of a query
+or of a call comes from reduced.py."""
 
 import math
-from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
 
-from fanmark.loadgen import critical, fidelity
-from fanmark.loadgen.amplification import COUNTS, TIMES, Counted, amplification
+from fanmark.loadgen import critical
+from fanmark.loadgen.amplification import Counted, amplification
 from fanmark.loadgen.claims import held
+from fanmark.loadgen.costs import COUNTS, EXPECTED, TIMES
+from fanmark.loadgen.fidelity import MEASURES
 from fanmark.loadgen.objective import objective_part
 from fanmark.loadgen.operating_point import operating_point, spans
 from fanmark.loadgen.quality import quality
-from fanmark.loadgen.records import Call, Query, Window, critical_path
-from fanmark.loadgen.retries import waste
+from fanmark.loadgen.records import Window
+from fanmark.loadgen.reduced import (
+    CallKind,
+    QueryKind,
+    Reduced,
+    Rows,
+    Sums,
+    on_critical_path_s,
+    seconds,
+    ttft_s,
+)
 from fanmark.loadgen.samples import Sample, kv_use
 from fanmark.loadgen.saturation import saturation
 from fanmark.loadgen.scenario import Arm, Load, Scenario
-from fanmark.loadgen.statistics import distribution, gap_distribution, merge_gaps
+from fanmark.loadgen.statistics import distribution, gap_distribution
 from fanmark.loadgen.steadiness import Verdict, judge
 from fanmark.loadgen.tool_report import by_tool
+from fanmark.loadgen.waste import waste
 
 SCHEMA = "fanmark.summary/1"
 NO_WINDOW = "all queries are counted, no window is set"
 NO_WINDOW_YET = "the run was ended before its window began"
 CENSORED = 0.01  # of the started queries; if more did not complete, the latencies of those that did are too good
-EXPECTED = ("calls", "tool_calls", "input_tokens", "output_tokens", "depth", "width")
 
 
 def summarise_arms(
     scenario: Scenario,
-    queries: Sequence[Query],
+    run: Reduced,
     windows: Sequence[Window] = (),
     samples: Sequence[Sample] = (),
     cut_at: float | None = None,
 ) -> dict[str, Any]:
     """`arms` of summary.json from all of a run's queries, windows and samples; what is not counted is load, and nothing else. `cut_at`:
-    when a run was cut short."""
-    by_arm = counted_by_arm(scenario, queries, windows, kv_use(samples), cut_at)
+    when a run was cut short. The run's calls are used up: the amplifications, which come last, need their memory."""
+    by_arm = counted_by_arm(scenario, run, windows, kv_use(samples), cut_at)
     found: dict[str, Any] = {}
     for arm in scenario.arms:
-        mine = [query for query in queries if query.arm == arm.name]
-        found[arm.name] = _arm(arm, scenario, by_arm[arm.name], by_arm[scenario.baseline.name])
-        found[arm.name]["load"] = operating_point(
-            scenario.load_of(arm), scenario.objective, mine, by_arm[arm.name].windows
-        )
-        found[arm.name]["window"] = _window(scenario.load_of(arm), by_arm[arm.name], cut_at is not None)
-        offered_qps = found[arm.name]["load"].get("offered_qps")
-        found[arm.name]["saturation"] = (
-            saturation(scenario, arm, queries, by_arm[arm.name].windows, offered_qps, samples) if offered_qps else None
-        )
+        mine, counted = run.where(partial(_of_arm, name=arm.name)), by_arm[arm.name]
+        load = operating_point(scenario.load_of(arm), scenario.objective, mine, counted.windows)
+        found[arm.name] = _arm(arm, scenario, mine.where(lambda kind: not kind.warmup)) | {
+            "load": load,
+            "window": _window(scenario.load_of(arm), counted, cut_at is not None),
+            "saturation": saturation(scenario, arm, run, counted.windows, load["offered_qps"], samples)
+            if load and load["offered_qps"]
+            else None,
+        }
+    run.calls.clear()
+    base, interleaved = by_arm[scenario.baseline.name], scenario.load.arms == "interleaved"
+    for arm in scenario.arms:
+        found[arm.name]["amplification"] |= {
+            name: None
+            if scenario.tapped
+            else amplification(by_arm[arm.name], base, name, scenario.seed, interleaved=interleaved)
+            for name in (*COUNTS, *TIMES)
+        }
+        found[arm.name]["claim"] = held(arm, partial(_claimed, found[arm.name]))
     return found
+
+
+def _of_arm(kind: QueryKind | CallKind, name: str) -> bool:
+    return kind.arm == name
 
 
 def counted_by_arm(
     scenario: Scenario,
-    queries: Sequence[Query],
+    run: Reduced,
     windows: Sequence[Window],
     kv: Sequence[tuple[float, float]] | None,
     cut_at: float | None,
@@ -66,30 +91,26 @@ def counted_by_arm(
     windows = [window for window in windows if window.seconds > 0]
     by_arm: dict[str, Counted] = {}
     for arm in scenario.arms:
-        mine = [query for query in queries if query.arm == arm.name]
+        mine = run.queries.where(partial(_of_arm, name=arm.name))
         own = [window for window in windows if arm.name in window.arms]
-        verdicts = _verdicts(scenario, queries, arm, mine, own, kv, cut=cut_at is not None)
-        by_arm[arm.name] = Counted([query for query in mine if not query.warmup], own, verdicts)
+        # what a run that was cut short left over says nothing of its capacity
+        open_loop = scenario.load_of(arm).mode == "open" and cut_at is None
+        verdicts = [_verdict(run, mine, window, kv, open_loop=open_loop) for window in own]
+        by_arm[arm.name] = Counted(mine.where(lambda kind: not kind.warmup), own, verdicts)
     return by_arm
 
 
-def _verdicts(
-    scenario: Scenario,
-    queries: Sequence[Query],
-    arm: Arm,
-    mine: Sequence[Query],
-    windows: Sequence[Window],
+def _verdict(
+    run: Reduced,
+    mine: Rows[QueryKind],
+    window: Window,
     kv: Sequence[tuple[float, float]] | None,
     *,
-    cut: bool,
-) -> list[Verdict]:
-    """One on each of an arm's windows. What a run that was cut short left over says nothing of its capacity."""
-    found = []
-    for window in windows:
-        beside = [q for q in queries if q.repeat == window.repeat and q.arm in window.arms]
-        own = [q for q in mine if q.repeat == window.repeat]
-        found.append(judge(own, beside, window, kv, open_loop=scenario.load_of(arm).mode == "open" and not cut))
-    return found
+    open_loop: bool,
+) -> Verdict:
+    beside = run.where(lambda kind: kind.arm in window.arms)
+    own, others = (rows.where(lambda kind: kind.repeat == window.repeat) for rows in (mine, beside.queries))
+    return judge(own, others, beside.calls, window, kv, open_loop=open_loop)
 
 
 def _window(load: Load, counted: Counted, cut: bool) -> dict[str, Any]:
@@ -120,12 +141,17 @@ def _window(load: Load, counted: Counted, cut: bool) -> dict[str, Any]:
     return found
 
 
-def _arm(arm: Arm, scenario: Scenario, counted: Counted, base: Counted) -> dict[str, Any]:
-    queries = counted.queries
-    completed = [query for query in queries if query.outcome == "completed"]
-    calls = [call for query in queries for call in query.calls]
-    outcomes = Counter(query.outcome for query in queries)
-    interleaved = scenario.load.arms == "interleaved"
+def _arm(arm: Arm, scenario: Scenario, counted: Reduced) -> dict[str, Any]:
+    queries, calls = counted.queries, counted.calls.where(lambda kind: not kind.retried)
+    completed = queries.where(lambda kind: kind.outcome == "completed")
+    needed = calls.where(lambda kind: kind.outcome == "completed" and kind.needed)
+    outcomes = queries.counts(lambda kind: kind.outcome)
+    sums = counted.sums.get(arm.name, Sums())
+    critical_s = math.fsum(completed.known("critical_path_s"))
+    latencies_s = (done_at - due_at for due_at, done_at in completed.rows("due_at", "done_at"))
+    in_time = len(completed.where(lambda kind: kind.in_time))
+    turns = completed.where(lambda kind: kind.turn is not None)
+    forced = scenario.workload.lengths == "forced"
     found: dict[str, Any] = {
         "topology": arm.topology,
         "params": arm.params,
@@ -140,33 +166,31 @@ def _arm(arm: Arm, scenario: Scenario, counted: Counted, base: Counted) -> dict[
         "load": {},
         "window": {},
         "per_query": {name: _of(completed, name) for name in (*COUNTS, *TIMES)},
-        "per_call": _per_call([call for query in completed for call in query.calls]),
+        "per_call": _per_call(needed.where(lambda kind: kind.ended), sums.gaps),
         "expected": _expected(completed),
-        "amplification": {
-            name: None
-            if scenario.tapped
-            else amplification(counted, base, name, scenario.seed, interleaved=interleaved)
-            for name in (*COUNTS, *TIMES)
-        },
-        **_groups(completed),
-        "by_tool": by_tool(queries),
-        "objective": objective_part(queries, scenario.objective),
-        "errors": dict(Counter(call.error for call in calls if call.error not in (None, "cancelled"))),
+        "amplification": {},
+        **_groups(needed, critical_s),
+        "by_tool": by_tool(calls, critical_s),
+        "objective": objective_part(len(queries), latencies_s, in_time, scenario.objective),
+        "errors": _errors(calls),
+        "quality": quality(queries, scenario.questions, forced=forced),
+        "fidelity": _fidelity(completed.where(lambda kind: kind.replayed)),
+        "stopped": dict(completed.where(lambda kind: kind.stopped is not None).counts(lambda kind: kind.stopped)),
+        "by_part": _per_query_by(completed, lambda kind: kind.part or "") if arm.mix else None,
+        "by_turn": _per_query_by(turns, lambda kind: kind.turn) if scenario.load.users is not None else None,
+        "critical_path": critical.shares(sums.spent_s),
+        "waste": waste(counted, sums.lost_s),
+        "claim": None,
+        "failures": dict(sums.failures.most_common(3)),
     }
-    found["quality"] = quality(queries, scenario.questions, forced=scenario.workload.lengths == "forced")
-    found["fidelity"] = fidelity.mean([query.fidelity for query in completed])
-    found["stopped"] = dict(Counter(query.stopped for query in completed if query.stopped is not None))
-    found["by_part"] = _per_query_by(completed, lambda query: query.part or "") if arm.mix else None
-    turns = [query for query in completed if query.turn is not None]
-    found["by_turn"] = _per_query_by(turns, lambda query: query.turn) if scenario.load.users is not None else None
-    found["critical_path"] = critical.shares(completed)
-    found["waste"] = waste(queries)
-    found["claim"] = held(arm, lambda unit, resource: _claimed(found, unit, resource))
-    found["failures"] = dict(Counter(query.error for query in queries if query.error is not None).most_common(3))
-    own_errors = sum(call.tool_error for call in calls)
-    if own_errors:
-        found["errors"]["tool_error"] = own_errors
     return found
+
+
+def _errors(calls: Rows[CallKind]) -> dict[str | None, int]:
+    """How many calls and tool calls failed, by class; what was given up did not."""
+    failed = calls.where(lambda kind: kind.error not in (None, "cancelled"))
+    own = len(calls.where(lambda kind: kind.tool_error))
+    return dict(failed.counts(lambda kind: kind.error)) | ({"tool_error": own} if own else {})
 
 
 def _claimed(found: Mapping[str, Any], unit: str, resource: str) -> float | None:
@@ -176,102 +200,73 @@ def _claimed(found: Mapping[str, Any], unit: str, resource: str) -> float | None
     return entry[key] if entry is not None else None
 
 
-def _of(queries: Sequence[Query], name: str) -> Any:
-    values = [query.resources[name] for query in queries]
-    known = [value for value in values if value is not None]
-    return distribution(known) if len(known) == len(values) else None
+def _of(queries: Rows[QueryKind], name: str) -> Any:
+    return None if queries.unknown(name) else distribution(queries[name])
 
 
-def _ended(calls: Sequence[Call]) -> list[Call]:
-    return [call for call in calls if call.kind == "call" and call.error is None and call.sent_at is not None]
+def _first_and_last(ended: Rows[CallKind]) -> dict[str, Any]:
+    return {"ttft_s": distribution(ttft_s(ended)), "latency_s": distribution(seconds(ended))}
 
 
-def _first_and_last(ended: Sequence[Call]) -> dict[str, Any]:
-    ttft = [call.first_at - call.sent_at for call in ended if call.first_at is not None and call.sent_at is not None]
-    return {"ttft_s": distribution(ttft), "latency_s": distribution([call.seconds for call in ended])}
-
-
-def _per_call(calls: Sequence[Call]) -> dict[str, Any]:
-    ended = _ended(calls)
-    tpot = [
-        (call.done_at - call.first_at) / (call.output_tokens - 1)
-        for call in ended
-        if call.first_at is not None
-        and call.done_at is not None
-        and (call.output_tokens or 0) > 1
-        and call.output_tokens
-    ]
+def _per_call(ended: Rows[CallKind], gaps: Mapping[int, int]) -> dict[str, Any]:
+    tpot = (
+        (done_at - first_at) / (output_tokens - 1)
+        for first_at, done_at, output_tokens in ended.rows("first_at", "done_at", "output_tokens")
+        if first_at is not None and done_at is not None and (output_tokens or 0) > 1
+    )
     return {
         **_first_and_last(ended),
         "tpot_s": distribution(tpot),
-        "itl_s": gap_distribution(merge_gaps([call.gaps for call in ended])),
-        "connect_s": distribution([call.connect_s for call in ended if call.connect_s is not None]),
+        "itl_s": gap_distribution(gaps),
+        "connect_s": distribution(ended.known("connect_s")),
     }
 
 
-def _expected(queries: Sequence[Query]) -> dict[str, Any]:
+def _expected(queries: Rows[QueryKind]) -> dict[str, Any]:
     """Means of the closed form over completed queries; an unknown one is None and `approximate` is then true. `at_most`: it is a bound,
     with `output_at_most` of output tokens alone."""
-    found: dict[str, Any] = {}
-    for name in EXPECTED:
-        values = [query.expected.get(name) for query in queries]
-        known = [value for value in values if value is not None]
-        found[name] = math.fsum(known) / len(known) if known and len(known) == len(values) else None
-    found["mismatches"] = sum(bool(query.mismatches) for query in queries)
-    found["at_most"] = any(query.bound for query in queries)
-    found["output_at_most"] = found["at_most"] or any(query.output_bound for query in queries)
-    found["approximate"] = bool(queries) and found["input_tokens"] is None
+    found: dict[str, Any] = {name: queries.mean(f"expected_{name}") for name in EXPECTED}
+    found["mismatches"] = len(queries.where(lambda kind: kind.differs))
+    found["at_most"] = any(kind.bound for kind, _ in queries.kinds())
+    found["output_at_most"] = found["at_most"] or any(kind.output_bound for kind, _ in queries.kinds())
+    found["approximate"] = len(queries) > 0 and found["input_tokens"] is None
     return found
 
 
-def _groups(queries: Sequence[Query]) -> dict[str, Any]:
+def _fidelity(replayed: Rows[QueryKind]) -> dict[str, float | None] | None:
+    """Means of fidelity.py's measures; one that is not known of a query is not known. None where nothing was replayed."""
+    return {name: replayed.mean(f"fidelity_{name}") for name in MEASURES} if len(replayed) else None
+
+
+def _groups(needed: Rows[CallKind], critical_s: float) -> dict[str, Any]:
     """by_role, by_round and by_target: calls, tokens and times; `critical_share` is the group's part of all critical paths."""
-    groups: dict[str, Callable[[Call], str]] = {
-        "by_role": lambda call: call.role,
-        "by_round": lambda call: str(call.round),
-        "by_target": lambda call: call.target or "",
+    groups: dict[str, Callable[[CallKind], str]] = {
+        "by_role": lambda kind: kind.role,
+        "by_round": lambda kind: str(kind.round),
+        "by_target": lambda kind: kind.target or "",
     }
-    calls: dict[str, dict[str, list[Call]]] = {by: defaultdict(list) for by in groups}
-    critical_s: dict[str, Counter[str]] = {by: Counter() for by in groups}
-    for query in queries:
-        needed = query.needed
-        path = critical_path(needed)
-        for by, group in groups.items():
-            for call in needed:
-                if call.kind == "call":
-                    calls[by][group(call)].append(call)
-            for call in path:
-                if call.kind == "call":
-                    critical_s[by][group(call)] += call.seconds  # type: ignore[assignment]  # a Counter of floats
-    total_s = math.fsum(query.resources["critical_path_s"] or 0.0 for query in queries)
+    calls = needed.where(lambda kind: kind.kind == "call")
     return {
-        by: {
-            name: {
-                "calls": len(mine),
-                **{kind: _sum(mine, kind) for kind in ("input_tokens", "cached_tokens", "output_tokens")},
-                **_first_and_last(_ended(mine)),
-                "critical_share": critical_s[by][name] / total_s if total_s else None,
-            }
-            for name, mine in sorted(found.items())
-        }
-        for by, found in calls.items()
+        by: {name: _group(mine, critical_s) for name, mine in sorted(calls.by(group).items())}
+        for by, group in groups.items()
     }
 
 
-def _per_query_by(queries: Sequence[Query], group: Callable[[Query], Any]) -> dict[str, Any]:
+def _group(calls: Rows[CallKind], critical_s: float) -> dict[str, Any]:
+    return {
+        "calls": len(calls),
+        **{kind: calls.total(kind) for kind in ("input_tokens", "cached_tokens", "output_tokens")},
+        **_first_and_last(calls.where(lambda kind: kind.ended)),
+        "critical_share": on_critical_path_s(calls) / critical_s if critical_s else None,
+    }
+
+
+def _per_query_by(queries: Rows[QueryKind], group: Callable[[QueryKind], Any]) -> dict[str, Any]:
     """By part of a mix, or by turn of a session: how many queries there were, and their per_query resources."""
-    groups: dict[Any, list[Query]] = defaultdict(list)
-    for query in queries:
-        groups[group(query)].append(query)
     return {
         str(name): {"queries": len(mine), **{resource: _of(mine, resource) for resource in (*COUNTS, *TIMES)}}
-        for name, mine in sorted(groups.items())
+        for name, mine in sorted(queries.by(group).items())
     }
-
-
-def _sum(calls: Sequence[Call], name: str) -> int | None:
-    values = [getattr(call, name) for call in calls]
-    return None if None in values else sum(values)
 
 
 def validity(

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
 
-from fanmark.loadgen.amplification import COUNTS
-from fanmark.loadgen.health import ClientState, chunks_of
+from fanmark.loadgen.costs import COUNTS
+from fanmark.loadgen.health import ClientState
 from fanmark.loadgen.records import Call, Query, bucket_gap_s, gap_bucket
 from fanmark.loadgen.statistics import ratio_interval
 
@@ -195,7 +195,7 @@ class Tally:
         if call.sent_at is None or delay_s is None:
             return
         self.send_delay[gap_bucket(delay_s)] += 1
-        self.chunks += chunks_of(call)
+        self.chunks += call.chunks
         self.coalesced += call.coalesced
         _of(arm.call_s, target, SECONDS).add(call.seconds, query=call.query)
         if call.first_at is not None:

@@ -9,7 +9,7 @@ Rules of the file:
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from fanmark.loadgen.amplification import COUNTS, TIMES
+from fanmark.loadgen.costs import COUNTS, TIMES
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.health import bucket_quantile
 from fanmark.loadgen.junit import Case

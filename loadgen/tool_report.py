@@ -1,13 +1,13 @@
 """The tools' part of summary.json, from records and from what the tool servers listed. Pure."""
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from fanmark.loadgen.records import Call, Query, critical_path
+from fanmark.loadgen.reduced import CallKind, Rows, on_critical_path_s, seconds
 from fanmark.loadgen.saturation import line
 from fanmark.loadgen.statistics import distribution
 
@@ -25,7 +25,7 @@ class Listing:
     tokens: Mapping[str, int | None]
 
 
-def tools_part(listing: Listing | None, queries: Iterable[Query]) -> dict[str, Any] | None:
+def tools_part(listing: Listing | None, calls: Rows[CallKind]) -> dict[str, Any] | None:
     """`tools` of summary.json; None where no arm has any."""
     if listing is None:
         return None
@@ -40,48 +40,39 @@ def tools_part(listing: Listing | None, queries: Iterable[Query]) -> dict[str, A
             "bytes": len(msgspec.json.encode(listing.exposed)) if listing.exposed else 0,
             "tokens": next(iter(tokens.values())) if len(tokens) == 1 else dict(tokens),
         },
-        "sessions": sessions(queries),
+        "sessions": sessions(calls),
     }
 
 
-def sessions(queries: Iterable[Query]) -> dict[str, Any]:
+def sessions(calls: Rows[CallKind]) -> dict[str, Any]:
     """Sessions that calls had to start, warm-up included: with "shared", those that replaced a lost one; the run's own are not among
     them."""
-    started = [call for query in queries for call in query.calls if call.opened_session]
+    started = calls.where(lambda kind: kind.opened_session)
     return {
         "count": len(started),
-        "failed": sum(call.sent_at is None for call in started),
-        "start_s": distribution([call.session_s for call in started if call.session_s is not None]),
+        "failed": len(started.where(lambda kind: not kind.sent)),
+        "start_s": distribution(started.known("session_s")),
     }
 
 
-def by_tool(queries: Sequence[Query]) -> dict[str, Any]:
+def by_tool(calls: Rows[CallKind], critical_s: float) -> dict[str, Any]:
     """`by_tool` of an arm: over all its counted queries, as a tool's failure is told by those that failed. `refused`:
-    calls of the model that were not made, by why. `critical_share` is the tool's
-    part of the critical paths of the completed ones."""
-    calls: dict[str, list[Call]] = defaultdict(list)
-    for query in queries:
-        for call in query.calls:
-            if call.kind == "tool_call":
-                calls[call.tool or "?"].append(call)
-    critical_s, total_s = Counter[str](), 0.0
-    for query in queries:
-        if query.outcome == "completed":
-            total_s += query.resources["critical_path_s"] or 0.0
-            for call in critical_path(query.needed):
-                if call.kind == "tool_call":
-                    critical_s[call.tool or "?"] += call.seconds  # type: ignore[assignment]  # a Counter of floats
+    calls of the model that were not made, by why. `critical_share` is the tool's part of the critical paths of the completed ones."""
+    tools = calls.where(lambda kind: kind.kind == "tool_call").by(lambda kind: kind.tool or "?")
+    return {tool: _tool(mine, critical_s) for tool, mine in sorted(tools.items())}
+
+
+def _tool(calls: Rows[CallKind], critical_s: float) -> dict[str, Any]:
+    refused = calls.where(lambda kind: kind.refused is not None)
+    wrong = calls.where(lambda kind: kind.error is not None or kind.tool_error)
     return {
-        tool: {
-            "calls": sum(call.refused is None for call in mine),
-            "refused": dict(Counter(call.refused for call in mine if call.refused is not None)),
-            "errors": dict(Counter(call.error or "tool_error" for call in mine if call.error or call.tool_error)),
-            "latency_s": distribution([call.seconds for call in mine if call.error is None and call.refused is None]),
-            "queued_s": distribution([call.queued_s for call in mine if call.queued_s is not None]),
-            "bytes": distribution([call.bytes for call in mine if call.bytes is not None]),
-            "critical_share": critical_s[tool] / total_s if total_s else None,
-        }
-        for tool, mine in sorted(calls.items())
+        "calls": len(calls) - len(refused),
+        "refused": dict(refused.counts(lambda kind: kind.refused)),
+        "errors": dict(wrong.counts(lambda kind: kind.error or "tool_error")),
+        "latency_s": distribution(seconds(calls.where(lambda kind: kind.error is None and kind.refused is None))),
+        "queued_s": distribution(calls.known("queued_s")),
+        "bytes": distribution(calls.known("bytes")),
+        "critical_share": on_critical_path_s(calls) / critical_s if critical_s else None,
     }
 
 

@@ -5,7 +5,7 @@ made of it, such as how far a counter is off, is recomputed.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from fanmark.loadgen import frozen, health, records, scenario_check
 from fanmark.loadgen.costs import mismatches, resources
 from fanmark.loadgen.counters import Reading
 from fanmark.loadgen.errors import ScenarioError
-from fanmark.loadgen.records import Call, Query
+from fanmark.loadgen.records import Query
+from fanmark.loadgen.reduced import CallKind, Reduced, Rows
 from fanmark.loadgen.results import counted_calls, recomputable
 from fanmark.loadgen.samples import read_samples
 from fanmark.loadgen.scenario import Scenario
@@ -53,8 +54,13 @@ class Verified:
     told: list[str]
 
 
-def load(folder: Path, topologies: Mapping[str, Topology]) -> tuple[dict[str, Any], Scenario, list[Query]]:
-    """Summary, scenario and records of a run that has ended. Raises ScenarioError where the folder holds none."""
+def load(
+    folder: Path,
+    topologies: Mapping[str, Topology],
+    look: Callable[[Query, Scenario], None] = lambda query, scenario: None,
+) -> tuple[dict[str, Any], Scenario, Reduced]:
+    """Summary, scenario and records of a run that has ended; `look` sees each query before it is reduced. Raises ScenarioError where the
+    folder holds none."""
     try:
         summary = msgspec.json.decode((folder / "summary.json").read_bytes())
         raw, source = scenario_check.read(str(folder / "scenario.toml"))
@@ -64,7 +70,11 @@ def load(folder: Path, topologies: Mapping[str, Topology]) -> tuple[dict[str, An
             )
         known = topologies if raw.get("tapped") is True else with_users(raw, source, topologies)
         scenario = scenario_check.check(raw, source, known)
-        return summary, scenario, records.read_queries(folder)
+        run = Reduced(scenario.objective)
+        for query in records.read_queries(folder):
+            look(query, scenario)
+            run.add(query)
+        return summary, scenario, run
     except (OSError, msgspec.MsgspecError) as e:
         raise ScenarioError(
             f"{folder}: holds no run that has ended ({e}): give the folder that a run or a simulation has left"
@@ -73,10 +83,10 @@ def load(folder: Path, topologies: Mapping[str, Topology]) -> tuple[dict[str, An
 
 def verify(folder: Path, topologies: Mapping[str, Topology]) -> Verified:
     """Raises ScenarioError where the folder holds no run that can be read."""
-    summary, scenario, queries = load(folder, topologies)
-    differ = [line for query in queries for line in _cost(query, scenario)]
+    differ: list[str] = []
+    summary, scenario, run = load(folder, topologies, lambda query, scenario: differ.extend(_cost(query, scenario)))
     try:
-        found = _recomputed(folder, scenario, queries, summary)
+        found = _recomputed(folder, scenario, run, summary)
     except (KeyError, TypeError, AttributeError) as e:
         raise ScenarioError(f"{folder}/summary.json: is not whole ({type(e).__name__}: {e})") from None
     mine: Flat = dict(_flat(msgspec.json.decode(msgspec.json.encode(found))))
@@ -86,7 +96,7 @@ def verify(folder: Path, topologies: Mapping[str, Topology]) -> Verified:
             continue
         said, recomputed = (_show(flat[place]) if place in flat else "missing" for flat in (theirs, mine))
         differ.append(f"{'.'.join(place)}: the summary says {said}, the records {recomputed}")
-    return Verified(len(mine), len(queries), differ, _not_recomputed(theirs, mine))
+    return Verified(len(mine), len(run.queries), differ, _not_recomputed(theirs, mine))
 
 
 def lines(folder: Path, found: Verified) -> list[str]:
@@ -121,15 +131,14 @@ def _cost(query: Query, scenario: Scenario) -> Iterator[str]:
     query.mismatches = off
 
 
-def _recomputed(
-    folder: Path, scenario: Scenario, queries: Sequence[Query], summary: Mapping[str, Any]
-) -> dict[str, Any]:
+def _recomputed(folder: Path, scenario: Scenario, run: Reduced, summary: Mapping[str, Any]) -> dict[str, Any]:
     """What of summary.json is in the records."""
-    client = _client(summary, counted_calls(queries))
-    server = _server(summary, scenario, queries)
+    client = _client(summary, counted_calls(run))
+    server = _server(summary, scenario, run)
+    tools = {"sessions": sessions(run.calls)} if summary["tools"] is not None else {}
     stub = summary["validity"].get("stub_on_time")
     found = recomputable(
-        scenario, queries, records.read_windows(folder), read_samples(folder),
+        scenario, run, records.read_windows(folder), read_samples(folder),
         summary["run"]["seconds"] if summary["ended"] is not None else None,
         summary["client"] | client, _merged(summary["server"], server),
         None if stub is None else (stub, summary["validity"]["reasons"]["stub_on_time"]),
@@ -138,7 +147,6 @@ def _recomputed(
     found["partial"] = summary["ended"] is not None
     whole = {**summary, **found, "run": summary["run"]}
     found["thresholds"], found["label"] = judged(scenario.threshold, whole), frozen.label(scenario, whole)
-    tools = {"sessions": sessions(queries)} if summary["tools"] is not None else {}
     parts = {"client": client, "server": server, "tools": tools, "files": records.digests(folder)}
     return found | {name: part for name, part in parts.items() if part}
 
@@ -150,27 +158,25 @@ def _merged(told: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]
     return {name: {**part, **found.get(name, {})} for name, part in told.items()}
 
 
-def _client(summary: Mapping[str, Any], calls: Sequence[Call]) -> dict[str, Any]:
+def _client(summary: Mapping[str, Any], calls: Rows[CallKind]) -> dict[str, Any]:
     if summary["run"]["clock"] == "virtual":
         return {}
-    by_worker: dict[str, list[float]] = {worker: [] for worker in summary["client"]["by_worker"]}
-    for call in calls:
-        if call.send_delay_s is not None:
-            by_worker.setdefault(str(call.worker), []).append(call.send_delay_s)
+    delays = {str(worker): mine for worker, mine in health.delays_by_worker(calls).items()}
+    workers = {**summary["client"]["by_worker"], **delays}
     return health.told_by(calls) | {
-        "by_worker": {worker: {"send_delay_p99_s": health.p99(delays)} for worker, delays in by_worker.items()}
+        "by_worker": {worker: {"send_delay_p99_s": health.p99(delays.get(worker, ()))} for worker in workers}
     }
 
 
-def _server(summary: Mapping[str, Any], scenario: Scenario, queries: Sequence[Query]) -> dict[str, Any]:
+def _server(summary: Mapping[str, Any], scenario: Scenario, run: Reduced) -> dict[str, Any]:
     """The calls' side of `server`, against the counts that the servers told."""
     told = summary["server"]
     if any(each["lost_at"] is not None for each in summary["client"].get("by_worker", {}).values()):
         return {}  # calls of a worker that died are in no record
     if "reconciled" in told:
         names = list(scenario.targets) or ["default"]
-        return _against(names, told, queries)
-    return {name: _against(_sharing(scenario, name, summary), part, queries) for name, part in told.items()}
+        return _against(names, told, run)
+    return {name: _against(_sharing(scenario, name, summary), part, run) for name, part in told.items()}
 
 
 def _sharing(scenario: Scenario, name: str, summary: Mapping[str, Any]) -> list[str]:
@@ -181,12 +187,12 @@ def _sharing(scenario: Scenario, name: str, summary: Mapping[str, Any]) -> list[
     return [each for each, urls in addresses.items() if urls == addresses[name]]
 
 
-def _against(names: Sequence[str], told: Mapping[str, Any], queries: Sequence[Query]) -> dict[str, Any]:
+def _against(names: Sequence[str], told: Mapping[str, Any], run: Reduced) -> dict[str, Any]:
     counts = {name: pair["server"] for name, pair in told.items() if isinstance(pair, dict) and "server" in pair}
     if not counts:
         return {}
     capacity = {"kv_capacity_tokens": told["kv_capacity_tokens"]} if told["kv_capacity_tokens"] is not None else {}
-    found = account(names, Reading("", {}), Reading("", counts | capacity), queries)
+    found = account(names, Reading("", {}), Reading("", counts | capacity), run)
     for name in counts:
         del found[name]["server"]
     return {name: value for name, value in found.items() if name != "kv_capacity_tokens"}

@@ -10,7 +10,7 @@ Rules of the file:
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from fanmark.loadgen.errors import UnreachableError
 from fanmark.loadgen.health import WORDS, ClientState
 from fanmark.loadgen.link import Ask, Ended, Go, Meeting, Ready, Refused, Say, Snapshot, Task, pickled
 from fanmark.loadgen.reach import Place
-from fanmark.loadgen.records import Journal, Query, read_begun, read_queries
+from fanmark.loadgen.records import Call, Journal, Query, lines_of, read_begun, read_queries
 from fanmark.loadgen.run import GRACE_S, INTERRUPTED, Ending
 from fanmark.loadgen.run_clock import RunClock
 from fanmark.loadgen.scenario import Prices, Scenario
@@ -219,6 +219,7 @@ class Workers:
             else:
                 for query in salvaged(folder, f"worker {worker.index} died", worker.lost_at, self._scenario.prices):
                     journal.write(query)
+                    journal.flush()
             await worker.station.clear(keep=keep)
 
     def _lost(self, worker: _Worker) -> str:
@@ -254,20 +255,25 @@ def _why(ending: Ending | None) -> str | None:
     return None if ending is None else ending.why
 
 
-def salvaged(folder: Path, error: str, lost_at: float, prices: Mapping[str, Prices | None]) -> list[Query]:
+def salvaged(folder: Path, error: str, lost_at: float, prices: Mapping[str, Prices | None]) -> Iterator[Query]:
     """What a worker that died left: the queries that it had finished, and as abandoned those that it had only begun, with the calls that
     were on disk."""
-    begun = [
-        Query(
-            query=each.query, arm=each.arm, warmup=each.phase != "window", phase=each.phase, repeat=each.repeat,
-            due_at=each.due_at, started_at=each.started_at,
-            done_at=max(lost_at, each.started_at), outcome="abandoned", resources={}, expected={}, mismatches=[],
-            seed=each.seed, error=error, session=each.session, turn=each.turn,
+    begun = {(each.arm, each.query): each for each in read_begun(folder)}
+    for query in read_queries(folder):
+        begun.pop((query.arm, query.query), None)
+        yield query
+    calls: dict[tuple[str, int], list[Call]] = {key: [] for key in begun}
+    for call in lines_of(folder / "calls.jsonl", Call):
+        if (call.arm, call.query) in calls:
+            calls[call.arm, call.query].append(call)
+    for key, each in begun.items():
+        done_at = max(lost_at, each.started_at)
+        kept, retried = (
+            [call for call in calls[key] if (call.retry_at is not None) is again] for again in (False, True)
         )
-        for each in read_begun(folder)
-    ]  # fmt: skip
-    found = read_queries(folder, begun)
-    for query in found:
-        if not query.resources:
-            query.resources = resources(query.calls, query.due_at, query.done_at, prices, query.retried)
-    return found
+        yield Query(
+            query=each.query, arm=each.arm, warmup=each.phase != "window", phase=each.phase, repeat=each.repeat,
+            due_at=each.due_at, started_at=each.started_at, done_at=done_at, outcome="abandoned",
+            resources=resources(kept, each.due_at, done_at, prices, retried), expected={}, mismatches=[],
+            seed=each.seed, error=error, session=each.session, turn=each.turn, calls=kept, retried=retried,
+        )  # fmt: skip

@@ -2,10 +2,12 @@
 one call, one of `chain` three in a row; half of a call's length is its query's own, the same in both arms."""
 
 import random
+from functools import partial
 from heapq import heapify, heappop, heappush, heapreplace
 
 from fanmark.loadgen.amplification import Counted
 from fanmark.loadgen.records import Call, Phase, Query, Window
+from fanmark.loadgen.reduced import QueryKind, reduced
 from fanmark.loadgen.steadiness import judge
 
 CHAIN = {"single": 1, "chain": 3}
@@ -82,11 +84,17 @@ def counted(seed: str, busy: float, servers: int, lead_in_s: float, window_s: fl
             repeat=repeat, arms=list(CHAIN), lead_in_at=0.0, start_at=lead_in_s, end_at=lead_in_s + window_s
         )
         windows.append(window)
+        both = reduced([*found["single"], *found["chain"]])
         for arm, mine in found.items():
-            verdicts[arm].append(judge(mine, [*found["single"], *found["chain"]], window, open_loop=True))
+            own = both.queries.where(partial(_of_arm, name=arm))
+            verdicts[arm].append(judge(own, both.queries, both.calls, window, open_loop=True))
             queries[arm] += [q for q in mine if not q.warmup]
         first += max(sum(not q.warmup for q in mine) for mine in found.values())
-    return [Counted(queries[arm], windows, verdicts[arm]) for arm in ("chain", "single")]
+    return [Counted(reduced(queries[arm]).queries, windows, verdicts[arm]) for arm in ("chain", "single")]
+
+
+def _of_arm(kind: QueryKind, name: str) -> bool:
+    return kind.arm == name
 
 
 def truth(busy: float, servers: int, seconds: float) -> tuple[float, float]:

@@ -43,7 +43,7 @@ def run(out: Path, url: str, cache: str = "arm", api: str = "chat", **load: Any)
     scenario = check(raw, "f.toml", topologies())
     options = session.Options(out, 0, f"run-{out.name}", "test", [], None)
     result = asyncio.run(session.run(scenario, topologies(), options))
-    return result.summary, read_queries(out)
+    return result.summary, list(read_queries(out))
 
 
 def fresh(queries: list[Query]) -> list[list[float | None]]:

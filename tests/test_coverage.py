@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fanmark.loadgen.amplification import Counted, amplification
 from fanmark.loadgen.records import Window
+from fanmark.loadgen.reduced import reduced
 from fanmark.loadgen.statistics import by_batches, by_repeats
 from fanmark.loadgen.steadiness import judge
 
@@ -73,7 +74,8 @@ def test_a_window_shorter_than_its_lead_in_is_never_steady() -> None:
     for seed in range(20):
         found = crowd(str(seed), 0.3, 16, 60.0, 59.0)
         window = Window(repeat=1, arms=["single"], lead_in_at=0.0, start_at=60.0, end_at=119.0)
-        verdict = judge(found["single"], found["single"], window, open_loop=True)
+        mine = reduced(found["single"])
+        verdict = judge(mine.queries, mine.queries, mine.calls, window, open_loop=True)
         assert verdict.steady is False and "is shorter than its lead-in (60 s)" in verdict.reason
 
 

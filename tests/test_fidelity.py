@@ -3,10 +3,13 @@
 from typing import Any
 
 import pytest
+import two_arms
 
 from fanmark.agents.replay import Step
-from fanmark.loadgen.fidelity import MEASURES, fidelity, mean
+from fanmark.loadgen.fidelity import MEASURES, fidelity
 from fanmark.loadgen.records import Call
+from fanmark.loadgen.reduced import reduced
+from fanmark.loadgen.summary import summarise_arms
 
 ASKS = Step(("reply", 1), 10, input_tokens=100, cached_tokens=0)
 LOOKS = Step(("result", 2), 30, after=(("reply", 1),), seconds=2.0)
@@ -84,5 +87,7 @@ def test_siblings_are_told_apart_by_their_lengths_alone() -> None:
 
 
 def test_means() -> None:
-    assert mean([]) is None and mean([None]) is None
-    assert mean([off(), off(calls=0.5, overlap=None)]) == off(calls=0.75, overlap=None)
+    queries = two_arms.queries()
+    queries[4].fidelity, queries[5].fidelity = off(), off(calls=0.5, overlap=None)
+    arms = summarise_arms(two_arms.scenario(), reduced(queries))
+    assert (arms["single"]["fidelity"], arms["debate"]["fidelity"]) == (None, off(calls=0.75, overlap=None))

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from two_arms import call
+from two_arms import call, calls_of
 
 from fanmark.loadgen.health import ClientState, Health, bucket_quantile, client_part, p99, verdict
 from fanmark.loadgen.records import Call, bucket_gap_s, gap_bucket
@@ -94,7 +94,7 @@ def lagging(worst_s: float) -> ClientState:
 
 
 def test_the_client_part_of_a_run_in_one_process() -> None:
-    found = client_part({0: lagging(0.030)}, [sent(0, 0.002, 0.1, {7: 3}, coalesced=1)] * 40)
+    found = client_part({0: lagging(0.030)}, calls_of([sent(0, 0.002, 0.1, {7: 3}, coalesced=1)] * 40))
     assert found["verdict"] == "client-limited"
     assert found["reasons"] == [
         f"p99 of loop lag is {bucket_gap_s(gap_bucket(0.03)) * 1e3:.1f} ms, above 25.0 ms"
@@ -106,7 +106,7 @@ def test_the_client_part_of_a_run_in_one_process() -> None:
     assert (found["cpu_s"], found["rss_mb"]) == (1.5, 40.0)
     assert found["connections"] == {"new": 0, "reused": 40}
     json.dumps(found, allow_nan=False)
-    empty = client_part({0: ClientState()}, [])
+    empty = client_part({0: ClientState()}, calls_of([]))
     assert (empty["verdict"], empty["loop_lag_s"], empty["send_delay_s"]) == ("ok", None, None)
 
 
@@ -116,14 +116,14 @@ def test_the_client_part_of_a_run_in_one_process() -> None:
     ids=["all at once", "one chunk", "nearly all with the first", "all but the first together"],
 )
 def test_never_more_chunks_are_coalesced_than_came(gaps: dict[int, int], coalesced: int, share: float) -> None:
-    found = client_part({0: lagging(0.001)}, [sent(0, 0.002, 0.1, gaps, coalesced=coalesced)] * 3)
+    found = client_part({0: lagging(0.001)}, calls_of([sent(0, 0.002, 0.1, gaps, coalesced=coalesced)] * 3))
     assert found["coalesced_share"] == pytest.approx(share)
 
 
 def test_connecting_is_not_the_clients_delay() -> None:
     late = msgspec.structs.replace(sent(0, 0.152, 0.1, {}), connect_s=0.15)
     calls = [sent(0, 0.002, 0.1, {}), late, late, late]
-    found = client_part({0: lagging(0.001)}, calls)
+    found = client_part({0: lagging(0.001)}, calls_of(calls))
     assert (found["verdict"], found["connections"]) == ("ok", {"new": 3, "reused": 1})
     assert found["send_delay_s"]["max"] == pytest.approx(0.002)
 
@@ -131,7 +131,7 @@ def test_connecting_is_not_the_clients_delay() -> None:
 def test_the_worst_worker_is_the_verdict_and_is_named() -> None:
     states = {0: lagging(0.001), 1: lagging(0.001), 2: ClientState(lost_at=12.34)}
     calls = [sent(0, 0.001, 0.1, {}), sent(1, 0.019, 0.1, {})]
-    found = client_part(states, calls)
+    found = client_part(states, calls_of(calls))
     assert found["verdict"] == "client-limited" and found["reasons"] == ["worker 2: died at 12.3 s"]
     assert (found["workers"], found["cpu_s"], found["rss_mb"]) == (3, 3.0, 80.0)
     assert {worker: each["verdict"] for worker, each in found["by_worker"].items()} == {
@@ -139,7 +139,7 @@ def test_the_worst_worker_is_the_verdict_and_is_named() -> None:
     }  # fmt: skip
     assert found["by_worker"]["1"]["send_delay_p99_s"] == pytest.approx(0.019)
     del states[2]
-    found = client_part(states, calls)
+    found = client_part(states, calls_of(calls))
     assert found["verdict"] == "strained"
     assert found["reasons"] == ["worker 1: p99 of send delay is 19.0 ms, above 5.0 ms"]
 
@@ -152,7 +152,7 @@ def test_a_busy_host_strains_the_client_and_makes_no_verdict_better() -> None:
         (lagging(0.001), 5, "strained", busy),
         (lagging(0.030), 5, "client-limited", busy),
     ):
-        found = client_part({0: state}, calls, host_s)
+        found = client_part({0: state}, calls_of(calls), host_s)
         assert (found["verdict"], found["host_busy_seconds"]) == (word, host_s)
         assert (found["reasons"][-1] if found["reasons"] else None) == last
 

@@ -15,6 +15,7 @@ from fanmark.agents import topologies
 from fanmark.loadgen.amplification import TIMES
 from fanmark.loadgen.arrivals import of_arm
 from fanmark.loadgen.records import Query
+from fanmark.loadgen.reduced import reduced
 from fanmark.loadgen.simulate import Options, simulate
 from fanmark.loadgen.summary import summarise_arms, validity
 from fanmark.loadgen.table import ROWS, lines
@@ -29,7 +30,7 @@ def cells(line: str) -> list[str]:
 @settings(max_examples=60)
 @given(runs())
 def test_no_ratio_of_times_is_printed_without_the_load_of_both_arms(queries: list[Query]) -> None:
-    found = summarise_arms(two_arms.scenario(), queries)
+    found = summarise_arms(two_arms.scenario(), reduced(queries))
     printed = [cells(line) for line in lines(two_arms.whole(found, validity(found, SERVER, CLIENT, None)))]
     ratios = [row for row in printed if row and TITLES.get(row[0].strip()) in TIMES and "x" in row[-1]]
     if ratios:
@@ -47,7 +48,7 @@ def test_latencies_are_censored_where_more_than_one_in_a_hundred_failed(failed: 
         )
         for i in range(of)
     ]  # fmt: skip
-    assert summarise_arms(two_arms.scenario(), queries)["single"]["censored"] is flagged
+    assert summarise_arms(two_arms.scenario(), reduced(queries))["single"]["censored"] is flagged
 
 
 CONSTANT = "equal queries run in phase, latencies hold for this pattern only"

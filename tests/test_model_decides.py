@@ -25,6 +25,7 @@ from fanmark.loadgen.lanes.mcp_model import Trip
 from fanmark.loadgen.lanes.sse import Reply, parse_body, parse_stream
 from fanmark.loadgen.lanes.virtual import VirtualEndpoint
 from fanmark.loadgen.lanes.virtual_tools import Result, VirtualTool
+from fanmark.loadgen.reduced import reduced
 from fanmark.loadgen.run import Run
 from fanmark.loadgen.scenario import Target
 from fanmark.loadgen.scenario_check import check
@@ -97,7 +98,7 @@ def carried_out(endpoint: Scripted, shelf: Shelf | None = None, **tools: Any) ->
         now = asyncio.get_running_loop().time
         await Run(scenario, topologies(), {"default": endpoint}, toolset, tally, kept, "r", now).execute()
         (query,) = kept
-        return query, summarise_arms(scenario, kept)["chain"]
+        return query, summarise_arms(scenario, reduced(kept))["chain"]
 
     return run_virtually(main())
 

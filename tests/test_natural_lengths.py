@@ -10,6 +10,7 @@ from stub_process import running_stub
 from fanmark.agents import topologies
 from fanmark.loadgen import session, table
 from fanmark.loadgen.records import read_queries
+from fanmark.loadgen.reduced import Reduced
 from fanmark.loadgen.results import assemble
 from fanmark.loadgen.scenario_check import check
 
@@ -36,7 +37,7 @@ def test_replies_that_end_early_are_counted_as_they_came(tmp_path: Path, api: st
         found = asyncio.run(session.run(check(raw, "f.toml", topologies()), topologies(), options)).summary
     validity = found["validity"]
     assert (validity["counted"], validity["reconciled"], validity["uncontaminated"]) == (True, True, True)
-    queries = read_queries(tmp_path / "run")
+    queries = list(read_queries(tmp_path / "run"))
     calls = [call for query in queries for call in query.calls]
     assert {call.finish for call in calls} == {"stop", "length"}  # some end early, some at the cap
     assert all(0 < (call.output_tokens or 0) <= CAP for call in calls)
@@ -72,7 +73,7 @@ def test_forced_lengths_are_called_degenerate_where_tokens_are_guessed(
     server["draft_tokens"] = {"client": None, "server": 800.0, "off_pct": None}
     client = {"verdict": "ok", "reasons": [], "loop_lag_s": None, "cpu_s": None}
     found = assemble(
-        scenario, [], {}, server, lambda _: client, {"seconds": 0.0}, ending=None
+        scenario, Reduced(), {}, server, lambda _: client, {"seconds": 0.0}, ending=None
     )  # fmt: skip
     said = [line for line in table.lines(found) if "degenerate" in line]
     assert len(said) == noted and all(f"({acceptance:.1%} of them accepted)" in line for line in said)

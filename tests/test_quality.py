@@ -17,6 +17,7 @@ from fanmark.loadgen import session, table
 from fanmark.loadgen.quality import COSTS, final_replies, is_right, known_answer, last_number, quality
 from fanmark.loadgen.questions import Question
 from fanmark.loadgen.records import Query, read_queries
+from fanmark.loadgen.reduced import reduced
 from fanmark.loadgen.scenario_check import check
 from fanmark.loadgen.simulate import Options, simulate
 from fanmark.loadgen.statistics import wilson
@@ -97,7 +98,13 @@ def test_the_final_answers_are_those_that_nobody_read() -> None:
 
 def asked(number: int, correct: bool | None, **more: Any) -> Query:
     """A query of 3 calls, 100 tokens in, 20 out, 2 s, one cent."""
-    costs = dict.fromkeys(COSTS, 0.0) | {"calls": 3, "input_tokens": 100, "output_tokens": 20, "latency_s": 2.0}
+    costs = dict.fromkeys(COSTS, 0.0) | {
+        "retries": 0,
+        "calls": 3,
+        "input_tokens": 100,
+        "output_tokens": 20,
+        "latency_s": 2.0,
+    }
     given_: dict[str, Any] = {"outcome": "completed", "resources": {**costs, "dollars": 0.01}} | more
     return Query(
         query=number, arm="a", warmup=False, due_at=0.0, started_at=0.0, done_at=2.0, expected={}, mismatches=[],
@@ -110,7 +117,7 @@ KNOWN = [Question((("user", str(i)),), answer="1") for i in range(4)] + [Questio
 
 def test_quality_by_hand() -> None:
     queries = [asked(i, i < 2) for i in range(4)] + [asked(4, None), asked(5, None, outcome="failed")]
-    found = quality(queries, KNOWN, forced=False)
+    found = quality(reduced(queries).queries, KNOWN, forced=False)
     assert found is not None
     low, high = wilson(2, 4)
     assert {key: found[key] for key in ("judged", "correct", "share", "low", "high", "reason")} == {
@@ -121,12 +128,17 @@ def test_quality_by_hand() -> None:
         "calls": 7.5, "tool_calls": 0.0, "input_tokens": 250.0, "fresh_tokens": 0.0, "output_tokens": 50.0,
         "dollars": 0.025, "latency_s": 5.0,
     }  # fmt: skip
-    unpriced = quality([asked(0, True, resources=asked(0, True).resources | {"dollars": None})], KNOWN, forced=False)
+    unpriced = quality(
+        reduced([asked(0, True, resources=asked(0, True).resources | {"dollars": None})]).queries, KNOWN, forced=False
+    )
     assert unpriced is not None and unpriced["per_correct"]["dollars"] is None and unpriced["per_correct"]["calls"] == 3
-    none_right = quality([asked(0, False)], KNOWN, forced=False)
+    none_right = quality(reduced([asked(0, False)]).queries, KNOWN, forced=False)
     assert none_right is not None and none_right["share"] == 0.0 and set(none_right["per_correct"].values()) == {None}
-    assert quality(queries, [], forced=False) is None and quality([asked(4, None)], KNOWN, forced=False) is None
-    unjudged = quality([asked(0, None)], KNOWN, forced=True)
+    assert (
+        quality(reduced(queries).queries, [], forced=False) is None
+        and quality(reduced([asked(4, None)]).queries, KNOWN, forced=False) is None
+    )
+    unjudged = quality(reduced([asked(0, None)]).queries, KNOWN, forced=True)
     assert unjudged is not None and unjudged["share"] is None and 'lengths = "natural"' in unjudged["reason"]
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from two_arms import calls_of
 
 from fanmark.loadgen.cache_account import cache_account
 from fanmark.loadgen.reconcile import client_sums, draft_acceptance, reconcile
@@ -112,12 +113,12 @@ CASES: dict[str, tuple[Any, Any, list[Call], bool | None, bool | None, str]] = {
 def test_reconcile(
     before: Any, after: Any, calls: list[Call], reconciled: bool | None, alone: bool | None, reason: str
 ) -> None:
-    found = reconcile(before, after, calls)
+    found = reconcile(before, after, calls_of(calls))
     assert (found["reconciled"], found["alone"], found["reason"]) == (reconciled, alone, reason)
 
 
 def test_both_sides_of_a_counter_stand_in_the_summary() -> None:
-    found = reconcile(BEFORE, {**AFTER, "prompt_tokens": 1165.0}, [call(), call((50, None, 10))])
+    found = reconcile(BEFORE, {**AFTER, "prompt_tokens": 1165.0}, calls_of([call(), call((50, None, 10))]))
     assert found["prompt_tokens"] == {"client": 150, "server": 165.0, "off_pct": 10.0}
     assert found["generation_tokens"] == {"client": 30, "server": 30.0, "off_pct": 0.0}
     assert found["prompt_tokens_cached"] == {"client": None, "server": 64.0, "off_pct": None}
@@ -127,7 +128,7 @@ def test_both_sides_of_a_counter_stand_in_the_summary() -> None:
 def test_the_clients_sums_are_of_calls_that_ended_well() -> None:
     calls = [call(finish="length"), call((50, 0, 10), finish="stop"), call((7, 7, 7), "stream_cut")]
     assert (
-        client_sums(calls)
+        client_sums(calls_of(calls))
         == {
             "prompt_tokens": 150,
             "generation_tokens": 30,
@@ -144,7 +145,7 @@ def test_the_clients_sums_are_of_calls_that_ended_well() -> None:
 def test_a_call_with_several_samples_is_so_many_of_the_servers() -> None:
     # usage tells the prompt once, and all that was written
     assert (
-        client_sums([call((100, 0, 60), samples=3, finish="stop"), call(finish="stop")])
+        client_sums(calls_of([call((100, 0, 60), samples=3, finish="stop"), call(finish="stop")]))
         == {
             "prompt_tokens": 400,
             "generation_tokens": 80,
@@ -175,14 +176,14 @@ def test_kv_turnover_and_the_servers_own_mean(
     after: Any, written: float | None, turnover: float | None, cached: float | None
 ) -> None:
     before = {"prompt_tokens": 0.0, "kv_capacity_tokens": 1200.0}
-    found = cache_account(before, after, [call()], queries=4)
+    found = cache_account(before, after, calls_of([call()]), queries=4)
     assert (found["kv_written_tokens"], found["kv_turnover"]) == (written, turnover)
     assert found["cached_tokens_per_query"] == cached
 
 
 def test_no_cached_tokens_at_all_are_unknown_and_not_none() -> None:
     after = without(ACCOUNT, "prompt_tokens_cached")
-    found = cache_account({}, after, [call((100, None, 20))], queries=1)
+    found = cache_account({}, after, calls_of([call((100, None, 20))]), queries=1)
     assert (found["kv_written_tokens"], found["cached_tokens_per_query"]) == (None, None)
 
 

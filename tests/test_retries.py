@@ -20,11 +20,13 @@ from fanmark.loadgen.lanes.http import HttpError, Sent
 from fanmark.loadgen.lanes.sse import Reply
 from fanmark.loadgen.lanes.virtual import VirtualEndpoint
 from fanmark.loadgen.records import Call
-from fanmark.loadgen.retries import retry_after_s, wait_s, waste
+from fanmark.loadgen.reduced import reduced
+from fanmark.loadgen.retries import retry_after_s, wait_s
 from fanmark.loadgen.run import Run
 from fanmark.loadgen.scenario import Target
 from fanmark.loadgen.summary import summarise_arms
 from fanmark.loadgen.tally import Tally
+from fanmark.loadgen.waste import waste
 from fanmark.servers.profiles import load_profile
 
 PROFILE = load_profile("qwen3-30b-a3b@h100")
@@ -114,7 +116,7 @@ def carried_out(endpoint: Refusing, **load: Any) -> tuple[Kept, dict[str, Any], 
         now = asyncio.get_running_loop().time
         await Run(scenario, topologies(), {"default": endpoint}, None, tally, kept, "r", now).execute()
         assert asyncio.all_tasks() == {asyncio.current_task()}
-        return kept, summarise_arms(scenario, kept), tally
+        return kept, summarise_arms(scenario, reduced(kept)), tally
 
     return run_virtually(main())
 
@@ -208,13 +210,13 @@ def test_waste_is_what_queries_cost_that_did_not_complete() -> None:
         return two_arms.call(1, (sent_at, None, 3.0), (tokens[0], None, tokens[1]), error=error)
 
     def wasted(*calls: Call) -> tuple[Any, Any, Any]:
-        found = waste([two_arms.query("single", 0, list(calls), 0.0, 3.0, outcome="failed")])
+        found = waste(reduced([two_arms.query("single", 0, list(calls), 0.0, 3.0, outcome="failed")]), 0.0)
         return found["calls"], found["input_tokens"], found["output_tokens"]
 
     assert wasted(ended(None, (10, 5)), ended("http_429", (None, None))) == (2, 10, 5)
     assert wasted(ended(None, (10, 5)), ended("stream_cut", (None, None))) == (2, None, None)
     assert wasted(ended(None, (10, 5)), ended("cancelled", (None, None), None)) == (2, 10, 5)
-    assert waste([two_arms.query("single", 0, [ended(None, (10, 5))], 0.0, 3.0)])["calls"] == 0
+    assert waste(reduced([two_arms.query("single", 0, [ended(None, (10, 5))], 0.0, 3.0)]), 0.0)["calls"] == 0
 
 
 def test_the_client_is_not_charged_for_waits_off_the_critical_path() -> None:

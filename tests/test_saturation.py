@@ -15,6 +15,7 @@ from mcp_peers import StartTools
 
 from fanmark.agents import topologies
 from fanmark.loadgen.records import Query
+from fanmark.loadgen.reduced import reduced
 from fanmark.loadgen.samples import Sample, ServerSample
 from fanmark.loadgen.saturation import levels_of, line, saturation
 from fanmark.loadgen.scenario import Scenario, Stage
@@ -72,7 +73,7 @@ def gauges(waiting: list[float], origin_at: float = 7.0) -> list[Sample]:
 
 def found(queries: list[Query], samples: list[Sample]) -> dict[str, Any]:
     scenario = by_stages()
-    part = saturation(scenario, scenario.arms[0], queries, [], 7 / 3, samples)
+    part = saturation(scenario, scenario.arms[0], reduced(queries), [], 7 / 3, samples)
     assert part is not None
     return part
 
@@ -138,11 +139,11 @@ def test_what_nobody_tells_is_not_known() -> None:
     assert (part["first"], part["qps"], part["levels"][0]["model"]["wait_share"]) == ("model", 4, None)
     assert part["levels"][2]["model"]["by"] == "growth"
     even = check({"arm": [CHAIN], "load": {"rate": 2}}, "f.toml", topologies())
-    one = saturation(even, even.arms[0], chains(waits), [], 2.5, [])
+    one = saturation(even, even.arms[0], reduced(chains(waits)), [], 2.5, [])
     assert one is not None
     assert (one["first"], one["qps"], len(one["levels"])) == (None, 2.5, 1)
     assert line(one).startswith("which gives way first, tools or model, is not known up to 2.5 queries/s")
-    assert saturation(even, even.arms[0], [two_arms.single(0, 0.0, 0.0, 0.5, 2.0, 0, 16)], [], 2.5, []) is None
+    assert saturation(even, even.arms[0], reduced([two_arms.single(0, 0.0, 0.0, 0.5, 2.0, 0, 16)]), [], 2.5, []) is None
 
 
 def test_growth_that_may_be_chance_is_none() -> None:

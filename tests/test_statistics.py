@@ -14,7 +14,6 @@ from fanmark.loadgen.records import bucket_gap_s, gap_bucket
 from fanmark.loadgen.statistics import (
     distribution,
     gap_distribution,
-    merge_gaps,
     occupancy,
     paired_ratio,
     ratio_interval,
@@ -64,8 +63,7 @@ def test_pooled_gaps_are_known_to_a_tenth_of_a_percent(gaps_s: list[float]) -> N
         assert found[name] == pytest.approx(np.quantile(gaps_s, q, method="lower"), rel=0.00101)
 
 
-def test_gaps_of_many_calls_are_added_up() -> None:
-    assert merge_gaps([{1: 2, 3: 1}, {}, {3: 4}]) == {1: 2, 3: 5}
+def test_a_bucket_of_gaps_has_its_middle() -> None:
     assert bucket_gap_s(0) == pytest.approx(1.000999, rel=1e-6)
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fanmark.loadgen.records import Query, bucket_gap_s, gap_bucket
+from fanmark.loadgen.reduced import reduced
 from fanmark.loadgen.summary import COUNTS, EXPECTED, TIMES, summarise_arms, validity
 from fanmark.loadgen.table import lines
 
@@ -17,7 +18,7 @@ CLIENT: dict[str, Any] = {"verdict": "ok", "reasons": []}
 
 
 def arms() -> dict[str, Any]:
-    return summarise_arms(two_arms.scenario(), two_arms.queries())
+    return summarise_arms(two_arms.scenario(), reduced(two_arms.queries()))
 
 
 def means(arm: dict[str, Any]) -> dict[str, float | None]:
@@ -83,7 +84,7 @@ def test_load_is_what_ran_between_the_first_due_and_the_last_done() -> None:
 
 def test_a_closed_loop_offers_what_it_started() -> None:
     closed = two_arms.scenario(load={"mode": "closed", "concurrency": 2})
-    assert summarise_arms(closed, two_arms.queries())["single"]["load"]["offered_qps"] == pytest.approx(3 / 6)
+    assert summarise_arms(closed, reduced(two_arms.queries()))["single"]["load"]["offered_qps"] == pytest.approx(3 / 6)
 
 
 def test_times_of_calls() -> None:
@@ -157,7 +158,7 @@ def test_the_baseline_against_itself_is_one() -> None:
 def test_an_unknown_resource_is_null_and_its_ratio_too() -> None:
     queries = two_arms.queries()
     queries[4].resources |= {"cached_tokens": None, "fresh_tokens": None}
-    found = summarise_arms(two_arms.scenario(), queries)["debate"]
+    found = summarise_arms(two_arms.scenario(), reduced(queries))["debate"]
     assert found["per_query"]["cached_tokens"] is None and found["per_query"]["fresh_tokens"] is None
     assert found["amplification"]["cached_tokens"] is None
     assert found["amplification"]["input_tokens"]["ratio"] == pytest.approx(4.5)
@@ -166,7 +167,7 @@ def test_an_unknown_resource_is_null_and_its_ratio_too() -> None:
 def test_an_unknown_cost_of_the_baseline_leaves_no_ratio() -> None:
     queries = two_arms.queries()
     queries[1].resources |= {"dollars": None}
-    found = summarise_arms(two_arms.scenario(), queries)
+    found = summarise_arms(two_arms.scenario(), reduced(queries))
     assert found["single"]["per_query"]["dollars"] is None and found["debate"]["per_query"]["dollars"] is not None
     assert found["debate"]["amplification"]["dollars"] is None
 
@@ -184,7 +185,7 @@ def test_expected_is_the_mean_of_the_closed_form() -> None:
     queries = two_arms.queries()
     queries[4].mismatches = ["calls", "depth"]
     queries[5].expected = two_arms.EXPECTED | {"input_tokens": None}
-    other = summarise_arms(two_arms.scenario(), queries)["debate"]["expected"]
+    other = summarise_arms(two_arms.scenario(), reduced(queries))["debate"]["expected"]
     assert other["mismatches"] == 1  # queries, not resources
     assert other["input_tokens"] is None and other["approximate"] is True and other["calls"] == 3
 
@@ -226,8 +227,8 @@ def test_an_objective_is_over_all_started_queries() -> None:
     ],
 )
 def test_a_query_is_good_per_call_when_all_its_calls_are(limits: dict[str, float], single: int, debate: int) -> None:
-    objective = {"query_seconds": 2.0, "attainment": 0.6, **limits}
-    found = summarise_arms(two_arms.scenario(objective=objective), two_arms.queries())
+    scenario = two_arms.scenario(objective={"query_seconds": 2.0, "attainment": 0.6, **limits})
+    found = summarise_arms(scenario, reduced(two_arms.queries(), scenario.objective))
     for name, good in (("single", single), ("debate", debate)):
         part = found[name]["objective"]["per_call"]
         assert (part["good"], part["attainment"], part["met"]) == (good, good / 3, good / 3 >= 0.6)
@@ -237,22 +238,22 @@ def test_a_query_is_good_per_call_when_all_its_calls_are(limits: dict[str, float
 def test_a_tools_own_error_is_counted_though_the_query_went_on() -> None:
     queries = two_arms.queries()
     queries[4].calls[2].tool_error = True
-    assert summarise_arms(two_arms.scenario(), queries)["debate"]["errors"] == {"http_5xx": 1, "tool_error": 1}
+    assert summarise_arms(two_arms.scenario(), reduced(queries))["debate"]["errors"] == {"http_5xx": 1, "tool_error": 1}
 
 
 def test_what_was_cancelled_is_no_error() -> None:
     queries = two_arms.queries()
     queries[6].calls[0].error = "cancelled"
-    assert summarise_arms(two_arms.scenario(), queries)["debate"]["errors"] == {"http_5xx": 1}
+    assert summarise_arms(two_arms.scenario(), reduced(queries))["debate"]["errors"] == {"http_5xx": 1}
 
 
 def test_an_arm_that_completed_nothing() -> None:
     queries = [q for q in two_arms.queries() if q.arm == "single" or q.outcome == "failed"]
-    found = summarise_arms(two_arms.scenario(), queries)["debate"]
+    found = summarise_arms(two_arms.scenario(), reduced(queries))["debate"]
     assert found["queries"] == {"started": 1, "completed": 0, "failed": 1, "abandoned": 0}
     assert set(found["per_query"].values()) == {None} and set(found["amplification"].values()) == {None}
     assert found["load"]["completed_qps"] == 0.0 and found["expected"]["calls"] is None
-    nothing = summarise_arms(two_arms.scenario(), [])
+    nothing = summarise_arms(two_arms.scenario(), reduced([]))
     assert nothing["single"]["load"] == {} and nothing["single"]["objective"]["attainment"] is None
     json.dumps([found, nothing], allow_nan=False)
 
@@ -340,7 +341,7 @@ def runs(draw: st.DrawFn) -> list[Query]:
 @settings(max_examples=40)
 @given(runs())
 def test_no_run_gives_a_nan_or_a_table_that_cannot_be_printed(queries: list[Query]) -> None:
-    found = summarise_arms(two_arms.scenario(), queries)
+    found = summarise_arms(two_arms.scenario(), reduced(queries))
     ticks = validity(found, SERVER, CLIENT, None)
     json.dumps([found, ticks], allow_nan=False)
     printed = lines(two_arms.whole(found, ticks))

@@ -3,6 +3,7 @@
 import pytest
 import two_arms
 
+from fanmark.loadgen.reduced import reduced
 from fanmark.loadgen.summary import summarise_arms, validity
 from fanmark.loadgen.table import columns, lines, number, ratio
 
@@ -47,7 +48,7 @@ def test_columns_are_as_wide_as_they_need() -> None:
 
 
 def test_the_whole_of_a_run_made_by_hand() -> None:
-    arms = summarise_arms(two_arms.scenario(), two_arms.queries())
+    arms = summarise_arms(two_arms.scenario(), reduced(two_arms.queries()))
     server = {"reconciled": None, "alone": None, "reason": "1 calls ended without the server's count"}
     ticks = validity(arms, server, {"verdict": "client-limited", "reasons": ["p99 of loop lag is 40.0 ms"]}, 0)
     assert lines(two_arms.whole(arms, ticks)) == EXPECTED.strip("\n").split("\n")
@@ -59,7 +60,7 @@ def test_several_targets_of_an_arm_stand_apart() -> None:
     for query in queries:
         for call in query.calls:
             call.target = "big" if call.role == "judge" else call.target
-    arms = summarise_arms(two_arms.scenario(), queries)
+    arms = summarise_arms(two_arms.scenario(), reduced(queries))
     ticks = validity(arms, {"reconciled": None, "alone": None, "reason": ""}, {"verdict": "ok", "reasons": []}, 0)
     told = lines(two_arms.whole(arms, ticks))
     assert told[told.index("by target") :][1:4] == [
@@ -160,7 +161,7 @@ note     what must be told
     ],
 )
 def test_the_servers_counters_stand_beside_the_clients(server: dict[str, object], expected: list[str]) -> None:
-    arms = summarise_arms(two_arms.scenario(), two_arms.queries())
+    arms = summarise_arms(two_arms.scenario(), reduced(two_arms.queries()))
     ticks = validity(arms, {"reconciled": True, "alone": True}, {"verdict": "ok", "reasons": []}, 0)
     printed = lines(two_arms.whole(arms, ticks, server=server))
     start = printed.index(expected[0])
@@ -168,7 +169,7 @@ def test_the_servers_counters_stand_beside_the_clients(server: dict[str, object]
 
 
 def test_what_failed_is_said_first_and_what_is_unknown_before_what_holds() -> None:
-    arms = summarise_arms(two_arms.scenario(), two_arms.queries())
+    arms = summarise_arms(two_arms.scenario(), reduced(two_arms.queries()))
     server = {"reconciled": False, "alone": True, "reason": "prompt_tokens differ"}
     ticks = validity(arms, server, {"verdict": "ok", "reasons": []}, None)
     printed = lines(two_arms.whole(arms, ticks))[:6]
@@ -181,7 +182,7 @@ def test_a_row_that_no_arm_knows_is_left_out() -> None:
     queries = [q for q in two_arms.queries() if q.outcome == "completed"]
     for one in queries:
         one.resources |= {"dollars": None}
-    arms = summarise_arms(two_arms.scenario(), queries)
+    arms = summarise_arms(two_arms.scenario(), reduced(queries))
     ticks = validity(arms, {"reconciled": True, "alone": True}, {"verdict": "ok", "reasons": []}, 0)
     printed = lines(two_arms.whole(arms, ticks))
     assert not any(line.startswith("dollars") for line in printed)

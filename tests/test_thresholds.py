@@ -115,7 +115,7 @@ def tallied(queries: list[Query]) -> Tally:
 
 def test_what_is_known_so_far_is_at_the_end_what_the_summary_says(tmp_path: Path) -> None:
     summary = simulated(tmp_path / "run")
-    queries = read_queries(tmp_path / "run")
+    queries = list(read_queries(tmp_path / "run"))
     tally, few = tallied(queries), tallied(queries[:9])
     metrics = [
         *(f"{arm}.per_query.{name}.mean" for arm in tally.arms for name in ("calls", "fresh_tokens", "latency_s")),

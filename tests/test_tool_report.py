@@ -2,6 +2,7 @@
 
 import two_arms
 
+from fanmark.loadgen.reduced import reduced
 from fanmark.loadgen.tool_report import Listing, by_tool, tool_lines, tools_part
 
 SCHEMA = {"type": "function", "function": {"name": "look", "description": "", "parameters": {}}}
@@ -22,7 +23,8 @@ def test_tools_by_hand() -> None:
     ]
     query = two_arms.query("single", 0, calls, 0.0, 4.0)
     assert query.resources["tool_calls"] == 3
-    found = by_tool([query])
+    run = reduced([query])
+    found = by_tool(run.calls, query.resources["critical_path_s"] or 0.0)
     assert found["look"]["calls"] == 3
     assert found["look"]["errors"] == {"tool_error": 1, "tool_transport": 1}
     assert found["look"]["latency_s"]["mean"] == 2.0
@@ -30,7 +32,7 @@ def test_tools_by_hand() -> None:
     assert found["look"]["bytes"]["mean"] == 200
     assert found["look"]["critical_share"] == 0.75
     assert (found["?"]["calls"], found["?"]["refused"], found["?"]["latency_s"]) == (0, {"unknown": 1}, None)
-    part = tools_part(Listing(1, "auto", "per_agent", [SCHEMA, SCHEMA], [SCHEMA], {"t": 40}), [query])
+    part = tools_part(Listing(1, "auto", "per_agent", [SCHEMA, SCHEMA], [SCHEMA], {"t": 40}), run.calls)
     assert part is not None
     assert part["listed"] == {"tools": 2, "bytes": 161}
     assert part["exposed"] == {"tools": 1, "bytes": 81, "tokens": 40}
@@ -40,5 +42,5 @@ def test_tools_by_hand() -> None:
         "         chain: 3 calls of 1 tools, 2,000.0 ms on average, 500.0 ms of it in the server's queue, "
         "errors: tool_error 1, tool_transport 1, refused: unknown 1",
     ]
-    assert tools_part(None, [query]) is None
+    assert tools_part(None, run.calls) is None
     assert tool_lines({"tools": None}) == []

@@ -22,10 +22,11 @@ from fanmark.loadgen.dry_run import plan
 from fanmark.loadgen.lanes.virtual import VirtualEndpoint
 from fanmark.loadgen.pilot import matched
 from fanmark.loadgen.records import Journal, Query, Window, read_queries, read_windows
+from fanmark.loadgen.reduced import reduced
 from fanmark.loadgen.run import Run
 from fanmark.loadgen.scenario import Scenario, Target
 from fanmark.loadgen.simulate import Options, simulate
-from fanmark.loadgen.steadiness import judge, rise_z
+from fanmark.loadgen.steadiness import Verdict, judge, rise_z
 from fanmark.loadgen.summary import summarise_arms, validity
 from fanmark.loadgen.tally import Tally
 from fanmark.loadgen.window import grace_s, lead_in, p90
@@ -87,8 +88,19 @@ WINDOW = Window(repeat=1, arms=["single"], lead_in_at=0.0, start_at=20.0, end_at
 DUE = [i / 2 for i in range(280)]  # two a second until 140
 
 
+def judged(
+    queries: list[Query],
+    window: Window = WINDOW,
+    kv: list[tuple[float, float]] | None = None,
+    *,
+    open_loop: bool = True,
+) -> Verdict:
+    run = reduced(queries)
+    return judge(run.queries, run.queries, run.calls, window, kv, open_loop=open_loop)
+
+
 def test_a_steady_stream_is_steady_and_obeys_littles_law() -> None:
-    verdict = judge(stream(DUE, [4.0] * 280), stream(DUE, [4.0] * 280), WINDOW, open_loop=True)
+    verdict = judged(stream(DUE, [4.0] * 280))
     assert (verdict.steady, verdict.over_capacity) == (True, False)
     assert verdict.littles_law_off_pct == pytest.approx(0.0, abs=1e-9)
     assert verdict.reason == "calls in flight 8 and 8 in its halves, L = 8, lambda x W = 8"
@@ -122,7 +134,7 @@ def test_what_is_not_steady_says_why(
     latency_s: list[float], window: Window, kv: list[tuple[float, float]] | None, reason: str
 ) -> None:
     queries = stream(DUE, latency_s)
-    verdict = judge(queries, queries, window, kv, open_loop=True)
+    verdict = judged(queries, window, kv)
     assert verdict.steady is False and not verdict.over_capacity
     assert reason in verdict.reason
 
@@ -131,17 +143,17 @@ def test_halves_of_the_kv_use_may_differ_by_a_tenth_or_a_hundredth_of_the_cache(
     queries = stream(DUE, [4.0] * 280)
     for first, second in ((0.5, 0.55), (0.005, 0.014)):
         kv = [(at, first if at < 70 else second) for at in range(140)]
-        assert judge(queries, queries, WINDOW, kv, open_loop=True).steady is True
+        assert judged(queries, WINDOW, kv).steady is True
 
 
 @pytest.mark.parametrize("excess", [1.1, 1.5, 3.0])
 def test_latency_that_grows_with_the_queue_is_over_capacity(excess: float) -> None:
     """Of two a second 2 / excess are served: a query that is due at t waits for t x (excess - 1)."""
     queries = stream(DUE, [4.0 + at * (excess - 1) for at in DUE])
-    verdict = judge(queries, queries, WINDOW, open_loop=True)
+    verdict = judged(queries)
     assert (verdict.steady, verdict.over_capacity) == (False, True)
     assert verdict.reason.startswith("over capacity: more arrives than is served")
-    assert not judge(queries, queries, WINDOW, open_loop=False).over_capacity  # users wait for answers
+    assert not judged(queries, open_loop=False).over_capacity  # users wait for answers
 
 
 @pytest.mark.parametrize("served", [0, 20, 90])
@@ -151,12 +163,12 @@ def test_what_is_abandoned_took_longer_than_all_that_ended(served: int) -> None:
     for query in queries:
         if query.due_at >= 20 + served / 2:
             query.outcome = "abandoned"
-    verdict = judge(queries, queries, WINDOW, open_loop=True)
+    verdict = judged(queries)
     assert verdict.over_capacity and verdict.reason.startswith("over capacity")
 
 
 def test_a_window_without_a_query_is_not_steady() -> None:
-    assert judge([], [], WINDOW, open_loop=True).reason == "no query was due in the window"
+    assert judged([]).reason == "no query was due in the window"
 
 
 ARMS = """
@@ -391,7 +403,7 @@ def test_a_run_that_is_ended_early_is_not_steady(tmp_path: Path, at: float, reas
     seconds = run_virtually(main())
     journal.close()
     assert at <= seconds < at + 6.0  # what had begun has the grace of an interrupt
-    arms = summarise_arms(scenario, read_queries(tmp_path), read_windows(tmp_path), (), seconds)
+    arms = summarise_arms(scenario, reduced(read_queries(tmp_path)), read_windows(tmp_path), (), seconds)
     for arm in arms.values():
         assert arm["window"]["reason"].startswith(reason) and arm["window"]["steady"] is not True
     for query in read_queries(tmp_path):

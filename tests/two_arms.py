@@ -6,6 +6,7 @@ from typing import Any
 from fanmark.agents import topologies
 from fanmark.loadgen.costs import resources
 from fanmark.loadgen.records import Call, Query, gap_bucket
+from fanmark.loadgen.reduced import CallKind, Rows, reduced
 from fanmark.loadgen.scenario import Prices, Scenario
 from fanmark.loadgen.scenario_check import check
 
@@ -118,3 +119,8 @@ def whole(arms: dict[str, Any], validity: dict[str, Any], **more: Any) -> dict[s
         "server": server | {"prompt_tokens": {"client": 1200, "server": 1200.0, "off_pct": 0.0}},
         "notes": ["what must be told"],
     } | more
+
+
+def calls_of(calls: Sequence[Call]) -> Rows[CallKind]:
+    """The rows of calls that some query made."""
+    return reduced([query("single", 0, list(calls), 0.0, 9.0)]).calls

@@ -28,6 +28,7 @@ from fanmark.loadgen.live import tell
 from fanmark.loadgen.metrics import Metrics, Told
 from fanmark.loadgen.metrics_server import Page, Scrapes, hold, serve
 from fanmark.loadgen.records import Journal, digests, read_queries
+from fanmark.loadgen.reduced import reduced
 from fanmark.loadgen.report.live_page import LivePage
 from fanmark.loadgen.report.write import write_report
 from fanmark.loadgen.results import assemble, write_summary
@@ -221,12 +222,12 @@ async def _summary(
     scenario = scenario_of(on.options, endpoint.model or next(iter(on.recorder.models), None), arms)
     endpoint.model = endpoint.model or ", ".join(on.recorder.models) or "no model"
     write_scenario(out, scenario)
-    queries = read_queries(out)
-    server = await server_side.reconciled(on.endpoints, on.before, queries)
-    stub = await server_side.stub_on_time(on.endpoints, on.before, queries, 1.0)
+    records = reduced(read_queries(out))
+    server = await server_side.reconciled(on.endpoints, on.before, records)
+    stub = await server_side.stub_on_time(on.endpoints, on.before, records, 1.0)
     report = partial(client_part, {0: client}, host_busy_seconds=sampler.host_busy_seconds)
     found = assemble(
-        scenario, queries, on.endpoints, server, report, run_part, stub, ending=None, samples=read_samples(out)
+        scenario, records, on.endpoints, server, report, run_part, stub, ending=None, samples=read_samples(out)
     )
     found["target"]["lane"] = LANE
     same_host = {TARGET: await on_this_host(endpoint.urls)}
