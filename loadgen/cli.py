@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fanmark.loadgen import cli_engine, cli_runs, cli_tap
+from fanmark.loadgen import cli_engine, cli_replay, cli_runs, cli_tap
 from fanmark.loadgen.errors import FanmarkError
 
 app = typer.Typer(
@@ -37,6 +37,8 @@ for command in (
     cli_tap.tap,
 ):
     app.command()(command)
+app.command("import")(cli_replay.import_)
+app.command()(cli_replay.export)
 
 ScenarioArg = Annotated[str, typer.Argument(help="A TOML file, or the name of a bundled scenario (fanmark scenarios).")]
 QueriesOpt = Annotated[int | None, typer.Option(help="Queries of each arm.")]

@@ -29,7 +29,6 @@ import msgspec
 
 from fanmark.agents.replay import TOPOLOGY, Enacted, Params, Read, Step
 from fanmark.agents.runtime import Author, Key, Message, Topology
-from fanmark.loadgen.costs import resources
 from fanmark.loadgen.demand import unquoted
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.prompts import Part
@@ -95,7 +94,7 @@ class Recorder:
             self._journal = Journal(folder)
         except OSError as e:
             raise ScenarioError(f"--out {folder}: cannot be written ({e.strerror}): give another folder") from None
-        self._arm = arm
+        self._folder, self._arm = folder, arm
         self.queries = self.calls = 0
 
     def add(self, calls: Sequence[RecordedCall], due_at: float) -> None:
@@ -106,13 +105,18 @@ class Recorder:
         self._journal.write(
             Query(
                 query=self.queries, arm=self._arm, warmup=False, due_at=due_at, started_at=due_at, done_at=done_at,
-                outcome="completed", resources=resources(list(calls), due_at, done_at, {}), expected={}, mismatches=[],
-                seed="", calls=list(calls),
+                outcome="completed", resources={}, expected={}, mismatches=[], seed="", calls=list(calls),
             )
         )  # fmt: skip
         self.queries, self.calls = self.queries + 1, self.calls + len(calls)
         if self.queries % 1000 == 0:
             self._journal.flush()
+
+    def discard(self) -> None:
+        """Takes back what was written."""
+        self._journal.close()
+        for name in ("queries.jsonl", "calls.jsonl"):
+            (self._folder / name).unlink()
 
     def close(self) -> None:
         """Writes what is left. Raises LostError."""
