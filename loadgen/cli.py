@@ -1,6 +1,5 @@
 """The command line: reads flags, hands over, turns errors into one line and an exit code. Nothing imports it."""
 
-import asyncio
 import os
 import secrets
 import sys
@@ -11,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from fanmark.loadgen import cli_engine, cli_replay, cli_runs, cli_tap
+from fanmark.loadgen import cli_engine, cli_replay, cli_runs, cli_sweep, cli_tap
+from fanmark.loadgen.cli_common import checked_scenario, json_text, run_async, version, workers_of
 from fanmark.loadgen.errors import FanmarkError
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ for command in (
     cli_runs.report,
     cli_runs.verify,
     cli_runs.compare,
+    cli_sweep.sweep,
     cli_tap.tap,
 ):
     app.command()(command)
@@ -126,8 +127,8 @@ def run(
     raw, source = scenario_check.read(scenario)
     scenario_check.override_target(raw, target, model, api, api_key_env, os.environ)
     scenario_check.override_load(raw, queries, duration, rate, concurrency, seed, max_in_flight)
-    checked, table = _checked(raw, source, set_ or [])
-    processes = _workers(workers)
+    checked, table = checked_scenario(raw, source, set_ or [])
+    processes = workers_of(workers)
     if dry_run:
         return _dry_run(checked, table, json)
     from fanmark.loadgen import dry_run as planning
@@ -143,26 +144,14 @@ def run(
         metrics_host=metrics_host,
         otlp=otlp,
         run_id=secrets.token_hex(4),
-        version=_version(),
+        version=version(),
         command=sys.argv[1:],
         progress=None if quiet else sys.stderr,
         workers=processes,
         labels=labels_of(label or []),
         metrics_hold_s=0.0 if metrics_hold is None and os.environ.get("CI") else metrics_hold,
     )
-    return _told(_run_async(session.run(checked, table, options)), folder, json, strict, junit)
-
-
-def _checked(raw: dict[str, Any], source: str, settings: list[str]) -> tuple[Any, Any]:
-    """The scenario, and the topologies that it may name."""
-    from fanmark.agents import topologies
-    from fanmark.loadgen import scenario_check
-    from fanmark.loadgen.user_topology import with_users
-
-    scenario_check.override(raw, settings)
-    raw.pop("tapped", None)  # what a tap has recorded is re-enacted: a run like any other
-    table = with_users(raw, source, topologies())
-    return scenario_check.check(raw, source, table), table
+    return _told(run_async(session.run(checked, table, options)), folder, json, strict, junit)
 
 
 def _dry_run(checked: Any, table: Any, json: bool) -> int:
@@ -170,7 +159,7 @@ def _dry_run(checked: Any, table: Any, json: bool) -> int:
 
     planned = dry_run.plan(checked, table)
     notes = [f"note     {note}" for note in [*checked.unlike_baseline(), *checked.approximate()]]
-    print(_json(planned) if json else "\n".join([*dry_run.lines(planned), *notes]))
+    print(json_text(planned) if json else "\n".join([*dry_run.lines(planned), *notes]))
     return 0
 
 
@@ -180,7 +169,7 @@ def _told(result: Any, folder: Path, json: bool, strict: bool, junit: Path | Non
 
     ended = result.summary["ended"]
     if json:
-        print(_json(result.summary))
+        print(json_text(result.summary))
         if ended is not None:
             print(f"fanmark: {ended['why']}: {ended['reason']}", file=sys.stderr)
     else:
@@ -221,13 +210,13 @@ def simulate(
 
     raw, source = scenario_check.read(scenario)
     scenario_check.override_load(raw, queries, duration, rate, concurrency, seed, max_in_flight)
-    checked, table = _checked(raw, source, set_ or [])
+    checked, table = checked_scenario(raw, source, set_ or [])
     if profile is not None:
         checked = simulation.with_profile(checked, profile)
     for line in simulation.ignored(checked):
         print(line, file=sys.stderr)
     folder = _folder(out, checked.name)
-    options = simulation.Options(folder, _version(), simulation.repeatable(sys.argv[1:]), labels_of(label or []))
+    options = simulation.Options(folder, version(), simulation.repeatable(sys.argv[1:]), labels_of(label or []))
     if seeds > 1:
         return _spread(checked, table, options, seeds, json)
     return _told(simulation.simulate(checked, table, options), folder, json, strict, junit)
@@ -245,16 +234,8 @@ def _spread(checked: Any, table: Any, options: Any, seeds: int, json: bool) -> i
         scenario = msgspec.structs.replace(checked, seed=seed)
         summaries.append(simulate(scenario, table, replace(options, out=folder)).summary)
     found = spread.spread(summaries)
-    print(_json(found) if json else "\n".join([*spread.lines(found, seeds), f"files    {options.out}"]))
+    print(json_text(found) if json else "\n".join([*spread.lines(found, seeds), f"files    {options.out}"]))
     return max(exit_code(summary, False) for summary in summaries)
-
-
-def _workers(wanted: str) -> int:
-    if wanted == "auto":
-        return max(1, len(os.sched_getaffinity(0)) - 1)
-    if not wanted.isdecimal() or int(wanted) < 1:
-        raise FanmarkError(f"--workers {wanted}: must be a number of processes, 1 or more, or auto")
-    return int(wanted)
 
 
 def _folder(out: Path | None, name: str) -> Path:
@@ -274,25 +255,6 @@ def exit_code(summary: dict[str, Any], strict: bool) -> int:
     return int(strict and (False in validity.values() or False in objectives))
 
 
-def _run_async(coroutine: Any) -> Any:
-    import uvloop
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(coroutine)
-
-
-def _json(value: Any) -> str:
-    import msgspec
-
-    return msgspec.json.format(msgspec.json.encode(value), indent=1).decode()
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("fanmark")
-
-
 @app.command()
 def topologies(
     name: Annotated[str | None, typer.Argument(help="All about this topology or preset.")] = None,
@@ -306,9 +268,9 @@ def topologies(
     table, tokens = topologies(), schema_tokens()
     if name is None:
         found = catalogue.catalogue(table, tokens)
-        print(_json(found) if json else "\n".join(catalogue.lines(found)))
+        print(json_text(found) if json else "\n".join(catalogue.lines(found)))
     elif json:
-        print(_json(catalogue.entry(name, table, tokens)))
+        print(json_text(catalogue.entry(name, table, tokens)))
     else:
         print("\n".join(catalogue.long_lines(name, table, tokens)))
 
@@ -323,7 +285,7 @@ def scenarios(json: Annotated[bool, typer.Option("--json")] = False) -> None:
 
 def _listing(rows: dict[str, str], as_json: bool) -> None:
     width = max(map(len, rows))
-    print(_json(rows) if as_json else "\n".join(f"{name.ljust(width)}  {text}" for name, text in rows.items()))
+    print(json_text(rows) if as_json else "\n".join(f"{name.ljust(width)}  {text}" for name, text in rows.items()))
 
 
 @serve_app.command(

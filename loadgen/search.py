@@ -3,7 +3,8 @@
 Rules of the file:
 1. The attainment falls as x rises, and the highest x is sought ("highest": a load), or it rises, and the least is ("least": replicas).
 2. A point passes when the lower 95 % bound (Wilson) of its attainment is above the target, and fails when the upper one is below it.
-   Else it is undecided, and is measured again, until it has had `most` queries.
+   Else it is undecided, and is looked at again, `most` times at the most. Near the knee queries miss their deadline in bursts: where
+   parts of a measurement differ by more than independent queries would, the interval is that of as many fewer.
 3. The search knows nothing but the points measured so far: the same points, the same next step. So a search that was cut short goes on from
    the points that it has left.
 4. The answer is a bracket, of the last x on one side and the first on the other. Where an end of it is not known, it is beyond the range.
@@ -23,7 +24,8 @@ Verdict = Literal["pass", "fail", "undecided"]
 @dataclass(frozen=True)
 class Search:
     """What is sought between `low` and `high`, both above 0. It ends where the bracket's ends are no further apart than by `within` of the
-    lower one (whole numbers: or by 1). A point is looked at with `first` queries, and again with as many as it has had, up to `most`."""
+    lower one (whole numbers: or by 1), and each end was looked at `looks` times, for one stretch of luck may pass for a state. A point is
+    looked at with `first` queries, and again with as many as it has had so far, up to `most` looks."""
 
     low: float
     high: float
@@ -32,17 +34,21 @@ class Search:
     integer: bool = False
     within: float = 0.05
     first: int = 110
-    most: int = 880
+    looks: int = 2
+    most: int = 4
 
 
 @dataclass(frozen=True)
 class Point:
-    """What was counted at x. `refused`: it fails whatever was counted (over capacity: it is worse the longer it lasts)."""
+    """What was counted at x, in so many looks. `refused`: it fails whatever was counted (over capacity: it is worse the longer it lasts).
+    `parts`: queries and good ones of stretches of time, by which it is seen how much they come in bursts."""
 
     x: float
     queries: int
     good: int
     refused: bool = False
+    parts: tuple[tuple[int, int], ...] = ()
+    looks: int = 1
 
     @property
     def attainment(self) -> float | None:
@@ -51,7 +57,8 @@ class Point:
     @property
     def band(self) -> tuple[float, float]:
         """95 % interval of the attainment."""
-        return wilson(self.good, self.queries)
+        effect = burstiness(self.parts)
+        return wilson(self.good / effect, self.queries / effect)
 
     def verdict(self, target: float) -> Verdict:
         low, high = self.band
@@ -84,13 +91,30 @@ def first_look(target: float) -> int:
     return math.ceil(1.5 * (math.floor(Z_95**2 * target / (1 - target)) + 1))
 
 
+def burstiness(parts: Sequence[tuple[int, int]]) -> float:
+    """How many times the parts' shares vary as much as independent queries' would (the heterogeneity of a binomial: chi square over its
+    degrees of freedom); at least 1."""
+    known = [(n, good) for n, good in parts if n]
+    n, good = sum(part[0] for part in known), sum(part[1] for part in known)
+    if len(known) < 2 or good in (0, n):
+        return 1.0
+    share = good / n
+    chi_square = sum((mine - k * share) ** 2 / k for k, mine in known) / (share * (1 - share))
+    return max(1.0, chi_square / (len(known) - 1))
+
+
 def pooled(points: Iterable[Point]) -> list[Point]:
     """What was measured at one x in one point, in the order of x."""
     found: dict[float, Point] = {}
     for point in points:
-        before = found.get(point.x, Point(point.x, 0, 0))
+        before = found.get(point.x, Point(point.x, 0, 0, looks=0))
         found[point.x] = Point(
-            point.x, before.queries + point.queries, before.good + point.good, before.refused or point.refused
+            point.x,
+            before.queries + point.queries,
+            before.good + point.good,
+            before.refused or point.refused,
+            before.parts + point.parts,
+            before.looks + point.looks,
         )
     return [found[x] for x in sorted(found)]
 
@@ -99,19 +123,20 @@ def next_ask(search: Search, points: Iterable[Point]) -> Ask | None:
     """The next step of the search; None where it has ended."""
     seen = {point.x: point for point in pooled(points)}
     for point in seen.values():
-        if point.verdict(search.target) == "undecided" and point.queries < search.most:
-            return Ask(point.x, max(1, min(max(point.queries, search.first), search.most - point.queries)))
+        if point.verdict(search.target) == "undecided" and point.looks < search.most:
+            return Ask(point.x, max(search.first, point.queries))
     if search.low not in seen:
         return Ask(search.low, search.first)
     found, top = bracket(search, list(seen.values())), max(seen)
-    if found.low is None and not found.undecided:
-        return None  # the first is on the far side already
     if found.high is None and top < search.high:
         return Ask(min(2 * top, search.high), search.first)
     ends = [found.low, *found.undecided[:1], *found.undecided[-1:], found.high]
     for a, b in ((ends[0], ends[1]), (ends[-2], ends[-1])):
-        if a is not None and b is not None and (x := _between(search, a, b)) is not None:
+        if a is not None and b is not None and (x := between(a, b, search.within, integer=search.integer)) is not None:
             return Ask(x, search.first)
+    for end in (found.low, found.high):
+        if end is not None and seen[end].looks < search.looks:
+            return Ask(end, search.first)
     return None
 
 
@@ -133,12 +158,12 @@ def bracket(search: Search, points: Sequence[Point]) -> Bracket:
     return Bracket(low, high, tuple(sorted(inside)), tuple(sorted(against)))
 
 
-def _between(search: Search, a: float, b: float) -> float | None:
-    """The middle by factor, to three figures; None where the two are near enough."""
-    if b <= a * (1 + search.within) or (search.integer and b - a <= 1):
+def between(a: float, b: float, within: float, *, integer: bool) -> float | None:
+    """The middle by factor (from 0 or below, by steps), to three figures; None where the two are near enough."""
+    if b - a <= within * max(abs(a), abs(b) if a <= 0 else 0.0) or (integer and b - a <= 1):
         return None
-    middle = math.sqrt(a * b)
-    if search.integer:
+    middle = math.sqrt(a * b) if a > 0 else (a + b) / 2
+    if integer:
         return float(min(max(round(middle), a + 1), b - 1))
     rounded = float(f"{middle:.3g}")
     return rounded if a < rounded < b else middle

@@ -287,18 +287,18 @@ def open_folder(out: Path, scenario: Scenario, *, through: bool = False) -> Jour
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_scenario(out, scenario)
-        if scenario.questions:
-            write_questions(out / QUESTIONS, scenario.questions)
         return Journal(out, through=through)
     except OSError as e:
         raise ScenarioError(f"--out {out}: cannot be written ({e.strerror}): give another folder") from None
 
 
 def write_scenario(out: Path, scenario: Scenario) -> None:
-    """scenario.toml, resolved. Raises OSError."""
+    """scenario.toml, and the questions of its workload, in a folder."""
     import tomli_w
 
     (out / "scenario.toml").write_text(tomli_w.dumps(_without_none(resolved(scenario))))
+    if scenario.questions:
+        write_questions(out / QUESTIONS, scenario.questions)
 
 
 def _without_none(value: Any) -> Any:

@@ -180,8 +180,8 @@ def _t(freedom: float) -> float:
     return float(stdtrit(freedom, 0.975))
 
 
-def wilson(successes: int, n: int, z: float = Z_95) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927)."""
+def wilson(successes: float, n: float, z: float = Z_95) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927); of so many independent ones, which need not be whole."""
     if n == 0:
         return 0.0, 1.0
     p = successes / n

@@ -61,17 +61,22 @@ def check_thresholds(thresholds: Sequence[Threshold], arms: Sequence[str], basel
             raise ScenarioError(
                 f"{where}: above = {threshold.above:g} and below = {threshold.below:g}: nothing is between them"
             )
-        if place[0] != "arms" or len(place) < 3:
-            if place[0] not in _WHOLE or place[0] == "arms":
-                raise ScenarioError(f"{where}: there is no such figure{nearest(place[0], [*arms, *_WHOLE])}")
-        else:
-            _check_part(place[2:], where)
+        check_metric(place, arms, where)
         if threshold.abort and (
             reader(place, baseline) is None or (place[2] == "queries" and threshold.above is not None)
         ):
             raise ScenarioError(
                 f"{where} with abort = true: is known at the end only: abort can be given with {CAN_ABORT}"
             )
+
+
+def check_metric(place: Place, arms: Sequence[str], where: str) -> None:
+    """Raises ScenarioError where the summary cannot have such a figure."""
+    if place[0] != "arms" or len(place) < 3:
+        if place[0] not in _WHOLE or place[0] == "arms":
+            raise ScenarioError(f"{where}: there is no such figure{nearest(place[0], [*arms, *_WHOLE])}")
+    else:
+        _check_part(place[2:], where)
 
 
 def _check_part(parts: Place, where: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("agents", "servers", "loadgen")
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
-COMMAND_LINE = {"cli.py", "cli_engine.py", "cli_replay.py", "cli_runs.py", "cli_tap.py"}
+COMMAND_LINE = {path.name for path in FILES if path.name.startswith("cli")}
 
 
 def imports(path: Path) -> set[str]:

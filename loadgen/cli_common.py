@@ -1,0 +1,50 @@
+"""What several commands do alike."""
+
+import asyncio
+import os
+from typing import Any
+
+from fanmark.loadgen.errors import FanmarkError
+
+
+def checked_scenario(raw: dict[str, Any], source: str, settings: list[str]) -> tuple[Any, Any]:
+    """The scenario, and the topologies that it may name."""
+    from fanmark.agents import topologies
+    from fanmark.loadgen import scenario_check
+    from fanmark.loadgen.user_topology import with_users
+
+    scenario_check.override(raw, settings)
+    raw.pop("tapped", None)  # what a tap has recorded is re-enacted: a run like any other
+    table = with_users(raw, source, topologies())
+    return scenario_check.check(raw, source, table), table
+
+
+def workers_of(wanted: str) -> int:
+    """How many processes --workers asks for."""
+    if wanted == "auto":
+        return max(1, len(os.sched_getaffinity(0)) - 1)
+    if not wanted.isdecimal() or int(wanted) < 1:
+        raise FanmarkError(f"--workers {wanted}: must be a number of processes, 1 or more, or auto")
+    return int(wanted)
+
+
+def run_async(coroutine: Any) -> Any:
+    """Carries it out on an event loop of its own."""
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(coroutine)
+
+
+def json_text(value: Any) -> str:
+    """As all commands print it."""
+    import msgspec
+
+    return msgspec.json.format(msgspec.json.encode(value), indent=1).decode()
+
+
+def version() -> str:
+    """This version of fanmark."""
+    import importlib.metadata
+
+    return importlib.metadata.version("fanmark")
