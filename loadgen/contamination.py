@@ -110,11 +110,14 @@ class Explained:
             tokens += size
         return tokens + _WITHIN_BLOCK_TOKENS
 
-    def replied(self, prompt: Prompt, reply: Hashable) -> None:
-        """The reply stays in the cache behind its prompt."""
+    def replied(self, prompt: Prompt, reply: str, content: str | Sequence[int] = "") -> None:
+        """The reply stays in the cache behind its prompt. What anyone may have asked is answered alike, but not equally long: then it is
+        the pieces of its `content` that stay."""
         last = prompt.prefixes[-1][1] if prompt.prefixes else prompt.salt
         own, _ = self._counts(prompt.query)
-        own[hash((last, reply))] += 1
+        for part in [piece for piece, _ in pieces(content)] if prompt.query == ANYONE else [reply]:
+            last = hash((last, part))
+            own[last] += 1
 
     def forget(self, query: Hashable, keep: int = 0) -> None:
         """Drops what belongs to one query, unless there is so little of it."""

@@ -285,7 +285,7 @@ class QueryRuntime:
                 if reply.asks:
                     said = Message(("said",), "assistant", reply.text, 0, asks=reply.asks)
                     again = again._replace(fields=tool_fields(said))
-                self.world.explained.replied(traffic, again.seen)
+                self.world.explained.replied(traffic, again.seen, again.content)
             return reply
 
     async def _send(
@@ -383,6 +383,8 @@ class QueryRuntime:
         questions, arm = self.world.questions, self.demand.arm
         asking = messages if questions else ()
         given = {m.key for m in asking if word_for_word(m, self.demand.query, questions) is not None}
+        if self.owner == ANYONE:  # who ask the same are answered alike
+            given = {m.key for m in messages if m.source is not None}
         found, first_own = listed(prompt, messages, tools, given)
         if salt not in (self.world.run_id, f"{self.world.run_id}-{arm}"):
             first_own = 0  # a salt of this query, or of this call

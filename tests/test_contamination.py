@@ -191,7 +191,7 @@ def test_what_anyone_may_send_is_counted_in_fixed_memory() -> None:
     explained = Explained()
     for query in range(2):
         prompt = explained.sent("salt", ANYONE, [("shared", 100), (f"own {query}", 40)], 2)
-        explained.replied(prompt, f"reply {query}")
+        explained.replied(prompt, f"reply {query}", f"reply {query}")
     assert explained.limit(prompt) == 100 + 15
     again = explained.sent("salt", ANYONE, [("shared", 100), ("own 1", 40), ("reply 1", 20)], 3)
     assert explained.limit(again) == 160 + 15
