@@ -12,6 +12,9 @@ def take(call: Call, reply: Reply) -> None:
     usage = reply.usage
     if usage is None:
         return
+    if usage.fanmark is not None:
+        work = usage.fanmark
+        call.gpu_s, call.gpu_waste_s, call.joules = work.gpu_s, work.gpu_waste_s, work.joules
     call.input_tokens, call.output_tokens = usage.prompt_tokens, usage.completion_tokens
     if usage.prompt_tokens_details is not None:
         call.cached_tokens = usage.prompt_tokens_details.cached_tokens

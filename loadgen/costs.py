@@ -31,8 +31,10 @@ TIMES = (
     "limited_s",
     "parallelism",
     "gpu_s",
+    "gpu_waste_s",
     "joules",
 )
+_SUMMED = ("input_tokens", "cached_tokens", "output_tokens", "reasoning_tokens", "gpu_s", "gpu_waste_s", "joules")
 EXPECTED = ("calls", "tool_calls", "input_tokens", "output_tokens", "depth", "width")
 
 
@@ -44,7 +46,7 @@ def resources(
     kept calls waiting."""
     inferred = [call for call in calls if call.kind == "call"]
     sums: dict[str, float | None] = {}
-    for name in ("input_tokens", "cached_tokens", "output_tokens", "reasoning_tokens"):
+    for name in _SUMMED:
         values = [getattr(call, name) for call in inferred]
         sums[name] = sum(values) if None not in values else None
     shaped = shape(calls)
@@ -77,8 +79,9 @@ def resources(
         "width": shaped["width"],
         "retries": len(retried),
         "limited_s": limited_s,
-        "gpu_s": None,
-        "joules": None,
+        "gpu_s": sums["gpu_s"],
+        "gpu_waste_s": sums["gpu_waste_s"],
+        "joules": sums["joules"],
         "dollars": dollars(inferred, prices),
     }
 

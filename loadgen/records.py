@@ -26,14 +26,8 @@ Phase = Literal["lead-in", "window", "lead-out"]  # only the queries of the wind
 R = TypeVar("R")
 
 WINDOWS = "windows.jsonl"
-KEPT = (
-    "queries.jsonl",
-    "calls.jsonl",
-    WINDOWS,
-    "samples.jsonl",
-    "scenario.toml",
-    "questions.jsonl",
-)  # what summary.json rests on
+# what summary.json rests on
+KEPT = ("queries.jsonl", "calls.jsonl", WINDOWS, "samples.jsonl", "scenario.toml", "questions.jsonl")
 _COPIED_BYTES = 1 << 20
 _encoder = msgspec.json.Encoder()
 
@@ -88,12 +82,12 @@ class Gaps:
 
 class Call(msgspec.Struct, omit_defaults=False, kw_only=True):
     """One call (kind "call") or tool call (kind "tool_call"): a line of calls.jsonl. `due_at` is when it should have been sent, `limited_s`
-    how long the target's limits, the budget, or an answer that refused a parameter kept it from that,
-    `first_at` the first token of the reply (reasoning or not), `answer_at` the first that is not reasoning. `retry_at` marks an attempt
-    that did not count, as the call was sent again: that is when the next attempt was due. `connect_s` is how long opening a connection
-    took before `sent_at`, None where one was open. Of a tool call: `bytes` of its result; `session_s`
-    that it waited for its session before `sent_at` (None where one was open), which it opened itself (`opened_session`) or not; `queued_s`
-    in the tool server's queue (None where it does not say); `refused`: why the model's own call was not made."""
+    how long the target's limits, the budget, or an answer that refused a parameter kept it from that, `first_at` the first token of the
+    reply (reasoning or not), `answer_at` the first that is not reasoning. `retry_at`: the attempt did not count, the next one was due then.
+    `connect_s` is how long opening a connection took before `sent_at`, None where one was open. `gpu_s`, `joules` are what it took of its
+    replica by attribution, `gpu_waste_s` of it after a preemption (docs/cost.md). Of a tool call: `bytes` of its result; `session_s` that
+    it waited for its session before `sent_at` (None where one was open), which it opened itself (`opened_session`) or not; `queued_s` in
+    the tool server's queue (None where it does not say); `refused`: why the model's own call was not made."""
 
     query: int
     arm: str
@@ -115,6 +109,9 @@ class Call(msgspec.Struct, omit_defaults=False, kw_only=True):
     cached_tokens: int | None = None
     output_tokens: int | None = None
     reasoning_tokens: int | None = None
+    gpu_s: float | None = None
+    gpu_waste_s: float | None = None
+    joules: float | None = None
     finish: str | None = None
     attempt: int = 1
     retry_at: float | None = None

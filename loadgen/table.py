@@ -19,6 +19,8 @@ ROWS = (
     ("first_answer_s", "first of answer, s"),
     ("work_s", "work, s"),
     ("critical_path_s", "critical path, s"),
+    ("gpu_s", "GPU time, s"),
+    ("joules", "energy, J"),
     ("dollars", "dollars"),
 )
 PER_CORRECT = (

@@ -33,13 +33,15 @@ class Head:
 
 @dataclass(slots=True)
 class Count:
-    """Tokens of one reply so far, over all its choices. `cached` is None where the server does not report it."""
+    """Tokens of one reply so far, over all its choices. `cached` is None where the server does not report it. `work`: what it took of the
+    engine, once all have ended; no server but ours tells that."""
 
     prompt: int
     completion: int = 0
     reasoning: int | None = None
     cached: int | None = 0
     created: int = 0
+    work: dict[str, float | None] | None = None
 
 
 def usage(ask: Ask, count: Count, *, final: bool) -> dict[str, Any]:
@@ -63,6 +65,8 @@ def usage(ask: Ask, count: Count, *, final: bool) -> dict[str, Any]:
         del body["prompt_tokens_details"]
     if final or count.reasoning is not None:
         body["completion_tokens_details"] = _reasoning_details(count)
+    if count.work is not None:
+        body["fanmark"] = count.work
     return body
 
 

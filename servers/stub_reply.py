@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 
 from fanmark.servers.answers import Answer
+from fanmark.servers.engine.attribution import Share, work_of
 from fanmark.servers.engine.events import Event
 from fanmark.servers.faults import Doom
 from fanmark.servers.messages_api import MessagesStream
@@ -55,6 +56,8 @@ class Choice:
         first, self.sent = self.sent, self.sent + event.tokens
         self.ended = event.finished
         if event.finished:
+            if event.share is not None:
+                self.reply.shares.append(event.share)
             reason = "length" if self.answer.finish == "length" else "stop"
             self.reply.metrics.finished(lived, event.at, reason)
         self.reply.emit(self, first)
@@ -94,6 +97,7 @@ class Reply:
         ]
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.transport: asyncio.WriteTransport | None = None
+        self.shares: list[Share] = []
         self._unsent: list[bytes] = []
         self._opened = self._stalled = self._broken = False
         self._stall: asyncio.Future[None] | None = None
@@ -127,6 +131,8 @@ class Reply:
                 else:
                     out.append(self.stream.chunk(choice.index, choice.answer, token, count))
         ended = choice.ended and all(other.ended for other in self.choices)
+        if ended and self.shares:
+            count.work = work_of(self.shares)
         if ended and self.ask.stream:
             with_usage, with_done = not self.doom.no_usage, not self.doom.no_done
             out.append(self.stream.closing(self.answers, count, with_usage=with_usage, with_done=with_done))

@@ -18,7 +18,7 @@ from fanmark.loadgen.costs import resources
 from fanmark.loadgen.errors import CallError
 from fanmark.loadgen.lanes.http import HttpError, Sent
 from fanmark.loadgen.lanes.sse import Reply
-from fanmark.loadgen.lanes.virtual import VirtualEndpoint
+from fanmark.loadgen.lanes.virtual import Service, VirtualEndpoint
 from fanmark.loadgen.records import Call
 from fanmark.loadgen.reduced import reduced
 from fanmark.loadgen.retries import retry_after_s, wait_s
@@ -91,7 +91,7 @@ class Refusing(VirtualEndpoint):
     """A virtual target whose n-th request fails by `script[n]`, unless that is None."""
 
     def __init__(self, script: list[CallError | None], **config: Any) -> None:
-        super().__init__("default", Target(url="", **config), PROFILE)
+        super().__init__("default", Target(url="", **config), Service(PROFILE))
         self.script = script
         self.ids: list[str] = []
 

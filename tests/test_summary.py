@@ -40,7 +40,7 @@ def test_resources_of_the_baseline_are_means_over_its_three_queries() -> None:
         "output_tokens": 58 / 3, "reasoning_tokens": None, "latency_s": 2.5, "first_answer_s": 2 / 3, "work_s": 7.25 / 3,
         "critical_path_s": 7.25 / 3, "tool_s": 0, "client_s": 0.25 / 3, "limited_s": 0, "parallelism": 1, "depth": 1, "width": 1,
         "retries": 0,
-        "gpu_s": None, "joules": None, "dollars": (132 + 64.4 + 104.4) / 3 * 1e-6,
+        "gpu_s": None, "gpu_waste_s": None, "joules": None, "dollars": (132 + 64.4 + 104.4) / 3 * 1e-6,
     }  # fmt: skip
     assert means(arms()["single"]) == pytest.approx(expected)
 
@@ -49,7 +49,8 @@ def test_resources_of_the_debate_are_means_over_its_two_completed_queries() -> N
     expected = {
         "calls": 3, "tool_calls": 1, "input_tokens": 400, "cached_tokens": 160, "fresh_tokens": 240, "output_tokens": 83,
         "reasoning_tokens": None, "latency_s": 8, "first_answer_s": 5, "work_s": 11.25, "critical_path_s": 8, "tool_s": 0.75,
-        "client_s": 0, "limited_s": 0, "parallelism": 11.25 / 8, "depth": 2, "width": 2, "retries": 0, "gpu_s": None, "joules": None,
+        "client_s": 0, "limited_s": 0, "parallelism": 11.25 / 8, "depth": 2, "width": 2, "retries": 0,
+        "gpu_s": None, "gpu_waste_s": None, "joules": None,
         "dollars": (240 + 16 + 166) * 1e-6,
     }  # fmt: skip
     assert means(arms()["debate"]) == pytest.approx(expected)

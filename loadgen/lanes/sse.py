@@ -31,6 +31,14 @@ class Details(msgspec.Struct, gc=False):
     reasoning_tokens: int | None = None
 
 
+class Work(msgspec.Struct, gc=False):
+    """What a call took of the replica: told by our own servers alone. Seconds and joules by attribution, waste included."""
+
+    gpu_s: float
+    gpu_waste_s: float = 0.0
+    joules: float | None = None
+
+
 class Usage(msgspec.Struct, gc=False):
     """The server's own counts."""
 
@@ -38,6 +46,7 @@ class Usage(msgspec.Struct, gc=False):
     completion_tokens: int = 0
     prompt_tokens_details: Details | None = None
     completion_tokens_details: Details | None = None
+    fanmark: Work | None = None
 
 
 class Function(msgspec.Struct, gc=False):

@@ -29,7 +29,7 @@ from fanmark.loadgen.scenario import Target
 from fanmark.loadgen.tokenizers import LocalTokenizer
 from fanmark.servers.answers import Answer, Lengths, Speaker, prompt_data
 from fanmark.servers.body_fields import ApiError
-from fanmark.servers.engine.attribution import FULL_BATCH
+from fanmark.servers.engine.attribution import FULL_BATCH, work_of
 from fanmark.servers.engine.batch import Rejected
 from fanmark.servers.engine.events import Event
 from fanmark.servers.engine.group import Engine
@@ -190,10 +190,18 @@ class VirtualEndpoint(Endpoint):
         )
 
     def work(self) -> dict[str, float | None]:
-        """Steps of the engine, seconds in which one ran, and joules; None where the profile does not know the chip's power."""
+        """Steps of the engine, seconds in which one ran, what of them is nobody's or was wasted, and joules; None where the profile does
+        not know the chip's power."""
         found = self._lane.replica.statistics()
         joules = found.joules if self._energy_known else None
-        return {"engine_steps": found.steps, "engine_busy_s": found.busy_s, "engine_joules": joules}
+        told: dict[str, float | None] = {
+            "engine_steps": found.steps,
+            "engine_busy_s": found.busy_s,
+            "engine_joules": joules,
+        }
+        if found.account is not None:
+            told |= {"engine_slack_s": found.account.slack_s, "engine_waste_s": found.account.waste_s}
+        return told
 
     async def send(self, body: Mapping[str, Any], headers: Mapping[str, str], sent: Sent) -> Reply:
         sent.at = asyncio.get_running_loop().time()
@@ -281,6 +289,9 @@ def _reply(ask: Ask, prompt_tokens: int, answers: Sequence[Answer], events: Sequ
     if ask.reports_reasoning:
         reasoning_tokens = sum(answer.reasoning_tokens for answer in answers)
         usage["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
+    shares = [event.share for event in events if event.share is not None]
+    if shares:
+        usage["fanmark"] = work_of(shares)
     last = max(range(len(events)), key=lambda i: events[i].at)
     spoken = [_answer_at(answer, event) for answer, event in zip(answers, events, strict=True)]
     return Reply(

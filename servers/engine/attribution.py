@@ -21,6 +21,7 @@ Rules of the file:
    is in the account's sums and in no share.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -46,6 +47,15 @@ class Share(NamedTuple):
     @property
     def seconds(self) -> float:
         return self.prefill_s + self.output_s + self.context_s + self.waste_s
+
+
+def work_of(shares: Sequence[Share]) -> dict[str, float | None]:
+    """What a reply's usage tells of its requests' shares, as our own servers add it (`fanmark`). No joules: no power is known."""
+    return {
+        "gpu_s": math.fsum(share.seconds for share in shares),
+        "gpu_waste_s": math.fsum(share.waste_s for share in shares),
+        "joules": math.fsum(share.joules for share in shares) or None,
+    }
 
 
 @dataclass(frozen=True, slots=True)
