@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
-from fanmark.servers.engine.attribution import Attribution, weights_of
+from fanmark.servers.engine.attribution import Accounting, Attribution, weights_of
 from fanmark.servers.engine.batch import EngineConfig
 from fanmark.servers.engine.events import Step
 from fanmark.servers.engine.group import Engine, ReplicaGroup
@@ -43,17 +43,20 @@ def replica_of(
     *,
     stream: bool = True,
     on_step: Callable[[Step], None] | None = None,
-    full_batch: int | None = None,
+    accounting: Accounting | None = None,
 ) -> Engine:
     """An engine at rest. A token leaves the loop `egress_s` before the client has it, a request enters it `ingress_s` after. Data-parallel
-    engines that share their experts step together; others are a group, each on its own. With `full_batch` its time is accounted for
-    (attribution.py), and a replica that holds so many sequences is full."""
+    engines that share their experts step together; others are a group, each on its own. With `accounting` its time is accounted for
+    (attribution.py)."""
     settings = profile.settings
     lockstep = settings.data_parallel if settings.expert_parallel else 1
-    weights = None
-    if full_batch is not None:
-        batch = min(full_batch, config.max_num_seqs)
+
+    def attribution() -> Attribution | None:
+        if accounting is None:
+            return None
+        batch = min(accounting.full_batch, config.max_num_seqs)
         weights = weights_of(profile.law, config.max_num_batched_tokens, batch, lockstep)
+        return Attribution(weights, lockstep, slack=accounting.slack)
 
     def replica() -> Replica:
         return Replica(
@@ -65,7 +68,7 @@ def replica_of(
             ingress_s=profile.law.ingress_s,
             token_s=profile.law.egress_s,
             on_step=on_step,
-            attribution=Attribution(weights, lockstep) if weights is not None else None,
+            attribution=attribution(),
         )
 
     count = settings.data_parallel // lockstep
@@ -79,10 +82,10 @@ def service_of(
     router: Policy = "round_robin",
     *,
     stream: bool = True,
-    full_batch: int | None = None,
+    accounting: Accounting | None = None,
 ) -> Engine:
     """So many replicas of a profile behind a router, as one engine; one of them needs no router."""
     if replicas == 1:
-        return replica_of(profile, config, stream=stream, full_batch=full_batch)
-    members = [replica_of(profile, config, stream=stream, full_batch=full_batch) for _ in range(replicas)]
+        return replica_of(profile, config, stream=stream, accounting=accounting)
+    members = [replica_of(profile, config, stream=stream, accounting=accounting) for _ in range(replicas)]
     return ReplicaGroup(members, Router(router, replicas))

@@ -138,7 +138,7 @@ def parse_options(argv: Sequence[str]) -> StubOptions:
 def build(options: StubOptions) -> "StubApp":
     """The server's inside, ready to answer; needs a running event loop. Raises StubError for what cannot be."""
     from fanmark.servers.answers import Lengths
-    from fanmark.servers.engine.attribution import FULL_BATCH
+    from fanmark.servers.engine.attribution import Accounting
     from fanmark.servers.openai_api import Limits
     from fanmark.servers.profiles.parts import ProfileError
     from fanmark.servers.profiles.profile import load_profile
@@ -165,7 +165,7 @@ def build(options: StubOptions) -> "StubApp":
     info["enable_prefix_caching"] = str(config.prefix_caching)
     metrics = EngineMetrics(model, config.max_model_len, info, time.time())
     engine = RealTime(
-        lambda: replica_of(profile, config, full_batch=FULL_BATCH),
+        lambda: replica_of(profile, config, accounting=Accounting()),
         time_scale=options.time_scale,
         on_late=metrics.lateness.observe,
     )

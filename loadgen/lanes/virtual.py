@@ -29,7 +29,7 @@ from fanmark.loadgen.scenario import Target
 from fanmark.loadgen.tokenizers import LocalTokenizer
 from fanmark.servers.answers import Answer, Lengths, Speaker, prompt_data
 from fanmark.servers.body_fields import ApiError
-from fanmark.servers.engine.attribution import FULL_BATCH, work_of
+from fanmark.servers.engine.attribution import Accounting, work_of
 from fanmark.servers.engine.batch import Rejected
 from fanmark.servers.engine.events import Event
 from fanmark.servers.engine.group import Engine
@@ -116,14 +116,14 @@ class VirtualLane:
 
 @dataclass(frozen=True)
 class Service:
-    """What stands at a target: replicas of a profile behind a router, with settings of the engine that are not the profile's. `full_batch`:
-    so many sequences fill a replica (servers/engine/attribution.py); None: its time is not accounted for."""
+    """What stands at a target: replicas of a profile behind a router, with settings of the engine that are not the profile's. `accounting`
+    None: whose the replicas' time is, is not followed."""
 
     profile: Profile
     replicas: int = 1
     router: Policy = "round_robin"
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    full_batch: int | None = FULL_BATCH
+    accounting: Accounting | None = field(default_factory=Accounting)
 
 
 class VirtualEndpoint(Endpoint):
@@ -138,7 +138,7 @@ class VirtualEndpoint(Endpoint):
         words = vocabulary()
         self.notes += profile.caveats()
         self._lane = VirtualLane(
-            service_of(profile, engine, service.replicas, service.router, stream=False, full_batch=service.full_batch)
+            service_of(profile, engine, service.replicas, service.router, stream=False, accounting=service.accounting)
         )
         self._energy_known = profile.energy_known
         self.max_model_len = engine.max_model_len

@@ -85,6 +85,15 @@ class Account:
 
 
 @dataclass(frozen=True, slots=True)
+class Accounting:
+    """How a replica's time is accounted for: so many sequences fill it. Without `slack` every step is its requests' altogether, as is right
+    where a replica is as full as it may be: f = s / W."""
+
+    full_batch: int = FULL_BATCH
+    slack: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Weights:
     """See the head of the file; all in seconds of a replica that holds `batch` sequences."""
 
@@ -161,8 +170,9 @@ class _Open:
 class Attribution:
     """Follows the steps of a replica of `engines` engines, whose batches are numbered by each for itself."""
 
-    def __init__(self, weights: Weights, engines: int = 1) -> None:
+    def __init__(self, weights: Weights, engines: int = 1, *, slack: bool = True) -> None:
         self.weights = weights
+        self._most = 1.0 if slack else math.inf  # that f may be
         self._prefill_s = self._output_s = self._context_s = self._waste_s = self._slack_s = self._slack_joules = 0.0
         self._open: list[dict[str, _Open]] = [{} for _ in range(engines)]
         self._numbers: list[list[int]] = [[-1] for _ in range(engines)]  # last batch of each entry
@@ -188,7 +198,7 @@ class Attribution:
             whole += weights.prefill(shape.prefill_tokens, shape.attention_pairs)
             whole += weights.output_s * shape.decode_seqs + weights.context_s * shape.context_tokens
             whole += weights.window_s * min(shape.context_tokens, shape.decode_seqs * weights.window_tokens)
-        f = min(slowdown, seconds / whole) if whole > 0.0 else 0.0
+        f = min(slowdown * self._most, seconds / whole) if whole > 0.0 else 0.0
         watts = joules / seconds if seconds > 0.0 else 0.0
         for (engine, batch), shape in zip(batches, shapes, strict=False):  # idle engines have a shape, and no batch
             if shape.prefill_tokens:
@@ -208,7 +218,10 @@ class Attribution:
         whole = weights.output_s * seqs * steps + weights.context_s * contexts
         if weights.window_s:
             whole += weights.window_s * _seen(shape.context_tokens, seqs, steps, weights.window_tokens)
-        f, watts = min(slowdown, seconds / whole) if whole > 0.0 else 0.0, joules / seconds if seconds > 0.0 else 0.0
+        f, watts = (
+            min(slowdown * self._most, seconds / whole) if whole > 0.0 else 0.0,
+            joules / seconds if seconds > 0.0 else 0.0,
+        )
         self._decode(0, last, shape, steps, f, watts)
         self._slack_s += seconds - f * whole
         self._slack_joules += joules - f * whole * watts

@@ -1,0 +1,212 @@
+"""What a query takes of a replica that is as full as the objective allows: capacity seconds, in virtual time.
+
+An arm has a replica to itself, in a closed loop: N of its queries at a time, the next as soon as one ends. With N the replica fills up,
+queries/s rise, and latency rises. The N that counts is the one with the most good queries/s of those at which the objective is met;
+with or without one, N rises no further where requests wait for room, or twice as many bring hardly more.
+
+    capacity_s = seconds of the replica / good queries, both between two ends of queries when N are always under way
+
+Rules of the file:
+1. Its parts are the engine's own account (servers/engine/attribution.py) over the same time: fresh prefill, decode, the reading of the KV
+   cache for it, what preemptions wasted; and `idle_s`, in which no step ran. They sum to capacity_s. There is no slack in it: the batch is
+   what the objective allows, and a step's time is all its requests'.
+2. A ratio of two arms' capacity seconds splits into the arm's parts over the baseline's capacity_s: parts that sum to the ratio.
+3. Nothing is written; the same scenario and seed give the same figures.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import msgspec
+
+from fanmark.agents.runtime import Topology
+from fanmark.loadgen.clock import run_virtually
+from fanmark.loadgen.objective import calls_good
+from fanmark.loadgen.records import Begun, Query, Window
+from fanmark.loadgen.run import Run
+from fanmark.loadgen.scenario import Load, Objective, Scenario
+from fanmark.loadgen.simulate import services_of, stand_in
+from fanmark.loadgen.tally import Tally
+from fanmark.servers.engine.attribution import Account, Accounting
+from fanmark.servers.engine.events import ReplicaStatistics
+
+MOST_AT_ONCE = 4096
+LEAST_QUERIES = 40  # that are measured; and at least three times as many as are under way
+GROWS = 1.1  # twice as many queries at a time that bring fewer more than that bring no more
+NEAR = 1.1  # so near is the N that meets the objective to one that does not
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A replica with `at_once` queries of one arm always under way, a query: seconds, joules, and the share that met the objective."""
+
+    arm: str
+    profile: str
+    at_once: int
+    queries: int
+    attainment: float
+    replica_s: float  # of one replica, per query
+    busy_s: float
+    account: Account
+    joules: float | None
+    calls_in_flight: float
+    tpot_s: float | None
+    latency_s: float
+    waiting: int  # requests, at the end: the replica is full
+
+    @property
+    def met_qps(self) -> float:
+        """Good queries/s of a replica."""
+        return self.attainment / self.replica_s
+
+    @property
+    def capacity_s(self) -> float | None:
+        """Seconds of a replica per good query; None where none is good."""
+        return self.replica_s / self.attainment if self.attainment else None
+
+    def parts(self) -> dict[str, float]:
+        """What capacity_s consists of."""
+        mine = self.account
+        # Steps that are scheduled ahead lie a little beyond the ends: no more than there is
+        share = min(1.0, self.replica_s / self.busy_s) / self.attainment if self.attainment else 0.0
+        return {
+            "decode_s": mine.output_s * share,
+            "prefill_s": mine.prefill_s * share,
+            "kv_read_s": mine.context_s * share,
+            "waste_s": mine.waste_s * share,
+            "idle_s": max(0.0, self.replica_s - self.busy_s) / self.attainment if self.attainment else 0.0,
+        }
+
+    def told(self) -> dict[str, Any]:
+        """As a part of JSON."""
+        found = asdict(self)
+        del found["account"]
+        return found | {"capacity_s": self.capacity_s, "good_qps": self.met_qps, "parts": self.parts()}
+
+
+def capacity(
+    scenario: Scenario, topologies: Mapping[str, Topology], arm: str, *, at_once: int | None = None
+) -> Filled | None:
+    """The arm at its capacity on the scenario's objective (see the head of the file), or with `at_once` queries at a time. The profile is
+    the scenario's (simulate.with_profile puts another in). None: even one query at a time does not meet the objective."""
+    if at_once is not None:
+        return filled(scenario, topologies, arm, at_once)
+    objective, looks = scenario.objective, dict[int, Filled]()
+
+    def passes(n: int) -> bool:
+        looks[n] = filled(scenario, topologies, arm, n)
+        return objective is None or looks[n].attainment >= objective.attainment
+
+    low, high = 0, None
+    n = 1
+    while n <= MOST_AT_ONCE:
+        if not passes(n):
+            high = n
+            break
+        before, low = low, n
+        if looks[n].waiting or (before and looks[n].met_qps < GROWS * looks[before].met_qps):
+            break
+        n *= 2
+    while high is not None and low and high > max(low + 1, NEAR * low):
+        middle = (low + high) // 2
+        low, high = (middle, high) if passes(middle) else (low, middle)
+    met = [look for look in looks.values() if objective is None or look.attainment >= objective.attainment]
+    return max(met, key=lambda look: look.met_qps, default=None)
+
+
+def filled(scenario: Scenario, topologies: Mapping[str, Topology], arm: str, at_once: int) -> Filled:
+    """A replica with so many queries of the arm at a time."""
+    measured = max(LEAST_QUERIES, 3 * at_once)
+    own = next(each for each in scenario.arms if each.name == arm)
+    own = msgspec.structs.replace(own, rate=None, concurrency=None, queries=None, warmup=None, baseline=True)
+    load = Load(mode="closed", concurrency=at_once, queries=measured + 4 * at_once, warmup=0)
+    alone = msgspec.structs.replace(
+        scenario, arms=[own], load=load, threshold=[], budget=None, record=False,
+        targets={name: msgspec.structs.replace(t, limits=None, retries=0, urls=[], url=None) for name, t in scenario.targets.items()},
+        stub=msgspec.structs.replace(scenario.stub, replicas=1),
+    )  # fmt: skip
+    return run_virtually(_filled(alone, topologies, at_once, measured))
+
+
+async def _filled(scenario: Scenario, topologies: Mapping[str, Topology], at_once: int, measured: int) -> Filled:
+    full = Accounting(slack=False)
+    services = {name: replace(service, accounting=full) for name, service in services_of(scenario).items()}
+    endpoints, tools = await stand_in(scenario, topologies, services)
+    arm, now = scenario.arms[0], asyncio.get_running_loop().time
+    lanes = [endpoint.lane for endpoint in endpoints.values()]
+    ends: list[tuple[float, list[ReplicaStatistics]]] = []
+    queries: list[Query] = []
+
+    class Ends:
+        """Looks at the engines when the first query that counts begins to be waited for, and when the last has ended."""
+
+        def begin(self, query: Begun) -> None: ...
+
+        def window(self, window: Window) -> None: ...
+
+        def write(self, query: Query) -> None:
+            queries.append(query)
+            if len(queries) in (at_once, at_once + measured):
+                ends.append((now(), [lane.replica.statistics() for lane in lanes]))
+            if len(ends) == 2:
+                run.stop.at_once()
+
+    run = Run(
+        scenario, topologies, endpoints, tools, Tally({arm.name: arm.topology}, arm.name), Ends(), "capacity", now
+    )
+    await run.execute()
+    (start_at, before), (end_at, after) = ends
+    mine = queries[at_once : at_once + measured]
+    pairs = list(zip(after, before, strict=True))
+    account = Account()
+    for one, other in pairs:
+        account += (one.account or Account()) - (other.account or Account())
+    calls = [call for query in mine for call in query.calls if call.kind == "call" and call.done_at is not None]
+    further = [
+        (call.done_at - call.first_at, call.output_tokens - 1)
+        for call in calls
+        if call.done_at is not None
+        and call.first_at is not None
+        and (call.output_tokens or 0) > 1
+        and call.output_tokens
+    ]
+    known = all(service.profile.energy_known for service in services.values())
+    n = len(mine)
+    return Filled(
+        arm=arm.name,
+        profile=", ".join(dict.fromkeys(service.profile.name for service in services.values())),
+        at_once=at_once,
+        queries=n,
+        attainment=sum(_met(query, scenario.objective) for query in mine) / n,
+        replica_s=(end_at - start_at) * len(lanes) / n,
+        busy_s=sum(one.busy_s - other.busy_s for one, other in pairs) / n,
+        account=Account(*(getattr(account, f.name) / n for f in fields(Account))),
+        joules=sum(one.joules - other.joules for one, other in pairs) / n if known else None,
+        calls_in_flight=sum(call.seconds for call in calls) / (end_at - start_at),
+        tpot_s=sum(s for s, _ in further) / sum(tokens for _, tokens in further) if further else None,
+        latency_s=sum(query.done_at - query.due_at for query in mine) / n,
+        waiting=sum(engine.waiting for one in after for engine in one.engines),
+    )
+
+
+def _met(query: Query, objective: Objective | None) -> bool:
+    if objective is None:
+        return query.outcome == "completed"
+    of_calls = objective.ttft_s is not None or objective.tpot_s is not None
+    in_time = query.outcome == "completed" and query.done_at - query.due_at <= objective.query_seconds
+    return in_time and (not of_calls or calls_good(query, objective))
+
+
+def waterfall(arm: Filled, base: Filled) -> dict[str, Any] | None:
+    """The ratio of two arms' capacity seconds, and its parts, which sum to it; and the same parts less the baseline's own, which sum to
+    ratio - 1. None where one of them has no capacity."""
+    if arm.capacity_s is None or base.capacity_s is None:
+        return None
+    own, other = arm.parts(), base.parts()
+    return {
+        "ratio": arm.capacity_s / base.capacity_s,
+        "parts": {name: own[name] / base.capacity_s for name in own},
+        "added": {name: (own[name] - other[name]) / base.capacity_s for name in own},
+    }
