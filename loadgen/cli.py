@@ -247,7 +247,8 @@ def exit_code(summary: dict[str, Any], strict: bool) -> int:
     if summary["ended"] is not None:
         return {"interrupted": 130, "budget": 4, "errors": 1, "threshold": 5}[summary["ended"]["why"]]
     validity = summary["validity"]
-    if validity["counted"] is False:
+    lost = [worker for worker in summary["client"].get("by_worker", {}).values() if worker["lost_at"] is not None]
+    if validity["counted"] is False or lost:
         return 1
     objectives = [arm["objective"]["met"] for arm in summary["arms"].values() if arm["objective"]]
     if any(not threshold["met"] for threshold in summary["thresholds"]):

@@ -42,25 +42,32 @@ def test_ticks_stand_above_the_table_in_the_summary_and_in_the_metrics(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("ticks", "objective", "ended", "met", "codes"),
+    ("ticks", "objective", "ended", "met", "lost_at", "codes"),
     [
-        ({}, None, None, True, (0, 0)),
-        ({"steady": None, "alone": None}, True, None, True, (0, 0)),  # what cannot be known is no failure
-        ({"counted": False}, None, None, False, (1, 1)),
-        ({"alone": False}, None, None, True, (0, 1)),
-        ({"stub_on_time": False}, None, None, True, (0, 1)),
-        ({}, False, None, True, (0, 1)),  # a missed objective
-        ({"alone": False}, False, None, False, (5, 5)),  # a missed threshold
-        ({}, None, "threshold", True, (5, 5)),
-        ({"counted": False}, False, "interrupted", False, (130, 130)),
-        ({"alone": False}, None, "budget", False, (4, 4)),
+        ({}, None, None, True, None, (0, 0)),
+        ({"steady": None, "alone": None}, True, None, True, None, (0, 0)),  # what cannot be known is no failure
+        ({"counted": False}, None, None, False, None, (1, 1)),
+        ({"alone": False}, None, None, True, None, (0, 1)),
+        ({"stub_on_time": False}, None, None, True, None, (0, 1)),
+        ({}, False, None, True, None, (0, 1)),  # a missed objective
+        ({"alone": False}, False, None, False, None, (5, 5)),  # a missed threshold
+        ({"reconciled": None}, True, None, False, 3.5, (1, 1)),  # a lost worker
+        ({}, None, "threshold", True, None, (5, 5)),
+        ({"counted": False}, False, "interrupted", False, None, (130, 130)),
+        ({"alone": False}, None, "budget", False, None, (4, 4)),
     ],
 )
 def test_the_exit_code_without_strict_and_with(
-    ticks: dict[str, bool | None], objective: bool | None, ended: str | None, met: bool, codes: tuple[int, int]
+    ticks: dict[str, bool | None],
+    objective: bool | None,
+    ended: str | None,
+    met: bool,
+    lost_at: float | None,
+    codes: tuple[int, int],
 ) -> None:
     validity = dict.fromkeys(TICKS, True) | ticks | {"reasons": {}}
     arm = {"objective": None if objective is None else {"met": objective}}
     summary = {"validity": validity, "arms": {"a": arm}, "ended": {"why": ended} if ended else None}
     summary["thresholds"] = [{"met": True}, {"met": met}]
+    summary["client"] = {"by_worker": {"0": {"lost_at": None}, "1": {"lost_at": lost_at}}}
     assert tuple(exit_code(summary, strict) for strict in (False, True)) == codes
