@@ -1,10 +1,11 @@
 """Does a run's memory grow with the calls that it has made? An hour's worth of them, as fast as the client can.
 
-usage: python benchmarks/soak.py [--calls N]
+usage: python benchmarks/soak.py [--calls N] [--virtual]
 
 `fanmark run` drives a single pass and a debate (9 calls a query, each reading the answers before) in a closed loop against
-truth_stub.c, until N calls are made (an hour at 100 a second). Every 6,000 calls stand for a minute: printed is the memory then, and at the
-end how far the last minute lies above the first while calls go on, and the most that the command ever held, summing up included.
+truth_stub.c, until N calls are made (an hour at 100 a second); with --virtual `fanmark simulate` does, on the engine model. 6,000 calls
+stand for a minute: printed is the memory then, and at the end how far above the first minute are the last one, the most that the command
+ever held, with the summary, the report and all that they are made of, and the most that `fanmark verify` holds of the folder.
 """
 
 import argparse
@@ -51,39 +52,56 @@ def memory_mb(pid: int) -> float:
         return 0.0
 
 
+def most_mb(process: subprocess.Popen[bytes]) -> float:
+    """The most that a process held, once it has ended."""
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return used.ru_maxrss / 1024
+
+
+def by_minute(client: "subprocess.Popen[bytes]", journal: Path, most_calls: int) -> list[float]:
+    """Its memory each minute while calls go on; summing up apart."""
+    while not journal.exists():
+        time.sleep(0.05)
+    found: list[float] = []
+    calls = 0
+    with journal.open("rb") as lines:
+        while client.poll() is None and calls < most_calls - CALLS_A_MINUTE:
+            time.sleep(0.1)
+            calls += sum(block.count(b"\n") for block in iter(lambda: lines.read(1 << 20), b""))
+            while len(found) < calls // CALLS_A_MINUTE:
+                found.append(memory_mb(client.pid))
+                print(f"minute {len(found):3}  {found[-1]:6.1f} MB", flush=True)
+    return found
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--calls", type=int, default=60 * CALLS_A_MINUTE)
+    options.add_argument("--virtual", action="store_true")
     given = options.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        scenario, journal = folder / "soak.toml", folder / "run" / "calls.jsonl"
+        scenario, out = folder / "soak.toml", folder / "run"
         scenario.write_text(SCENARIO.format(queries=given.calls // CALLS_A_PAIR))
-        stub = TruthStub(build(folder), Mode(144, given.calls, 8, 5, 1))
-        command = [sys.executable, "-m", "fanmark.loadgen.cli", "run", str(scenario), "--quiet"]
+        fanmark = [sys.executable, "-m", "fanmark.loadgen.cli"]
+        stub = None if given.virtual else TruthStub(build(folder), Mode(144, given.calls, 8, 5, 1))
+        flags = ["simulate"] if stub is None else ["run", "--quiet", f"--target={stub.url}"]
+        started_s = time.monotonic()
         client = subprocess.Popen(
-            [*command, f"--target={stub.url}", f"--out={journal.parent}"],
-            stdout=subprocess.DEVNULL,
-            preexec_fn=on_core(1),
+            [*fanmark, *flags, str(scenario), f"--out={out}"], stdout=subprocess.DEVNULL, preexec_fn=on_core(1)
         )
-        while not journal.exists():
-            time.sleep(0.05)
-        by_minute: list[float] = []
-        calls, started_s = 0, time.monotonic()
-        with journal.open("rb") as lines:
-            while client.poll() is None and calls < given.calls - CALLS_A_MINUTE:  # summing up apart
-                time.sleep(0.1)
-                calls += sum(block.count(b"\n") for block in iter(lambda: lines.read(1 << 20), b""))
-                while len(by_minute) < calls // CALLS_A_MINUTE:
-                    by_minute.append(memory_mb(client.pid))
-                    print(f"minute {len(by_minute):3}  {by_minute[-1]:6.1f} MB", flush=True)
+        memory = by_minute(client, out / "calls.jsonl", given.calls)
         seconds = time.monotonic() - started_s
-        _, status, used = os.wait4(client.pid, 0)
-        client.returncode = os.waitstatus_to_exitcode(status)
-        truth = stub.truth()
-    print(f"{truth['calls']:,} calls, {calls / seconds:,.0f} a second, exit code {client.returncode}")
-    print(f"last minute above the first: {by_minute[-1] - by_minute[0]:.1f} MB (must 50)")
-    print(f"most ever held, summing up included: {used.ru_maxrss / 1024:.1f} MB")
+        most = most_mb(client)
+        if stub is not None:
+            stub.truth()
+        verifying = subprocess.Popen([*fanmark, "verify", str(out)], stdout=subprocess.DEVNULL)
+        verified = most_mb(verifying)
+    print(f"{given.calls:,} calls, {given.calls / seconds:,.0f} a second, exit code {client.returncode}")
+    print(f"last minute above the first: {memory[-1] - memory[0]:.1f} MB (must 50)")
+    print(f"most ever held: {most:.1f} MB, {most - memory[0]:.1f} MB above the first minute (must 50)")
+    print(f"fanmark verify: {verified:.1f} MB at most, exit code {verifying.returncode}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import msgspec
 
 from fanmark.loadgen.records import bucket_gap_s, gap_bucket
 from fanmark.loadgen.reduced import CallKind, Rows, ttft_s
-from fanmark.loadgen.statistics import distribution, gap_distribution
+from fanmark.loadgen.statistics import distribution, gap_distribution, in_order
 
 _BEAT_S = 0.05
 _BUSY_S = 5  # so many seconds on end of a busy processor count
@@ -113,22 +113,22 @@ def told_by(calls: Rows[CallKind]) -> dict[str, Any]:
     }
 
 
-def delays_by_worker(calls: Rows[CallKind]) -> "dict[int, array[float]]":
-    """The calls' send delays."""
-    found: dict[int, array[float]] = defaultdict(lambda: array("d"))
+def send_delay_p99_s(calls: Rows[CallKind]) -> dict[int, float]:
+    """By worker, of its calls."""
+    delays: dict[int, array[float]] = defaultdict(lambda: array("d"))
     for worker, delay_s in calls.rows("worker", "send_delay_s"):
-        if delay_s is not None:
-            found[worker].append(delay_s)
-    return found
+        delays[worker].append(delay_s)
+    return {worker: p99(mine) for worker, mine in delays.items()}
 
 
 def client_part(states: Mapping[int, ClientState], calls: Rows[CallKind], host_busy_seconds: int = 0) -> dict[str, Any]:
     """The `client` part of summary.json from the workers' states and the counted calls that were sent: the verdict is the worst worker's,
     CPU and memory are sums. A host that was busy for `host_busy_seconds` on end strains the client, whoever made it so."""
-    delays = delays_by_worker(calls)
-    ttft = sorted(ttft_s(calls))
+    ttft = in_order(ttft_s(calls))
     median_ttft_s = ttft[len(ttft) // 2] if ttft else None
-    judged = {worker: judge(state, p99(delays[worker]), median_ttft_s) for worker, state in states.items()}
+    del ttft
+    p99_s = send_delay_p99_s(calls)
+    judged = {worker: judge(state, p99_s.get(worker), median_ttft_s) for worker, state in states.items()}
     host = [f"the host's CPU was above 80 % for {host_busy_seconds} s"] if host_busy_seconds >= _BUSY_S else []
     word = worst([each.word for each in judged.values()] + [WORDS[1]] * bool(host))
     return {
@@ -177,7 +177,7 @@ def bucket_quantile(counts: Mapping[int, int], q: float) -> float | None:
 
 def p99(values: Sequence[float]) -> float:
     """The 99th percentile, the largest value where there are fewer than 100."""
-    return sorted(values)[math.ceil(0.99 * (len(values) - 1))] if values else 0.0
+    return in_order(values)[math.ceil(0.99 * (len(values) - 1))] if values else 0.0
 
 
 def verdict(

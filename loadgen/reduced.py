@@ -232,7 +232,9 @@ class Rows(Generic[Kind]):
         return zip(*(self[name] for name in names), strict=True)
 
     def clear(self) -> None:
-        """Gives their memory back."""
+        """Gives their memory back, whoever else has chosen some of them."""
+        for part in self._parts.values():
+            part.clear()
         self._parts.clear()
 
 

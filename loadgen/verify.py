@@ -161,11 +161,10 @@ def _merged(told: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]
 def _client(summary: Mapping[str, Any], calls: Rows[CallKind]) -> dict[str, Any]:
     if summary["run"]["clock"] == "virtual":
         return {}
-    delays = {str(worker): mine for worker, mine in health.delays_by_worker(calls).items()}
-    workers = {**summary["client"]["by_worker"], **delays}
-    return health.told_by(calls) | {
-        "by_worker": {worker: {"send_delay_p99_s": health.p99(delays.get(worker, ()))} for worker in workers}
-    }
+    found = dict.fromkeys(summary["client"]["by_worker"], 0.0)
+    found |= {str(worker): p99_s for worker, p99_s in health.send_delay_p99_s(calls).items()}
+    by_worker = {worker: {"send_delay_p99_s": p99_s} for worker, p99_s in found.items()}
+    return health.told_by(calls) | {"by_worker": by_worker}
 
 
 def _server(summary: Mapping[str, Any], scenario: Scenario, run: Reduced) -> dict[str, Any]:
