@@ -13,7 +13,7 @@ import msgspec
 
 from fanmark.loadgen.records import bucket_gap_s, gap_bucket
 from fanmark.loadgen.reduced import CallKind, Rows, ttft_s
-from fanmark.loadgen.statistics import distribution, gap_distribution, in_order
+from fanmark.loadgen.statistics import ascending, distribution, gap_distribution
 
 _BEAT_S = 0.05
 _BUSY_S = 5  # so many seconds on end of a busy processor count
@@ -124,7 +124,7 @@ def send_delay_p99_s(calls: Rows[CallKind]) -> dict[int, float]:
 def client_part(states: Mapping[int, ClientState], calls: Rows[CallKind], host_busy_seconds: int = 0) -> dict[str, Any]:
     """The `client` part of summary.json from the workers' states and the counted calls that were sent: the verdict is the worst worker's,
     CPU and memory are sums. A host that was busy for `host_busy_seconds` on end strains the client, whoever made it so."""
-    ttft = in_order(ttft_s(calls))
+    ttft = ascending(ttft_s(calls))
     median_ttft_s = ttft[len(ttft) // 2] if ttft else None
     del ttft
     p99_s = send_delay_p99_s(calls)
@@ -177,7 +177,7 @@ def bucket_quantile(counts: Mapping[int, int], q: float) -> float | None:
 
 def p99(values: Sequence[float]) -> float:
     """The 99th percentile, the largest value where there are fewer than 100."""
-    return in_order(values)[math.ceil(0.99 * (len(values) - 1))] if values else 0.0
+    return ascending(values)[math.ceil(0.99 * (len(values) - 1))] if values else 0.0
 
 
 def verdict(

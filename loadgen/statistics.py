@@ -24,7 +24,7 @@ Distribution = dict[str, float | int | None]
 
 def distribution(values: Iterable[float]) -> Distribution | None:
     """mean, p50, p90, p99, max, n of the values; a quantile without support is None, no values at all give None."""
-    ordered = in_order(values)
+    ordered = ascending(values)
     if not ordered:
         return None
     found: Distribution = {"mean": math.fsum(ordered) / len(ordered)}
@@ -33,7 +33,7 @@ def distribution(values: Iterable[float]) -> Distribution | None:
     return found | {"max": ordered[-1], "n": len(ordered)}
 
 
-def in_order(values: Iterable[float]) -> "array[Any]":
+def ascending(values: Iterable[float]) -> "array[Any]":
     """The values, sorted; whole numbers where all are. Of many there is never an object for each."""
     rest = iter(values)
     runs: list[array[Any]] = [array("q")]
@@ -216,8 +216,8 @@ def occupancy(spans: Iterable[tuple[float, float]], start_at: float, end_at: flo
             starts.append(max(a, start_at))
             ends.append(min(b, end_at))
     open_s = math.fsum(b - a for a, b in zip(starts, ends, strict=True))
-    starts = in_order(starts)
-    ends = in_order(ends)
+    starts = ascending(starts)
+    ends = ascending(ends)
     ended = most = 0
     for begun, at in enumerate(starts, 1):
         while ended < len(ends) and ends[ended] <= at:
