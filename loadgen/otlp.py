@@ -171,10 +171,11 @@ class Spans:
         self._thread = threading.Thread(target=self._send_all, daemon=True)
         self._thread.start()
 
-    def put(self, query: Query) -> None:
-        """A query that has ended. Where the collector is too slow it is lost, and that is told."""
+    def put(self, query: Query, *, waits: bool = False) -> None:
+        """A query that has ended. Where the collector is too slow it is lost, and that is told; with `waits` only where it takes none at
+        all for a while."""
         try:
-            self._waiting.put_nowait(query)
+            self._waiting.put(query, waits and not self._lost, _TIMEOUT_S)
         except queue.Full:
             self._lost, self._why = self._lost + 1, self._why or "the collector is too slow"
 

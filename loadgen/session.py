@@ -158,7 +158,7 @@ def _sent(spans: Spans | None, options: Options) -> list[str]:
     if spans is None:
         return []
     for query in read_queries(options.out) if options.workers > 1 else ():
-        spans.put(query)
+        spans.put(query, waits=True)
     return spans.close()
 
 
