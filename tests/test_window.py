@@ -19,7 +19,7 @@ from fanmark.loadgen.arrivals import open_loop
 from fanmark.loadgen.clock import run_virtually
 from fanmark.loadgen.counters import Reading
 from fanmark.loadgen.dry_run import plan
-from fanmark.loadgen.lanes.virtual import VirtualEndpoint
+from fanmark.loadgen.lanes.virtual import Service, VirtualEndpoint
 from fanmark.loadgen.pilot import matched
 from fanmark.loadgen.records import Journal, Query, Window, read_queries, read_windows
 from fanmark.loadgen.reduced import reduced
@@ -322,7 +322,7 @@ class Busy(VirtualEndpoint):
     """A target at which somebody else's two requests run until an instant."""
 
     def __init__(self, until: float) -> None:
-        super().__init__("default", Target(url=""), load_profile("qwen3-30b-a3b@h100"))
+        super().__init__("default", Target(url=""), Service(load_profile("qwen3-30b-a3b@h100")))
         self._until = until
 
     async def reading(self, timeout_s: float = 10.0) -> Reading:
