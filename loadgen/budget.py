@@ -58,8 +58,8 @@ def worst_case(body: Mapping[str, Any], prompt_tokens: int, prices: Prices | Non
     most = int(body.get("max_completion_tokens") or body.get("max_tokens") or 0) * int(body.get("n") or 1)
     dollars = 0.0
     if prices is not None:
-        dearest = max(prices.input, prices.cached_input or 0.0)
-        dollars = (prompt_tokens * dearest + most * prices.output) / 1e6
+        uncached, cached = (prices.of_tokens(prompt_tokens, read, most) or 0.0 for read in (0, prompt_tokens))
+        dollars = max(uncached, cached)
     return Cost(1, prompt_tokens + most, dollars)
 
 
@@ -68,9 +68,8 @@ def real_cost(usage: Usage, prices: Prices | None) -> Cost:
     dollars = 0.0
     if prices is not None:
         details = usage.prompt_tokens_details
-        cached = (details.cached_tokens or 0) if details is not None and prices.cached_input is not None else 0
-        dollars = (usage.prompt_tokens - cached) * prices.input + cached * (prices.cached_input or 0.0)
-        dollars = (dollars + usage.completion_tokens * prices.output) / 1e6
+        cached = (details.cached_tokens or 0) if details is not None else 0
+        dollars = prices.of_tokens(usage.prompt_tokens, cached, usage.completion_tokens) or 0.0
     return Cost(1, usage.prompt_tokens + usage.completion_tokens, dollars)
 
 

@@ -1,11 +1,11 @@
 """What one query cost, from its records, and where that differs from its closed form. Pure."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from fanmark.loadgen.records import Call, Query, critical_path, shape
 from fanmark.loadgen.retries import lost_s
-from fanmark.loadgen.scenario import Prices
+from fanmark.loadgen.scenario import Prices, Scenario
 
 # the resources of per_query: each has an entry in what `resources` gives
 COUNTS = (
@@ -39,12 +39,18 @@ EXPECTED = ("calls", "tool_calls", "input_tokens", "output_tokens", "depth", "wi
 
 
 def resources(
-    calls: list[Call], due_at: float, done_at: float, prices: Mapping[str, Prices | None], retried: Sequence[Call] = ()
+    calls: list[Call],
+    due_at: float,
+    done_at: float,
+    prices: Mapping[str, Prices | None],
+    retried: Sequence[Call] = (),
+    per_tool_call: float | None = None,
 ) -> dict[str, float | None]:
     """The per_query resources of summary.json, from a query's records. What is not known is None. Attempts that were sent again are in
     `retries` and in the latency, not in the times of calls, and they are not the client's time either; no more is what limits and a budget
     kept calls waiting."""
     inferred = [call for call in calls if call.kind == "call"]
+    tool_calls = sum(call.kind == "tool_call" and call.refused is None for call in calls)
     sums: dict[str, float | None] = {}
     for name in _SUMMED:
         values = [getattr(call, name) for call in inferred]
@@ -62,7 +68,7 @@ def resources(
     known = sums["input_tokens"] is not None and sums["cached_tokens"] is not None
     return {
         "calls": len(inferred),
-        "tool_calls": sum(call.kind == "tool_call" and call.refused is None for call in calls),
+        "tool_calls": tool_calls,
         "input_tokens": sums["input_tokens"],
         "cached_tokens": sums["cached_tokens"],
         "fresh_tokens": (sums["input_tokens"] or 0) - (sums["cached_tokens"] or 0) if known else None,
@@ -82,25 +88,40 @@ def resources(
         "gpu_s": sums["gpu_s"],
         "gpu_waste_s": sums["gpu_waste_s"],
         "joules": sums["joules"],
-        "dollars": dollars(inferred, prices),
+        "dollars": dollars(inferred, prices, tool_calls, per_tool_call),
     }
 
 
-def dollars(calls: list[Call], prices: Mapping[str, Prices | None]) -> float | None:
-    """The bill by token prices; None where a price or a count is missing. A call that failed without a count is not on it."""
-    if all(price is None for price in prices.values()):
+def resources_of(query: Query, scenario: Scenario) -> dict[str, float | None]:
+    """The same of a query that has ended."""
+    per_tool_call = scenario.tools.dollars_per_call
+    return resources(query.needed, query.due_at, query.done_at, scenario.prices, query.retried, per_tool_call)
+
+
+def dollars(
+    calls: Iterable[Call], prices: Mapping[str, Prices | None], tool_calls: int = 0, per_tool_call: float | None = None
+) -> float | None:
+    """The bill: of a server of one's own by GPU time, else by tokens; and the tool calls. None where a price or a count is missing. A call
+    that failed without a count is not on it."""
+    if per_tool_call is None and all(price is None for price in prices.values()):
         return None  # nobody asked for a bill: a query without a call has none either
-    total = 0.0
+    total = tool_calls * (per_tool_call or 0.0)
     for call in calls:
         if call.error is not None and call.input_tokens is None:
             continue
         price = prices.get(call.target or "")
-        if price is None or call.input_tokens is None or call.output_tokens is None:
+        if price is None:
             return None
-        cached = (call.cached_tokens or 0) if price.cached_input is not None else 0
-        total += (call.input_tokens - cached) * price.input + cached * (price.cached_input or 0.0)
-        total += call.output_tokens * price.output
-    return total / 1e6
+        if price.replica_s is not None:
+            cost = None if call.gpu_s is None else call.gpu_s * price.replica_s
+        elif call.input_tokens is None or call.output_tokens is None:
+            return None
+        else:
+            cost = price.of_tokens(call.input_tokens, call.cached_tokens or 0, call.output_tokens)
+        if cost is None:
+            return None
+        total += cost
+    return total
 
 
 def mismatches(query: Query) -> list[str]:

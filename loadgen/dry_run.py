@@ -134,7 +134,8 @@ class _Arm:
             found["width"] = max(found["width"], form.width)
         bills = self._bills(numbers) if self.arm.targets else {self.arm.target or "default": found}
         prices = {name: target.prices for name, target in self.scenario.targets.items()}
-        return found | {"dollars": dollars([_bill(name, sums) for name, sums in bills.items()], prices)}
+        made = [_bill(name, sums) for name, sums in bills.items()]
+        return found | {"dollars": dollars(made, prices, found["tool_calls"], self.scenario.tools.dollars_per_call)}
 
     def _bills(self, queries: Iterable[int]) -> dict[str, dict[str, int]]:
         """Tokens by target, where roles have different ones: by a walk through every query."""

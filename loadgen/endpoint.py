@@ -9,10 +9,12 @@ import msgspec
 
 from fanmark.agents.runtime import Author, Key
 from fanmark.loadgen.counters import Reading
+from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.lanes.http import HttpError, Sent
 from fanmark.loadgen.lanes.sse import Reply
 from fanmark.loadgen.prompts import ChatPrompts, Part, Prompts
 from fanmark.loadgen.scenario import Target
+from fanmark.servers.engine.attribution import Weights, weights_of
 from fanmark.servers.tokenizer import vocabulary
 
 LOST = {
@@ -35,6 +37,17 @@ def role_key(role: str, keys: Container[str]) -> str | None:
 def _without_env(params: Mapping[str, Any]) -> dict[str, Any]:
     """What of the params needs no environment: all that a target has that nobody is reached at."""
     return {k: v for k, v in params.items() if not (isinstance(v, dict) and v.keys() == {"env"})}
+
+
+def _weights(name: str) -> Weights:
+    """What work takes of a full replica, by the profile of a target that does not tell itself. Raises ScenarioError."""
+    from fanmark.servers.profiles import ProfileError, load_profile
+
+    try:
+        profile = load_profile(name)
+    except ProfileError as e:
+        raise ScenarioError(f"profile {name!r}: {e}") from None
+    return weights_of(profile.law, profile.settings.max_num_batched_tokens)
 
 
 class Lane(Protocol):
@@ -60,6 +73,7 @@ class Endpoint(ABC):
         self.prompts: Prompts = ChatPrompts(vocabulary(), None, None)
         self.tool_part: Part | None = None
         self.tools: list[dict[str, Any]] = []
+        self.weights = _weights(config.profile) if config.profile is not None else None
 
     @property
     @abstractmethod

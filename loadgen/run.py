@@ -11,7 +11,7 @@ from fanmark.agents.replay import Enacted
 from fanmark.agents.runtime import Topology
 from fanmark.loadgen.block import together
 from fanmark.loadgen.contamination import Explained
-from fanmark.loadgen.costs import mismatches, resources
+from fanmark.loadgen.costs import mismatches, resources_of
 from fanmark.loadgen.counters import unfinished
 from fanmark.loadgen.crew import Alone, Crew, share
 from fanmark.loadgen.demand import Demand, draw_demand, expected_tokens
@@ -323,7 +323,7 @@ class Run:
 
     async def _account(self, query: Query, runtime: QueryRuntime) -> None:
         """What the query cost, and where that differs from its closed form."""
-        query.resources = resources(query.needed, query.due_at, query.done_at, self.scenario.prices, query.retried)
+        query.resources = resources_of(query, self.scenario)
         if query.outcome != "abandoned":
             query.expected, at_most = await self._expected(query, runtime)
             query.bound = at_most or query.stopped is not None

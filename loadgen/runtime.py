@@ -274,7 +274,7 @@ class QueryRuntime:
                     call.limited_s = limited_s + self.world.now() - max(came_at, call.due_at)
                     continue
                 raise
-            take(call, reply)
+            take(call, reply, endpoint.weights)
             if isinstance(call, RecordedCall):
                 schemas = endpoint.tool_part if tools else None
                 call.messages = said_of(prompt, messages, schemas, self.written, self.world.run_id)

@@ -20,11 +20,26 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 class Prices(Table, frozen=True):
-    """Dollars per million tokens."""
+    """Dollars per million tokens; or of a server of one's own, `gpu_hour` for each of the `gpus` of a replica. With both, one pays for the
+    GPUs, and tokens are what an API would ask."""
 
-    input: Price
-    output: Price
+    input: Price | None = None
+    output: Price | None = None
     cached_input: Price | None = None
+    gpu_hour: Price | None = None
+    gpus: Annotated[int, msgspec.Meta(ge=1)] = 1
+
+    @property
+    def replica_s(self) -> float | None:
+        """Dollars of a replica for a second; None where it is not one's own."""
+        return None if self.gpu_hour is None else self.gpu_hour * self.gpus / 3600.0
+
+    def of_tokens(self, read: float, cached: float, written: float) -> float | None:
+        """By token prices; a cached token has its own price only where there is one. None without them."""
+        if self.input is None or self.output is None:
+            return None
+        cheap = cached if self.cached_input is not None else 0
+        return ((read - cheap) * self.input + cheap * (self.cached_input or 0.0) + written * self.output) / 1e6
 
 
 class FromEnv(Table, frozen=True):
@@ -187,6 +202,7 @@ class Tools(Table, frozen=True):
     took on a 2-core virtual machine, one call at a time: 2 ms."""
 
     latency_s: Annotated[float, msgspec.Meta(ge=0)] | Dist = 0.2
+    dollars_per_call: Price | None = None
     round_trip_s: Annotated[float, msgspec.Meta(ge=0)] = 0.002
     expose: Count | list[str] | None = None
     transport: Literal["auto", "thin", "sdk"] = "auto"

@@ -9,7 +9,7 @@ from urllib.parse import parse_qsl, urlsplit
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.mistakes import show
 from fanmark.loadgen.redaction import is_secret_name
-from fanmark.loadgen.scenario import OF_URL, Budget, FromEnv, Target, ToolServer
+from fanmark.loadgen.scenario import OF_URL, Budget, FromEnv, Prices, Target, ToolServer
 from fanmark.loadgen.shaping import target_key
 
 _SECRET_PARAM = r"(.*_)?(api_?key|password|secret|access_?token|authorization)"
@@ -25,8 +25,25 @@ def check_targets(targets: Mapping[str, Target], source: str) -> None:
         _check_addresses(target, where)
         _check_lane(target, where)
         _check_secrets(target, where)
+        _check_prices(target.prices, where)
         for url in target.metrics_urls:
             _check_metrics_url(target, url, where)
+
+
+def _check_prices(prices: Prices | None, where: str) -> None:
+    if prices is None:
+        return
+    for one, other in (("input", "output"), ("output", "input"), ("cached_input", "input")):
+        if getattr(prices, one) is not None and getattr(prices, other) is None:
+            raise ScenarioError(f"{where} prices: {one} without {other}: give both, in dollars per million tokens")
+    if prices.input is None and prices.gpu_hour is None:
+        raise ScenarioError(
+            f"{where} prices: no price is given: give input and output (per million tokens) or gpu_hour"
+        )
+    if prices.gpus != 1 and prices.gpu_hour is None:
+        raise ScenarioError(
+            f"{where} prices: gpus = {prices.gpus} without gpu_hour: give the dollars of a GPU for an hour"
+        )
 
 
 def check_tool_server(server: ToolServer, where: str) -> None:
@@ -66,7 +83,7 @@ def check_budget(budget: Budget | None, targets: Mapping[str, Target], source: s
             f"{source}: [budget] dollars = {budget.dollars:g}: the embedded stub costs nothing: give tokens or calls"
         )
     for name, target in targets.items():
-        if budget.dollars is not None and target.prices is None:
+        if budget.dollars is not None and (target.prices is None or target.prices.input is None):
             raise ScenarioError(
                 f"{source}: [budget] dollars = {budget.dollars:g}: {target_key(name)} has no prices: give "
                 "prices = { input = ..., output = ... }, in dollars per million tokens"

@@ -14,7 +14,7 @@ import msgspec
 
 from fanmark.agents.runtime import Topology
 from fanmark.loadgen import frozen, health, records, scenario_check
-from fanmark.loadgen.costs import mismatches, resources
+from fanmark.loadgen.costs import mismatches, resources_of
 from fanmark.loadgen.counters import Reading
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.records import Query
@@ -119,7 +119,7 @@ def lines(folder: Path, found: Verified) -> list[str]:
 def _cost(query: Query, scenario: Scenario) -> Iterator[str]:
     """Puts what the query's calls cost in place of what its record says, and tells where that differs."""
     where = f"queries.jsonl, {query.arm} query {query.query}"
-    cost = resources(query.needed, query.due_at, query.done_at, scenario.prices, query.retried)
+    cost = resources_of(query, scenario)
     for name in cost.keys() | query.resources.keys():
         said, found = query.resources.get(name), cost.get(name)
         if not _equal(said, found):

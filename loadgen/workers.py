@@ -10,7 +10,7 @@ Rules of the file:
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from fanmark.loadgen.reach import Place
 from fanmark.loadgen.records import Call, Journal, Query, lines_of, read_begun, read_queries
 from fanmark.loadgen.run import GRACE_S, INTERRUPTED, Ending
 from fanmark.loadgen.run_clock import RunClock
-from fanmark.loadgen.scenario import Prices, Scenario
+from fanmark.loadgen.scenario import Scenario
 from fanmark.loadgen.stations import END_TIMEOUT_S, Opening, Station
 from fanmark.loadgen.sums import Sums
 from fanmark.loadgen.tally import Tally
@@ -217,7 +217,7 @@ class Workers:
             elif worker.lost_at is None:
                 journal.take(folder)
             else:
-                for query in salvaged(folder, f"worker {worker.index} died", worker.lost_at, self._scenario.prices):
+                for query in salvaged(folder, f"worker {worker.index} died", worker.lost_at, self._scenario):
                     journal.write(query)
                     journal.flush()
             await worker.station.clear(keep=keep)
@@ -255,7 +255,7 @@ def _why(ending: Ending | None) -> str | None:
     return None if ending is None else ending.why
 
 
-def salvaged(folder: Path, error: str, lost_at: float, prices: Mapping[str, Prices | None]) -> Iterator[Query]:
+def salvaged(folder: Path, error: str, lost_at: float, scenario: Scenario) -> Iterator[Query]:
     """What a worker that died left: the queries that it had finished, and as abandoned those that it had only begun, with the calls that
     were on disk."""
     begun = {(each.arm, each.query): each for each in read_begun(folder)}
@@ -274,6 +274,9 @@ def salvaged(folder: Path, error: str, lost_at: float, prices: Mapping[str, Pric
         yield Query(
             query=each.query, arm=each.arm, warmup=each.phase != "window", phase=each.phase, repeat=each.repeat,
             due_at=each.due_at, started_at=each.started_at, done_at=done_at, outcome="abandoned",
-            resources=resources(kept, each.due_at, done_at, prices, retried), expected={}, mismatches=[],
+            resources=resources(
+                kept, each.due_at, done_at, scenario.prices, retried, scenario.tools.dollars_per_call
+            ),
+            expected={}, mismatches=[],
             seed=each.seed, error=error, session=each.session, turn=each.turn, calls=kept, retried=retried,
         )  # fmt: skip

@@ -55,8 +55,8 @@ FILE_MISTAKES = {
         "f.toml: [workload.answer]: unknown key 'sd': allowed are cv, dist, max, mean, min",
     ),
     "an unknown key in prices": (
-        f"{TARGET}prices = {{ gpu_hour = 2.5 }}",
-        "f.toml: [target.prices]: unknown key 'gpu_hour': allowed are cached_input, input, output",
+        f"{TARGET}prices = {{ gpu_day = 2.5 }}",
+        "f.toml: [target.prices]: unknown key 'gpu_day': allowed are cached_input, gpu_hour, gpus, input, output",
     ),
     "an unknown key of the one target": (
         '[target]\nurl = "http://h/v1"\nurlz = ["http://h/v1"]',
@@ -270,7 +270,15 @@ FILE_MISTAKES = {
     ),
     "prices that lack one": (
         f"{TARGET}prices = {{ input = 2 }}",
-        "f.toml: [target.prices]: output is missing: it must be a number of at least 0 and of at most 1e+09",
+        "f.toml: [target] prices: input without output: give both, in dollars per million tokens",
+    ),
+    "prices that are none": (
+        f"{TARGET}prices = {{ gpus = 2 }}",
+        "f.toml: [target] prices: no price is given: give input and output (per million tokens) or gpu_hour",
+    ),
+    "GPUs without their price": (
+        f"{TARGET}prices = {{ input = 1, output = 2, gpus = 2 }}",
+        "f.toml: [target] prices: gpus = 2 without gpu_hour: give the dollars of a GPU for an hour",
     ),
     "a negative price": (
         f"{TARGET}prices = {{ input = -2, output = 1 }}",
