@@ -8,6 +8,7 @@ from typing import Any, TextIO
 import msgspec
 
 from fanmark.loadgen import frozen, summary, table
+from fanmark.loadgen.cost_part import all_simulated
 from fanmark.loadgen.endpoint import Endpoint
 from fanmark.loadgen.errors import LostError
 from fanmark.loadgen.records import Window
@@ -46,6 +47,8 @@ def assemble(
     cut_at = run_part["seconds"] if ending is not None else None
     told = tells_cached(counted) or not answered(counted)
     found = recomputable(scenario, run, windows, samples, cut_at, client, server, stub)
+    if run_part["clock"] == "virtual":
+        all_simulated(found["arms"])
     parts = list(server.values()) if "reconciled" not in server else [server]
     targets = {
         name: {"url": e.config.replicas[0], "model": e.model, "server": e.server, "lane": e.lane.name}

@@ -11,6 +11,7 @@ import msgspec
 from fanmark.loadgen import critical
 from fanmark.loadgen.amplification import Counted, amplification
 from fanmark.loadgen.claims import held
+from fanmark.loadgen.cost_part import cost_part
 from fanmark.loadgen.costs import COUNTS, EXPECTED, TIMES
 from fanmark.loadgen.fidelity import MEASURES
 from fanmark.loadgen.objective import objective_part
@@ -183,6 +184,8 @@ def _arm(arm: Arm, scenario: Scenario, counted: Reduced) -> dict[str, Any]:
         "claim": None,
         "failures": dict(sums.failures.most_common(3)),
     }
+    met = found["objective"]
+    found["cost"] = cost_part(arm, scenario, counted, outcomes["completed"] if met is None else met["good"])
     return found
 
 

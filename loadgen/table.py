@@ -6,6 +6,7 @@ from typing import Any
 
 from fanmark.loadgen.amplification import BATCH_LATENCIES, LEAST_BATCHES, LEAST_REPEATS, NO_INTERVAL
 from fanmark.loadgen.claims import rows as claim_rows
+from fanmark.loadgen.cost_part import rows as cost_rows
 from fanmark.loadgen.tool_report import tool_lines
 
 ROWS = (
@@ -89,6 +90,7 @@ def lines(summary: Mapping[str, Any]) -> list[str]:
         "expected (closed form) against measured, per query",
         *columns(expected_rows(arms)),
         "",
+        *_cost_lines(arms),
         *_target_lines(arms),
         *_fidelity_lines(arms),
         *_quality_lines(arms),
@@ -109,6 +111,12 @@ def _fidelity_lines(arms: Mapping[str, Any]) -> list[str]:
         *columns([["", *(measure.replace("_", " ") for measure in measures)], *rows]),
         "",
     ]
+
+
+def _cost_lines(arms: Mapping[str, Any]) -> list[str]:
+    rows = cost_rows(arms, number)
+    widths = [max(len(row[-1]) for row in rows)] if rows else []
+    return ["cost per query", *columns([[*row[:-1], row[-1].ljust(widths[0])] for row in rows]), ""] if rows else []
 
 
 def _quality_lines(arms: Mapping[str, Any]) -> list[str]:
@@ -356,7 +364,11 @@ def _server(name: str, server: Mapping[str, Any]) -> list[str]:
         found.append(f"{'':<8} guessed ahead {drafted} tokens, {server['draft_acceptance']:.1%} of them accepted")
     if "engine_busy_s" in server:
         joules = "" if server["engine_joules"] is None else f", {number(server['engine_joules'])} J"
-        found.append(f"{'':<8} engine busy {number(server['engine_busy_s'])} s{joules}")
+        idle = ""
+        if "engine_slack_s" in server:
+            slack_s, waste_s = server["engine_slack_s"], server["engine_waste_s"]
+            idle = f", of it slack {number(slack_s)} s (batches not full), computed again {number(waste_s)} s"
+        found.append(f"{'':<8} engine busy {number(server['engine_busy_s'])} s{idle}{joules}")
     return found
 
 

@@ -14,6 +14,7 @@ import msgspec
 
 from fanmark.agents.runtime import Topology
 from fanmark.loadgen import frozen, health, records, scenario_check
+from fanmark.loadgen.cost_part import all_simulated
 from fanmark.loadgen.costs import mismatches, resources_of
 from fanmark.loadgen.counters import Reading
 from fanmark.loadgen.errors import ScenarioError
@@ -143,6 +144,8 @@ def _recomputed(folder: Path, scenario: Scenario, run: Reduced, summary: Mapping
         summary["client"] | client, _merged(summary["server"], server),
         None if stub is None else (stub, summary["validity"]["reasons"]["stub_on_time"]),
     )  # fmt: skip
+    if summary["run"]["clock"] == "virtual":
+        all_simulated(found["arms"])
     found["run"] = {"name": scenario.name, "seed": scenario.seed}
     found["partial"] = summary["ended"] is not None
     whole = {**summary, **found, "run": summary["run"]}

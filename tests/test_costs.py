@@ -3,12 +3,14 @@
 from typing import Any
 
 import pytest
-from two_arms import call
+from two_arms import call, query, scenario
 
 from fanmark.loadgen.call_record import take
+from fanmark.loadgen.cost_part import cost_part, rows
 from fanmark.loadgen.costs import dollars, resources
 from fanmark.loadgen.lanes.sse import Details, Reply, Usage, Work
 from fanmark.loadgen.records import Call
+from fanmark.loadgen.reduced import reduced
 from fanmark.loadgen.scenario import Prices
 from fanmark.servers.engine.attribution import Weights
 
@@ -72,3 +74,44 @@ def test_gpu_time_that_is_not_known_has_no_price() -> None:
     assert dollars([asked()], {"t": Prices(**OWN)}) is None
     found = resources([asked()], 0.0, 2.0, {"t": Prices(**OWN)})
     assert (found["gpu_s"], found["joules"], found["dollars"]) == (None, None, None)
+
+
+def one(number: int, outcome: str = "completed", **known: Any) -> Any:
+    made = asked()
+    made.gpu_s = made.joules = None
+    for name, value in known.items():
+        setattr(made, name, value)
+    done = query("single", number, [made], 0.0, 2.0, outcome=outcome, expected={})
+    done.resources = resources([made], 0.0, 2.0, {"t": Prices(**TOKENS, **OWN)}, per_tool_call=None)
+    return done
+
+
+def part(queries: list[Any]) -> dict[str, Any]:
+    prices = {"url": "http://h/v1", "prices": {**TOKENS, **OWN}}
+    given = scenario(target=prices)
+    return cost_part(given.baseline, given, reduced(queries, given.objective), good=1)
+
+
+def test_costs_are_totals_over_completed_queries_and_say_how_they_are_known() -> None:
+    told = {"gpu_waste_s": 0.01, "joules": 60.0}
+    found = part([one(0, gpu_s=0.1, **told), one(1, gpu_s=0.3, **told), one(2, "failed", gpu_s=0.2, **told)])
+    a_second = 4 * 3.0 / 3600
+    values = {name: figure["value"] for name, figure in found.items()}
+    assert values == pytest.approx({
+        "gpu_s": 0.3, "gpu_waste_s": 0.015, "occupancy_s": 3.0, "joules": 90.0, "dollars": 0.3 * a_second,
+        "dollars_per_1000_good": 600 * a_second, "break_even_utilisation": 0.6 * a_second / (3 * 84e-6),
+    })  # fmt: skip
+    kinds = {name: figure["kind"] for name, figure in found.items()}
+    assert kinds == {**dict.fromkeys(values, "simulated"), "occupancy_s": "measured"}
+    assert all(figure["definition"] for figure in found.values())
+
+
+def test_what_is_taken_by_weights_is_assumed_and_what_is_unknown_stays_so() -> None:
+    assumed = part([one(0, gpu_s=0.1), one(1, gpu_s=0.3)])
+    assert assumed["gpu_s"]["kind"] == assumed["dollars"]["kind"] == "assumed"
+    assert (assumed["joules"]["value"], assumed["joules"]["kind"]) == (None, None)
+    unknown = part([one(0, gpu_s=0.1), one(1)])
+    assert {name for name, figure in unknown.items() if figure["value"] is not None} == {"occupancy_s"}
+    assert rows({"single": {"cost": unknown}}, str) == []
+    shown = rows({"single": {"cost": assumed}}, str)
+    assert shown[0] == ["", "single", "", ""] and shown[1][:3] == ["GPU time, s", "0.2", "assumed"]

@@ -103,6 +103,12 @@ expected (closed form) against measured, per query
 single  1 / 1       0 / 0     100 / 100  19.33 / 19.33  1 / 1  1 / 1        3       0
 debate  3 / 3       1 / 1     400 / 400        83 / 83  2 / 2  2 / 2        2       0
 
+cost per query
+                   single     debate
+occupancy, s         2.42         12  measured  the times of its calls added up: not GPU time
+dollars         0.0001003  0.0004642  measured  tokens at their price, or GPU time at gpu_hour; and tool calls
+for 1,000 good     0.1504          -  measured  dollars of all its queries for 1,000 within the objective
+
 client   ok: loop lag p50 0.5 ms, p99 3.0 ms, send delay p50 0.5 ms, max 4.0 ms, coalesced 12.5%, CPU 1.2 s, memory 80 MB
          connections: 2 new, 1,234 reused
 server   prompt_tokens 1,200 = 1,200

@@ -5,6 +5,7 @@ from typing import Any
 
 from fanmark.loadgen import frozen, table
 from fanmark.loadgen.claims import rows as claim_rows
+from fanmark.loadgen.cost_part import rows as cost_rows
 from fanmark.loadgen.report import words
 from fanmark.loadgen.report.charts import quantile_rows
 from fanmark.loadgen.report.gather import Facts
@@ -34,6 +35,8 @@ def run(facts: Facts) -> Iterable[str]:
     yield from _table("What a query costs", [titles, *([row[0].strip(), *row[1:]] for row in rows)])
     yield from (f"\n{_safe(each)}" for each in table.intervals(arms))
     yield from _table("Expected (closed form) against measured, per query", table.expected_rows(arms))
+    if costs := cost_rows(arms, table.number):
+        yield from _table("Cost per query", costs)
     if found := threshold_lines(summary):
         yield from _block("Thresholds", found)
     if quality := table.quality_rows(arms):

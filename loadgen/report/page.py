@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fanmark.loadgen import frozen, table
+from fanmark.loadgen.cost_part import rows as cost_rows
 from fanmark.loadgen.report import charts, svg, timeline, words
 from fanmark.loadgen.report.gather import Facts
 from fanmark.loadgen.report.svg import esc
@@ -63,6 +64,7 @@ def run(facts: Facts, name: str) -> str:
             *(f"<p>{esc(each)}</p>" for each in table.intervals(arms)),
         ),
         _section("Expected against measured, per query", svg.table(table.expected_rows(arms)), _EXPECTED),
+        _section("Cost per query", svg.table(costs) if (costs := cost_rows(arms, table.number)) else ""),
         _section("Thresholds", _thresholds(summary)),
         _section("Right answers", _quality(arms)),
         _section("Claims", charts.claims(arms)),
