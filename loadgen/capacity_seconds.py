@@ -15,7 +15,7 @@ Rules of the file:
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -24,9 +24,9 @@ import msgspec
 from fanmark.agents.runtime import Topology
 from fanmark.loadgen.clock import run_virtually
 from fanmark.loadgen.objective import calls_good
-from fanmark.loadgen.records import Begun, Query, Window
+from fanmark.loadgen.records import Begun, Call, Query, Window
 from fanmark.loadgen.run import Run
-from fanmark.loadgen.scenario import Load, Objective, Scenario
+from fanmark.loadgen.scenario import Arm, Load, Objective, Scenario
 from fanmark.loadgen.simulate import services_of, stand_in
 from fanmark.loadgen.tally import Tally
 from fanmark.servers.engine.attribution import Account, Accounting
@@ -55,6 +55,9 @@ class Filled:
     tpot_s: float | None
     latency_s: float
     waiting: int  # requests, at the end: the replica is full
+    input_tokens: float
+    cached_tokens: float
+    output_tokens: float
 
     @property
     def met_qps(self) -> float:
@@ -66,17 +69,22 @@ class Filled:
         """Seconds of a replica per good query; None where none is good."""
         return self.replica_s / self.attainment if self.attainment else None
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a step ran all the time, but for rounding."""
+        return self.busy_s > self.replica_s * (1 - 1e-9)
+
     def parts(self) -> dict[str, float]:
         """What capacity_s consists of."""
         mine = self.account
         # Steps that are scheduled ahead lie a little beyond the ends: no more than there is
-        share = min(1.0, self.replica_s / self.busy_s) / self.attainment if self.attainment else 0.0
+        share = (self.replica_s / self.busy_s if self.is_busy else 1.0) / self.attainment if self.attainment else 0.0
         return {
             "decode_s": mine.output_s * share,
             "prefill_s": mine.prefill_s * share,
             "kv_read_s": mine.context_s * share,
             "waste_s": mine.waste_s * share,
-            "idle_s": max(0.0, self.replica_s - self.busy_s) / self.attainment if self.attainment else 0.0,
+            "idle_s": (self.replica_s - self.busy_s) / self.attainment if self.attainment and not self.is_busy else 0.0,
         }
 
     def told(self) -> dict[str, Any]:
@@ -164,14 +172,6 @@ async def _filled(scenario: Scenario, topologies: Mapping[str, Topology], at_onc
     for one, other in pairs:
         account += (one.account or Account()) - (other.account or Account())
     calls = [call for query in mine for call in query.calls if call.kind == "call" and call.done_at is not None]
-    further = [
-        (call.done_at - call.first_at, call.output_tokens - 1)
-        for call in calls
-        if call.done_at is not None
-        and call.first_at is not None
-        and (call.output_tokens or 0) > 1
-        and call.output_tokens
-    ]
     known = all(service.profile.energy_known for service in services.values())
     n = len(mine)
     return Filled(
@@ -185,10 +185,22 @@ async def _filled(scenario: Scenario, topologies: Mapping[str, Topology], at_onc
         account=Account(*(getattr(account, f.name) / n for f in fields(Account))),
         joules=sum(one.joules - other.joules for one, other in pairs) / n if known else None,
         calls_in_flight=sum(call.seconds for call in calls) / (end_at - start_at),
-        tpot_s=sum(s for s, _ in further) / sum(tokens for _, tokens in further) if further else None,
+        tpot_s=_tpot_s(calls),
         latency_s=sum(query.done_at - query.due_at for query in mine) / n,
         waiting=sum(engine.waiting for one in after for engine in one.engines),
+        input_tokens=sum(call.input_tokens or 0 for call in calls) / n,
+        cached_tokens=sum(call.cached_tokens or 0 for call in calls) / n,
+        output_tokens=sum(call.output_tokens or 0 for call in calls) / n,
     )
+
+
+def _tpot_s(calls: Sequence[Call]) -> float | None:
+    """The mean time of a token after the first."""
+    spent_s, tokens = 0.0, 0
+    for call in calls:
+        if call.first_at is not None and call.done_at is not None and call.output_tokens:
+            spent_s, tokens = spent_s + call.done_at - call.first_at, tokens + call.output_tokens - 1
+    return spent_s / tokens if tokens else None
 
 
 def _met(query: Query, objective: Objective | None) -> bool:
@@ -210,3 +222,38 @@ def waterfall(arm: Filled, base: Filled) -> dict[str, Any] | None:
         "parts": {name: own[name] / base.capacity_s for name in own},
         "added": {name: (own[name] - other[name]) / base.capacity_s for name in own},
     }
+
+
+def marginal(scenario: Scenario, topologies: Mapping[str, Topology], arm: str) -> float:
+    """Busy seconds that replicas would not have had without the arm's queries, for each of them: the scenario as it is, all its arms at
+    once, against the same without the arm."""
+    busy_s, queries = run_virtually(_busy(_at_once(scenario, scenario.arms), topologies, arm))
+    others = [each for each in scenario.arms if each.name != arm]
+    without_s = run_virtually(_busy(_at_once(scenario, others), topologies, arm))[0] if others else 0.0
+    return (busy_s - without_s) / queries
+
+
+def _at_once(scenario: Scenario, arms: Sequence[Arm]) -> Scenario:
+    kept = [msgspec.structs.replace(each, baseline=i == 0) for i, each in enumerate(arms)]
+    load = msgspec.structs.replace(scenario.load, arms="interleaved", repeats=1)
+    return msgspec.structs.replace(scenario, arms=kept, load=load, threshold=[], budget=None, record=False)
+
+
+async def _busy(scenario: Scenario, topologies: Mapping[str, Topology], arm: str) -> tuple[float, int]:
+    """Busy seconds of all replicas in a whole run, and how many queries of the arm there were."""
+    endpoints, tools = await stand_in(scenario, topologies, services_of(scenario))
+    seen = 0
+
+    class Count:
+        def begin(self, query: Begun) -> None:
+            nonlocal seen
+            seen += query.arm == arm
+
+        def window(self, window: Window) -> None: ...
+
+        def write(self, query: Query) -> None: ...
+
+    tally = Tally({each.name: each.topology for each in scenario.arms}, scenario.baseline.name)
+    now = asyncio.get_running_loop().time
+    await Run(scenario, topologies, endpoints, tools, tally, Count(), "marginal", now).execute()
+    return sum(endpoint.lane.replica.statistics().busy_s for endpoint in endpoints.values()), seen

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fanmark.loadgen import cli_engine, cli_replay, cli_runs, cli_sweep, cli_tap
+from fanmark.loadgen import cli_cost, cli_engine, cli_replay, cli_runs, cli_sweep, cli_tap
 from fanmark.loadgen.cli_common import checked_scenario, json_text, run_async, version, workers_of
 from fanmark.loadgen.errors import FanmarkError
 
@@ -31,6 +31,7 @@ for command in (
     cli_engine.profiles,
     cli_engine.calibrate,
     cli_engine.validate,
+    cli_cost.cost,
     cli_runs.report,
     cli_runs.verify,
     cli_runs.compare,

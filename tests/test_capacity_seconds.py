@@ -1,5 +1,6 @@
 """Capacity seconds: what a query takes of a full replica, against the engine's own account, and MoE against dense as measured."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,8 @@ import pytest
 
 from fanmark.agents import topologies
 from fanmark.loadgen.calibrate import load_grid, run_row
-from fanmark.loadgen.capacity_seconds import Filled, capacity, filled, waterfall
+from fanmark.loadgen.capacity_seconds import Filled, capacity, filled, marginal, waterfall
+from fanmark.loadgen.cli_cost import cost
 from fanmark.loadgen.scenario import Scenario
 from fanmark.loadgen.scenario_check import check
 from fanmark.loadgen.simulate import with_profile
@@ -105,3 +107,34 @@ def test_cheaper_by_decode_is_not_as_much_cheaper_a_query() -> None:
         ]
         ratios.append(costs[1] / costs[0])
     assert ratios[0] > 4.0 > 2.0 > ratios[1] > 1.0
+
+
+def test_marginal_seconds_are_those_that_were_not_there_without_the_query() -> None:
+    quiet = scenario(load={"rate": 0.01, "queries": 4, "process": "constant", "warmup": 0})
+    # Nobody meets anybody: what a query adds is all the time that a replica works on it
+    alone = marginal(quiet, topologies(), "single")
+    assert alone == pytest.approx(filled(scenario(), topologies(), "single", 1).busy_s, rel=0.1)
+    busy = scenario(load={"rate": 20, "queries": 40, "warmup": 0})
+    assert marginal(busy, topologies(), "single") < 0.5 * alone  # it joins batches that run anyway
+
+
+def test_the_command_tells_costs_in_dollars_and_where_they_break_even(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "t.toml"
+    path.write_text(
+        "[target]\nprofile = 'qwen3-30b-a3b@h100'\n"
+        "prices = { input = 1.0, cached_input = 0.5, output = 4.0, gpu_hour = 3.6, gpus = 2 }\n"
+        "[[arm]]\nname = 'single'\ntopology = 'single'\nbaseline = true\n[load]\nrate = 1\nqueries = 5\n"
+        "[workload]\n" + "".join(f"{key} = {value}\n" for key, value in SMALL.items())
+    )
+    cost(str(path), at_once=4, json=True)
+    single = json.loads(capsys.readouterr().out)["arms"]["single"]
+    fresh = single["input_tokens"] - single["cached_tokens"]
+    assert (single["input_tokens"], single["output_tokens"]) == (128, 40)
+    assert single["dollars"] == pytest.approx(single["capacity_s"] * 2 * 0.001)
+    assert single["api_dollars"] == pytest.approx((fresh + 0.5 * single["cached_tokens"] + 4 * 40) / 1e6)
+    assert single["break_even_utilisation"] == pytest.approx(single["dollars"] / single["api_dollars"])
+    cost(str(path), at_once=4)
+    shown = capsys.readouterr().out
+    assert "as full as the objective allows" in shown and "sum: the ratio" in shown
