@@ -224,6 +224,11 @@ class StreamParser:
                 found.append((reads[i][0], data))
         self.take(found)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the stream's end has been read."""
+        return self._done or (self._finish is not None and self._closed)
+
     def reply(self) -> Reply:
         """The whole reply. Raises CallError: "stream_cut" where neither [DONE] nor, after a finish, the closing usage is there,
         "bad_reply" for what cannot be read."""
@@ -231,7 +236,7 @@ class StreamParser:
             self.take(events([(self._rest_at, bytes(self._rest))]))
         if self._error is not None:
             raise self._error
-        if not self._done and (self._finish is None or not self._closed):
+        if not self.is_whole:
             raise CallError(
                 "stream_cut", f"the stream ended after {self._chunks + self._together} chunks without [DONE]"
             )

@@ -261,7 +261,7 @@ class Grouping:
             _after_the_pause(seen)
         _callers(seen)
         for e in ended:
-            e.open_asks = [ask for ask in e.open_asks if not _answered(ask, messages, told_again=e in seen.after)]
+            e.open_asks = [ask for ask in e.open_asks if not _answered(ask, seen, e)]
 
 
 def _after_the_pause(seen: Seen) -> None:
@@ -295,10 +295,12 @@ def _is_reply(message: Said, seen: Seen) -> bool:
     return bool(text) and text == seen.text
 
 
-def _answered(ask: ToolAsk, messages: Sequence[Said], *, told_again: bool) -> bool:
-    """Whether a tool call's result is told; where results bear no id, by the reply that asked for it being told again."""
-    ids = [message.answers for message in messages if message.answers]
-    return ask.id in ids if ids else told_again
+def _answered(ask: ToolAsk, seen: Seen, asker: Seen) -> bool:
+    """Whether a request tells a tool call's result: by its id, by a text with the id in it, or, where nothing has an id, by going on."""
+    ids = [message.answers for message in seen.spoken if message.answers]
+    if ids:
+        return ask.id in ids
+    return seen.extends is asker or (len(ask.id) >= SHORT and any(ask.id in message.text for message in seen.spoken))
 
 
 def _added(seen: Seen, before: Seen) -> list[Said]:

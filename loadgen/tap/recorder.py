@@ -160,7 +160,9 @@ class Recorder:
         call.done_at = exchange.done_at
         said = Answer(failed=True)
         try:
-            if exchange.error is not None:
+            if exchange.error is not None and not (
+                exchange.error == "cancelled" and under.stream and under.parser.is_whole
+            ):
                 raise CallError(exchange.error, "")
             if exchange.status >= 400:
                 raise HttpError(exchange.status, "")
