@@ -4,27 +4,29 @@ It stands beside the way of the bytes: it is handed copies, and what fails here 
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from hashlib import blake2b
 from typing import Any
 
 from fanmark.loadgen.call_record import take
 from fanmark.loadgen.costs import resources
 from fanmark.loadgen.errors import CallError
+from fanmark.loadgen.health import ClientState
 from fanmark.loadgen.lanes.http import HttpError
 from fanmark.loadgen.lanes.mcp_model import ToolProtocolError
 from fanmark.loadgen.lanes.mcp_session import result_of
 from fanmark.loadgen.lanes.sse import Reply, parse_body, reply_of
 from fanmark.loadgen.recording import text_id
 from fanmark.loadgen.records import Journal
+from fanmark.loadgen.run_clock import RunClock
 from fanmark.loadgen.tally import Tally
 from fanmark.loadgen.tap.asked import Asked, asked_of, ids_text
+from fanmark.loadgen.tap.frames import Beat, Began, Ended, Frame, More
 from fanmark.loadgen.tap.grouping import Grouping
 from fanmark.loadgen.tap.ids import METHODS
 from fanmark.loadgen.tap.record import Sizes, TappedCall, blocks, of_query, settle, told_of
 from fanmark.loadgen.tap.replies import parser_of, whole_reply
 from fanmark.loadgen.tap.seen import Answer, Group, Seen
-from fanmark.loadgen.tap.wire import Exchange
 from fanmark.servers import mcp_codec as codec
 
 TAPPED, UNATTRIBUTED = "tapped", "unattributed"
@@ -35,25 +37,26 @@ _MOST_ROLES = 64  # system prompts that are told apart
 class _Under:
     """A call under way: who it is, and what reads its reply."""
 
-    __slots__ = ("body", "parser", "reader", "seen", "stream")
+    __slots__ = ("api", "body", "parser", "reader", "seen", "stream")
 
     def __init__(self, seen: Seen, api: str) -> None:
         self.seen = seen
+        self.api = api
         self.parser, self.reader = parser_of(api)
         self.body: list[tuple[float, bytes]] = []
         self.stream = False
 
 
 class Recorder:
-    """Takes in exchanges, and writes each query down as it ends. `models` counts what models were asked for, `unread` requests that could
-    not be read, `others` MCP messages that are no tool calls."""
+    """Takes in what the carrier tells, and writes each query down as it ends. `carrier` is how that last fared. `models` counts what models
+    were asked for, `unread` requests that could not be read, `others` MCP messages that are no tool calls."""
 
     def __init__(
         self,
         grouping: Grouping,
         tally: Tally,
         journal: Journal,
-        now: Callable[[], float],
+        clock: RunClock,
         salt: bytes,
         *,
         keep_text: bool = False,
@@ -61,75 +64,82 @@ class Recorder:
         self.grouping = grouping
         self.models: Counter[str] = Counter()
         self.attributed: Counter[tuple[str, str]] = Counter()  # calls, by kind and method
-        self.unread = self.others = self.by_time = 0
+        self.unread = self.others = self.passed = 0
         self.written: Counter[str] = Counter()  # queries, by arm
         self.sizes = Sizes()
+        self.carrier = ClientState()
         self._tally = tally
         self._journal = journal
-        self._now = now
+        self._clock = clock
         self._salt = salt
         self._keep_text = keep_text
-        self._n = 0
+        self._under_way: dict[int, _Under] = {}
         self._roles: dict[str, str] = {}
         self._told: dict[Group, None] = {}  # queries that the tally knows of
 
-    def began(self, exchange: Exchange) -> None:
-        """A request is on its way."""
-        self._n += 1
-        if exchange.api == "mcp":
-            self._tool_call(exchange)
-            return
-        asked = asked_of(exchange.api, exchange.body)
+    def take(self, frame: Frame) -> None:
+        """What passed."""
+        match frame:
+            case Began():
+                self._began(frame)
+            case More():
+                self._more(frame)
+            case Ended():
+                self._ended(frame)
+            case Beat():
+                self.carrier, self.passed = frame.state, frame.passed
+                self._tally.clients[0] = frame.state
+
+    def _began(self, began: Began) -> None:
+        began.came_at -= self._clock.origin_s
+        seen = self._tool_call(began) if began.api == "mcp" else self._infer(began)
+        if seen is not None:
+            self._under_way[began.n] = _Under(seen, began.api)
+            self._tally.call_started(seen.record)
+            self._count_queries()
+
+    def _infer(self, began: Began) -> Seen | None:
+        asked = asked_of(began.api, began.body)
         if asked is None:
             self.unread += 1
-            return
-        digest = blake2b(exchange.body, digest_size=16).digest()
-        seen = self.grouping.call(self._n, exchange.came_at, exchange.headers, asked, digest)
+            return None
+        digest = blake2b(began.body, digest_size=16).digest()
+        seen = self.grouping.call(began.n, began.came_at, began.headers, asked, digest)
         self.models[asked.model or "?"] += 1
-        seen.record = self._call(exchange, "call", self._role(asked))
-        seen.record.api, seen.record.samples = exchange.api, asked.samples
+        seen.record = self._call(began, "call", self._role(asked))
+        seen.record.api, seen.record.samples = began.api, asked.samples
         seen.record.messages = told_of(self._salt, asked.messages)
         seen.record.blocks = blocks(self._salt, asked.messages)
         if self._keep_text:
             seen.record.prompt = [(m.role, m.content) for m in asked.messages]
-        self._under_way(exchange, seen)
+        return seen
 
-    def _tool_call(self, exchange: Exchange) -> None:
+    def _tool_call(self, began: Began) -> Seen | None:
         try:
-            message = codec.decode(exchange.body)
+            message = codec.decode(began.body)
         except codec.ProtocolError:
             self.unread += 1
-            return
+            return None
         if not isinstance(message, codec.Request) or message.method != "tools/call":
             self.others += 1
-            return
+            return None
         name, arguments, meta = (message.params.get(key) for key in ("name", "arguments", "_meta"))
-        told = (
-            {k: v for k, v in meta.items() if k in ("traceparent", "baggage") and isinstance(v, str)}
-            if isinstance(meta, dict)
-            else {}
-        )
+        inner = meta if isinstance(meta, dict) else {}
+        told = {k: v for k, v in inner.items() if k in ("traceparent", "baggage") and isinstance(v, str)}
         tool = name if isinstance(name, str) else "?"
         given = arguments if isinstance(arguments, dict) else {}
-        seen = self.grouping.tool_call(self._n, exchange.came_at, {**told, **exchange.headers}, tool, given)
-        role = (
-            seen.caller.record.role if seen.caller is not None else seen.after[0].record.role if seen.after else "agent"
-        )
-        seen.record = self._call(exchange, "tool_call", role)
+        seen = self.grouping.tool_call(began.n, began.came_at, {**told, **began.headers}, tool, given)
+        asker = seen.caller or next(iter(seen.after), None)
+        seen.record = self._call(began, "tool_call", asker.record.role if asker is not None else "agent")
         seen.record.api, seen.record.tool = "mcp", tool
-        self._under_way(exchange, seen)
+        return seen
 
-    def _call(self, exchange: Exchange, kind: Any, role: str) -> TappedCall:
+    def _call(self, began: Began, kind: Any, role: str) -> TappedCall:
         target = TARGET if kind == "call" else None
         return TappedCall(
-            query=0, arm=TAPPED, call=0, after=[], kind=kind, role=role, round=1, target=target, due_at=exchange.came_at,
+            query=0, arm=TAPPED, call=0, after=[], kind=kind, role=role, round=1, target=target, due_at=began.came_at,
             lane=LANE if kind == "call" else None,
         )  # fmt: skip
-
-    def _under_way(self, exchange: Exchange, seen: Seen) -> None:
-        exchange.seen = _Under(seen, exchange.api)
-        self._tally.call_started(seen.record)
-        self._count_queries()
 
     def _role(self, asked: Asked) -> str:
         """Agents are told apart by their system prompts."""
@@ -138,47 +148,43 @@ class Recorder:
             return "agent-other"
         return self._roles.setdefault(system, f"agent-{len(self._roles) + 1}")
 
-    def read(self, exchange: Exchange) -> None:
-        """More of a reply."""
-        under: _Under | None = exchange.seen
-        if under is not None:
-            under.stream = exchange.status < 300 and "event-stream" in exchange.reply.get("content-type", "")
-            if under.stream and exchange.api != "mcp":
-                under.parser.feed(exchange.reads)
+    def _more(self, more: More | Ended) -> None:
+        under = self._under_way.get(more.n)
+        if under is not None and more.reads:
+            under.stream = more.status < 300 and "event-stream" in more.content_type
+            reads = [(at - self._clock.origin_s, data) for at, data in more.reads]
+            if under.stream and under.api != "mcp":
+                under.parser.feed(reads)
             else:
-                under.body += exchange.reads
-        exchange.reads.clear()
+                under.body += reads
 
-    def ended(self, exchange: Exchange) -> None:
-        """It has ended, one way or another."""
-        self.read(exchange)
-        under: _Under | None = exchange.seen
+    def _ended(self, ended: Ended) -> None:
+        self._more(ended)
+        under = self._under_way.pop(ended.n, None)
         if under is None:
             return
         call: TappedCall = under.seen.record
-        call.sent_at, call.connect_s = exchange.sent_at, exchange.connect_s
-        call.done_at = exchange.done_at
+        call.sent_at = None if ended.sent_at is None else ended.sent_at - self._clock.origin_s
+        call.connect_s, call.done_at = ended.connect_s, ended.done_at - self._clock.origin_s
         said = Answer(failed=True)
         try:
-            if exchange.error is not None and not (
-                exchange.error == "cancelled" and under.stream and under.parser.is_whole
-            ):
-                raise CallError(exchange.error, "")
-            if exchange.status >= 400:
-                raise HttpError(exchange.status, "")
+            left = ended.error == "cancelled" and under.stream and under.parser.is_whole  # after it had had everything
+            if ended.error is not None and not left:
+                raise CallError(ended.error, "")
+            if ended.status >= 400:
+                raise HttpError(ended.status, "")
             if call.kind == "tool_call":
-                said = Answer(_result(call, exchange, under))
+                said = Answer(_result(call, ended.content_type, under))
             else:
-                reply, id = _reply(exchange, under)
+                reply, id = _reply(under)
                 take(call, reply)
                 said = Answer(ids_text(reply.token_ids) if reply.token_ids else reply.text, reply.asks, id=id)
         except CallError as e:
-            call.error = _tool_error(e, exchange) if call.kind == "tool_call" else e.kind
-            call.message = f"HTTP {exchange.status}" if exchange.status >= 400 else None
+            call.error = _tool_error(e) if call.kind == "tool_call" else e.kind
+            call.message = f"HTTP {ended.status}" if ended.status >= 400 else None
         if self._keep_text:
             call.reply = said.text
-        self.grouping.end(under.seen, call.done_at or self._now(), said)
-        exchange.seen = None
+        self.grouping.end(under.seen, call.done_at, said)
         self._tally.call_landed(call)
         self._count_queries()
 
@@ -194,7 +200,7 @@ class Recorder:
 
     def look(self) -> None:
         """Writes down the queries that have ended by now."""
-        self.grouping.idle(self._now())
+        self.grouping.idle(self._clock.now())
         self.write_closed()
 
     def write_closed(self) -> None:
@@ -230,24 +236,24 @@ class Recorder:
         }
 
 
-def _reply(exchange: Exchange, under: _Under) -> tuple[Reply, str | None]:
+def _reply(under: _Under) -> tuple[Reply, str | None]:
     """The reply, and its id where it is told again. Raises CallError."""
     try:
         if under.stream:
             return under.parser.reply(), under.reader.id if under.reader is not None else None
         body, done_at = b"".join([data for _, data in under.body]), under.body[-1][0] if under.body else 0.0
-        if exchange.api in ("chat", "completions"):
+        if under.api in ("chat", "completions"):
             return parse_body(body, done_at), None
-        chunk, id = whole_reply(exchange.api, body)
+        chunk, id = whole_reply(under.api, body)
         return reply_of(chunk, done_at), id
     except (TypeError, AttributeError, ValueError) as e:
         raise CallError("bad_reply", str(e)) from None
 
 
-def _result(call: TappedCall, exchange: Exchange, under: _Under) -> str:
+def _result(call: TappedCall, content_type: str, under: _Under) -> str:
     """What a tool said. Raises CallError."""
     try:
-        reader = codec.ReplyReader(exchange.reply.get("content-type", ""))
+        reader = codec.ReplyReader(content_type)
         messages = reader.feed(b"".join([data for _, data in under.body])) + reader.end()
     except codec.ProtocolError as e:
         raise ToolProtocolError(str(e)) from None
@@ -259,7 +265,7 @@ def _result(call: TappedCall, exchange: Exchange, under: _Under) -> str:
     return result.text
 
 
-def _tool_error(error: CallError, exchange: Exchange) -> str:
+def _tool_error(error: CallError) -> str:
     if isinstance(error, ToolProtocolError) or error.kind == "cancelled":
         return error.kind
     return "tool_transport"

@@ -111,10 +111,10 @@ class Server(asyncio.Protocol):
         response.feed(raw + b"\r\n\r\n")
         chunked = "transfer-encoding" in response.headers
         if exchange is not None:
-            exchange.status, exchange.reply = response.status, response.headers
+            exchange.status, exchange.content_type = response.status, response.headers.get("content-type", "")
             if exchange.asked_usage and response.status in _REFUSED:
                 self._held = [raw]
-            elif exchange.asked_usage and "event-stream" in response.headers.get("content-type", ""):
+            elif exchange.asked_usage and "event-stream" in exchange.content_type:
                 self._filter, self._reframed = WithoutUsage(), request.version == 1
         if chunked and request.version == 0:
             self._reframed = False

@@ -20,8 +20,8 @@ from fanmark.loadgen import scenario_check, server_side
 from fanmark.loadgen.course import Course
 from fanmark.loadgen.environment import client_host, environment, on_this_host
 from fanmark.loadgen.errors import CallError, ScenarioError, UnreachableError
-from fanmark.loadgen.execute import allow_connections, going_on
-from fanmark.loadgen.health import ClientState, Health, client_part
+from fanmark.loadgen.execute import going_on
+from fanmark.loadgen.health import client_part
 from fanmark.loadgen.lanes import fast
 from fanmark.loadgen.lanes.http import HttpLane
 from fanmark.loadgen.live import tell
@@ -39,13 +39,12 @@ from fanmark.loadgen.session import Result, open_folder, signals, write_scenario
 from fanmark.loadgen.shaping import shaped
 from fanmark.loadgen.table import number
 from fanmark.loadgen.tally import Tally
+from fanmark.loadgen.tap.carried import start
 from fanmark.loadgen.tap.grouping import Grouping
 from fanmark.loadgen.tap.heads import Upstream, upstream
 from fanmark.loadgen.tap.recorder import LANE, TAPPED, TARGET, UNATTRIBUTED, Recorder
-from fanmark.loadgen.tap.wire import Client, Wire
 from fanmark.loadgen.target import HttpEndpoint
 
-CONNECTIONS = 4_096
 _LOOK_S = 0.25
 _LINE_S = 5.0
 _READY_S = 5.0
@@ -81,7 +80,7 @@ class Tap:
 
     url: str
     recorder: Recorder
-    enough: asyncio.Event
+    enough: asyncio.Event = field(default_factory=asyncio.Event)
 
     def ask(self) -> None:
         """Ends the tap: calls in flight are cut."""
@@ -148,15 +147,14 @@ async def tap(options: Options, opened: Callable[[Tap], None] = lambda _: None) 
         metrics_port, stop_metrics = serve(pages, options.metrics_port, options.metrics_host)
         stack.callback(stop_metrics)
         on = await _stand(options, stack, clock, tally, run_id)
-        wire = Wire(routes, on.recorder, on.clock.now)
-        stack.callback(wire.close)
-        server = await asyncio.get_running_loop().create_server(lambda: Client(wire), sock=port, backlog=1024)
-        stack.callback(server.close)
+        on.clock.start(time.monotonic())
+        carried = await start(port, routes, on.recorder.take, stack)
         url = f"http://{options.host}:{port.getsockname()[1]}"
         for line in _where(options, url, routes, on.endpoint.server, metrics_port):
             tell(line, options.progress)
         started = datetime.now(UTC)
-        client, samples = await _pass(on, course, Tap(url, on.recorder, asyncio.Event()), opened, wire)
+        samples = await _pass(on, course, Tap(url, on.recorder), opened, carried.gone)
+        await carried.end()
         run_part = {
             "name": options.name, "id": on.run_id, "started": started.isoformat(timespec="seconds"), "seconds": on.clock.now(), "seed": 1,
             "version": options.version, "command": list(options.command), "clock": "real", "time_scale": 1.0,
@@ -164,7 +162,7 @@ async def tap(options: Options, opened: Callable[[Tap], None] = lambda _: None) 
         on.recorder.grouping.close()
         on.recorder.write_closed()
         on.journal.flush()
-        found = await _summary(on, wire, run_part, client, samples)
+        found = await _summary(on, run_part, samples)
         found["files"] = digests(options.out)
         write_summary(options.out, found)
         course.report = write_report(options.out)
@@ -183,21 +181,16 @@ async def _stand(options: Options, stack: AsyncExitStack, clock: RunClock, tally
     journal = open_folder(options.out, scenario_of(options, endpoint.model or None, [TAPPED, UNATTRIBUTED]))
     stack.callback(journal.close)
     grouping = Grouping(options.idle_s)
-    recorder = Recorder(grouping, tally, journal, clock.now, options.salt, keep_text=options.keep_text)
+    recorder = Recorder(grouping, tally, journal, clock, options.salt, keep_text=options.keep_text)
     return _Standing(options, clock, endpoint, before, tally, recorder, journal, run_id)
 
 
-async def _pass(
-    on: _Standing, course: Course, one: Tap, opened: Callable[[Tap], None], wire: Wire
-) -> tuple[ClientState, Sampler]:
-    """While the tap is open. Gives how it fared itself."""
-    on.clock.start(time.monotonic())
-    health = Health(on.clock.now)
+async def _pass(on: _Standing, course: Course, one: Tap, opened: Callable[[Tap], None], gone: asyncio.Event) -> Sampler:
+    """While the tap is open. Gives what took samples."""
     sampler = Sampler(on.options.out, on.clock.now, on.endpoints, on.before, on.tally)
     beside = [
-        health.watch(on.tally),
-        sampler.watch(lambda: {0: health.look()}, course.add),
-        _look(on.recorder, on.options, one.enough),
+        sampler.watch(lambda: {0: on.recorder.carrier}, course.add),
+        _look(on.recorder, on.options, one.enough, gone),
         _lines(on.recorder, course, on.options),
         _flush(on.journal, one.enough),
     ]
@@ -208,14 +201,10 @@ async def _pass(
                 await one.enough.wait()
         except TimeoutError:
             pass
-    wire.close()
-    await asyncio.sleep(0)
-    return health.look(), sampler
+    return sampler
 
 
-async def _summary(
-    on: _Standing, wire: Wire, run_part: dict[str, Any], client: ClientState, sampler: Sampler
-) -> dict[str, Any]:
+async def _summary(on: _Standing, run_part: dict[str, Any], sampler: Sampler) -> dict[str, Any]:
     """summary.json, as far as files and servers tell it."""
     out, endpoint = on.options.out, on.endpoint
     arms = [TAPPED] + ([UNATTRIBUTED] if on.recorder.written[UNATTRIBUTED] else [])
@@ -225,7 +214,7 @@ async def _summary(
     records = reduced(read_queries(out))
     server = await server_side.reconciled(on.endpoints, on.before, records)
     stub = await server_side.stub_on_time(on.endpoints, on.before, records, 1.0)
-    report = partial(client_part, {0: client}, host_busy_seconds=sampler.host_busy_seconds)
+    report = partial(client_part, {0: on.recorder.carrier}, host_busy_seconds=sampler.host_busy_seconds)
     found = assemble(
         scenario, records, on.endpoints, server, report, run_part, stub, ending=None, samples=read_samples(out)
     )
@@ -233,11 +222,11 @@ async def _summary(
     same_host = {TARGET: await on_this_host(endpoint.urls)}
     surroundings = environment({}, client_host(), on.endpoints, on.before, same_host)
     return found | {
-        "notes": endpoint.notes, "tap": told(on.recorder, wire, on.options), "environment": surroundings
+        "notes": endpoint.notes, "tap": told(on.recorder, on.options), "environment": surroundings
     }  # fmt: skip
 
 
-def told(recorder: Recorder, wire: Wire, options: Options) -> dict[str, Any]:
+def told(recorder: Recorder, options: Options) -> dict[str, Any]:
     """`tap` of summary.json: how calls and tool calls were attributed, and what passed without being measured."""
     return {
         "attributed": recorder.shares(),
@@ -245,7 +234,7 @@ def told(recorder: Recorder, wire: Wire, options: Options) -> dict[str, Any]:
         "unattributed": recorder.written[UNATTRIBUTED],
         "reopened": recorder.grouping.reopened,
         "tokens": "approximate",
-        "passed": wire.passed,
+        "passed": recorder.passed,
         "unread": recorder.unread,
         "mcp_other": recorder.others,
         "models": dict(recorder.models),
@@ -282,7 +271,6 @@ async def _look_at(options: Options, now: Callable[[], float]) -> HttpEndpoint:
 
 def _bind(options: Options) -> socket.socket:
     """The tap's port. Raises ScenarioError."""
-    allow_connections(2 * CONNECTIONS)
     try:
         return socket.create_server((options.host, options.port), backlog=1024)
     except OSError as e:
@@ -306,12 +294,12 @@ def _where(options: Options, url: str, routes: Sequence[Upstream], server: str, 
     ]
 
 
-async def _look(recorder: Recorder, options: Options, enough: asyncio.Event) -> None:
-    """Ends queries that have ended, until cancelled or there are enough."""
+async def _look(recorder: Recorder, options: Options, enough: asyncio.Event, gone: asyncio.Event) -> None:
+    """Ends queries that have ended, until cancelled; ends the tap when there are enough, or nothing passes any more."""
     while True:
         await asyncio.sleep(_LOOK_S)
         recorder.look()
-        if options.queries is not None and recorder.written[TAPPED] >= options.queries:
+        if gone.is_set() or (options.queries is not None and recorder.written[TAPPED] >= options.queries):
             enough.set()
 
 

@@ -32,14 +32,13 @@ class Exchange:
     `sent_at`; `reads` are the bytes of the reply's body that the sink was not handed yet, each with the instant it came."""
 
     __slots__ = (
-        "api", "asked_usage", "begun", "body", "came_at", "connect_s", "done_at", "error", "headers", "method", "reads", "reply", "seen",
-        "sent_at", "status", "upstream",
+        "api", "asked_usage", "begun", "body", "came_at", "connect_s", "content_type", "done_at", "error", "headers", "number", "reads",
+        "sent_at", "status",
     )  # fmt: skip
 
-    def __init__(self, api: str, upstream: str, head: RequestHead) -> None:
+    def __init__(self, api: str, head: RequestHead) -> None:
         self.api = api
-        self.upstream = upstream
-        self.method = head.method
+        self.number = 0  # the sink's
         self.headers = head.values()
         self.came_at = 0.0
         self.body = b""
@@ -47,11 +46,10 @@ class Exchange:
         self.sent_at: float | None = None
         self.connect_s: float | None = None
         self.status = 0
-        self.reply: dict[str, str] = {}
+        self.content_type = ""
         self.reads: list[tuple[float, bytes]] = []
         self.done_at: float | None = None
         self.error: str | None = None
-        self.seen: Any = None  # the sink's own
 
 
 class Sink(Protocol):
@@ -187,7 +185,7 @@ class Client(asyncio.Protocol):
             self._wire.passed += 1
             self._reach(upstream, passed_on(head, path, upstream.authority, None, plain_reply=False))
         else:
-            self.exchange = Exchange(api, upstream.name, head)
+            self.exchange = Exchange(api, head)
             self._held, self._held_bytes = [], 0
         self._more(found[1])
 
