@@ -30,6 +30,7 @@ async def through(target: str, out: Path, use: Callable[[str], Awaitable[T]], **
 
 def by_seed(folder: Path) -> dict[str, Query]:
     """The queries of a tapped folder by the id of what groups their calls."""
-    found = {query.seed: query for query in read_queries(folder)}
-    assert len(found) == len(read_queries(folder))
+    queries = list(read_queries(folder))
+    found = {query.seed: query for query in queries}
+    assert len(found) == len(queries)
     return found

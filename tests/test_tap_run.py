@@ -51,7 +51,7 @@ def test_the_tap_tells_of_each_query_what_the_run_tells(stub: Stub, tools_url: s
 
     both = through(f"{stub.url}/v1", tmp_path / "tap", run, mcp=[tools_url])
     ran, summary = asyncio.run(both)
-    tapped, queries = by_seed(tmp_path / "tap"), list(read_queries(tmp_path / "run"))
+    tapped, queries = by_seed(tmp_path / "tap"), list(list(read_queries(tmp_path / "run")))
     assert len(tapped) == len(queries) == 12
     for query in queries:
         seen = tapped[text_id(SALT, trace_id("r1", query.arm, query.query))]
