@@ -31,7 +31,7 @@ from fanmark.servers.engine.batch import Batch, Part
 from fanmark.servers.engine.step_time import BatchShape, StepLaw
 
 FULL_BATCH = 128  # sequences; a replica that is meant to hold fewer says so
-_LONG = 1 << 16
+_LONG = 1 << 14
 
 
 class Share(NamedTuple):

@@ -33,7 +33,7 @@ from fanmark.servers.engine.step_time import BatchShape
 from fanmark.servers.engine.timeline import Gaps, Timeline
 
 _GAP_STEPS = 32
-_LONG_TIMELINE = 1 << 16
+_LONG_TIMELINE = 1 << 14
 _IDLE = BatchShape(0, 0, 0, 0.0, 0)
 
 
