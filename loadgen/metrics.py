@@ -127,6 +127,8 @@ class Metrics:
         out.histogram("fanmark_query_calls", "Calls of a query", [(lb, a.query_calls, None) for _, a, lb in arms])
         tool_calls: list[Bars] = [(label, arm.query_tool_calls, None) for _, arm, label in arms]
         out.histogram("fanmark_query_tool_calls", "Tool calls of a query", tool_calls)
+        depth: list[Bars] = [(label, arm.query_depth, None) for _, arm, label in arms]
+        out.histogram("fanmark_query_depth", "Calls on a query's longest chain of dependencies", depth)
         out.histogram(
             "fanmark_query_tokens",
             "Tokens of a query, by kind",

@@ -7,6 +7,7 @@ from typing import Any
 from fanmark.loadgen.amplification import BATCH_LATENCIES, LEAST_BATCHES, LEAST_REPEATS, NO_INTERVAL
 from fanmark.loadgen.claims import rows as claim_rows
 from fanmark.loadgen.cost_part import rows as cost_rows
+from fanmark.loadgen.tap.words import tables as tap_tables
 from fanmark.loadgen.tool_report import tool_lines
 
 ROWS = (
@@ -80,16 +81,15 @@ def lines(summary: Mapping[str, Any]) -> list[str]:
     """The ticks, the amplification table, the checks and the notes."""
     arms = summary["arms"]
     baseline = next(name for name, arm in arms.items() if arm["baseline"])
+    tapped = [line for rows in tap_tables(summary, number).values() for line in [*columns(rows), ""]]
     return [
         *(f"{mark:>9}  {title:<15} {reason}" for mark, title, reason in ticks(summary["validity"])),
         "",
-        f"per query, and against {baseline!r} (95 % interval where there is one)",
+        "per query" if tapped else f"per query, and against {baseline!r} (95 % interval where there is one)",
         *folded(amplification_rows(arms)),
         *intervals(arms),
         "",
-        "expected (closed form) against measured, per query",
-        *columns(expected_rows(arms)),
-        "",
+        *(tapped or ["expected (closed form) against measured, per query", *columns(expected_rows(arms)), ""]),
         *_cost_lines(arms),
         *_target_lines(arms),
         *_fidelity_lines(arms),

@@ -89,6 +89,7 @@ class ArmTally:
     query_s: Histogram = field(default_factory=lambda: Histogram(SECONDS))
     query_calls: Histogram = field(default_factory=lambda: Histogram(CALLS))
     query_tool_calls: Histogram = field(default_factory=lambda: Histogram(CALLS))
+    query_depth: Histogram = field(default_factory=lambda: Histogram(CALLS))
     query_tokens: dict[str, Histogram] = field(default_factory=lambda: _histograms(TOKENS, list(TOKEN_KINDS)))
     call_s: dict[str, Histogram] = field(default_factory=dict)  # by target, as the next two
     ttft_s: dict[str, Histogram] = field(default_factory=dict)
@@ -226,6 +227,7 @@ class Tally:
         arm.latency[gap_bucket(query.resources["latency_s"] or 0.0)] += 1
         arm.query_calls.add(query.resources["calls"] or 0)
         arm.query_tool_calls.add(query.resources.get("tool_calls") or 0)
+        arm.query_depth.add(query.resources.get("depth") or 0)
         arm.expected.update({name: value for name, value in query.expected.items() if value is not None})
         arm.mismatched += bool(query.mismatches)
         for name, value in query.resources.items():

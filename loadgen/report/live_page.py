@@ -55,10 +55,10 @@ class LivePage:
             *(
                 f'<p class="answer">{esc(self._answer(arm))}</p>'
                 for arm in course.tally.arms
-                if arm != course.tally.baseline
+                if arm != course.tally.baseline and course.tally.compared
             ),
             f"<section><h2>Now</h2>{svg.table(self._rows())}<p>{esc('; '.join(servers))}</p></section>",
-            f"<section><h2>What a query costs</h2>{charts.amplification(self._arms(), 'cost')}{_NOTE}</section>",
+            f"<section><h2>What a query costs</h2>{self._costs()}</section>",
             f"<section><h2>Over time</h2>{timeline.timelines(list(course.samples), [], 'time')}</section>",
             '<p><a href="/metrics">All sums, as Prometheus metrics</a></p>',
         ]
@@ -89,6 +89,18 @@ class LivePage:
             times = [number(found[q]) for found in of_arm(arm).values() for q in ("p50", "p99")]
             rows.append([name, *map(str, counts), *map(short, self._course.rates(name) or [None] * 4), *times])
         return rows
+
+    def _costs(self) -> str:
+        """Ratios to the baseline; of what passes a tap, which has none, what a query took so far."""
+        if self._course.tally.compared:
+            return charts.amplification(self._arms(), "cost") + _NOTE
+        rows = [["mean per query", *(title.strip() for _, title in table.ROWS)]]
+        for name, arm in self._course.tally.arms.items():
+            means = [
+                arm.sums[key] / arm.completed if key in arm.sums and arm.completed else None for key, _ in table.ROWS
+            ]
+            rows.append([name, *map(number, means)])
+        return svg.table(rows)
 
     def _arms(self) -> Mapping[str, Any]:
         """The ratios so far, as a summary has them."""

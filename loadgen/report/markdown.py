@@ -10,6 +10,7 @@ from fanmark.loadgen.report import words
 from fanmark.loadgen.report.charts import quantile_rows
 from fanmark.loadgen.report.gather import Facts
 from fanmark.loadgen.table import number
+from fanmark.loadgen.tap.words import tables as tap_tables
 from fanmark.loadgen.thresholds import lines as threshold_lines
 
 
@@ -34,7 +35,11 @@ def run(facts: Facts) -> Iterable[str]:
     yield from _table("Is it valid?", [["", "tick", "reason"], *table.ticks(summary["validity"])], "---")
     yield from _table("What a query costs", [titles, *([row[0].strip(), *row[1:]] for row in rows)])
     yield from (f"\n{_safe(each)}" for each in table.intervals(arms))
-    yield from _table("Expected (closed form) against measured, per query", table.expected_rows(arms))
+    told = tap_tables(summary, table.number) or {
+        "Expected (closed form) against measured, per query": table.expected_rows(arms)
+    }
+    for title, told_rows in told.items():
+        yield from _table(title, [[cell.strip() for cell in row] for row in told_rows])
     if costs := cost_rows(arms, table.number):
         yield from _table("Cost per query", costs)
     if found := threshold_lines(summary):

@@ -10,6 +10,7 @@ from fanmark.loadgen.report import charts, svg, timeline, words
 from fanmark.loadgen.report.gather import Facts
 from fanmark.loadgen.report.svg import esc
 from fanmark.loadgen.report.swimlane import KEY, swimlane
+from fanmark.loadgen.tap.words import tables as tap_tables
 from fanmark.loadgen.thresholds import lines as threshold_lines
 
 _HERE = Path(__file__).parent
@@ -63,7 +64,10 @@ def run(facts: Facts, name: str) -> str:
             _NOTE,
             *(f"<p>{esc(each)}</p>" for each in table.intervals(arms)),
         ),
-        _section("Expected against measured, per query", svg.table(table.expected_rows(arms)), _EXPECTED),
+        *(
+            [_section(title, svg.table(rows)) for title, rows in tap_tables(summary, table.number).items()]
+            or [_section("Expected against measured, per query", svg.table(table.expected_rows(arms)), _EXPECTED)]
+        ),
         _section("Cost per query", svg.table(costs) if (costs := cost_rows(arms, table.number)) else ""),
         _section("Thresholds", _thresholds(summary)),
         _section("Right answers", _quality(arms)),

@@ -13,7 +13,7 @@ def answers(summary: Mapping[str, Any]) -> list[str]:
     """A sentence for each arm but the baseline: what a query costs, and the operating point of both arms that its latency holds at."""
     arms = summary["arms"]
     base = next(name for name, arm in arms.items() if arm["baseline"])
-    others = [name for name in arms if name != base]
+    others = [name for name in arms if name != base and "tap" not in summary]
     return [_answer(name, arms[name], base, arms[base]) for name in others] or [_alone(base, arms[base])]
 
 

@@ -54,6 +54,7 @@ class Grouping:
         self._ends: OrderedDict[bytes, list[Seen]] = OrderedDict()  # calls by the digest of all their messages
         self._by_reply: OrderedDict[str, Seen] = OrderedDict()  # and by their reply's id
         self._asks: OrderedDict[str, Seen] = OrderedDict()  # and by the ids of the tool calls that it asks for
+        self._failed: OrderedDict[bytes, Seen] = OrderedDict()  # and those that failed, by their whole request
         self._numbers = 0
 
     def call(self, n: int, at: float, headers: Mapping[str, str], asked: Asked, digest: bytes = b"") -> Seen:
@@ -98,6 +99,8 @@ class Grouping:
         for ask in said.asks:
             if ask.id:
                 _keep(self._asks, ask.id, seen)
+        if said.failed and seen.tool is None:
+            _keep(self._failed, seen.digest, seen)
         if said.id is not None:
             _keep(self._by_reply, said.id, seen)
         query = seen.query
@@ -182,6 +185,9 @@ class Grouping:
         return None
 
     def _by_content(self, seen: Seen) -> Group:
+        attempt = self._failed.get(seen.digest)
+        if attempt is not None and not attempt.query.over:
+            return attempt.query
         before = seen.extends
         if before is not None:
             query = before.query

@@ -64,7 +64,7 @@ class Recorder:
         self.grouping = grouping
         self.models: Counter[str] = Counter()
         self.attributed: Counter[tuple[str, str]] = Counter()  # calls, by kind and method
-        self.unread = self.others = self.passed = 0
+        self.unread = self.others = self.passed = self.by_time = 0
         self.written: Counter[str] = Counter()  # queries, by arm
         self.sizes = Sizes()
         self.carrier = ClientState()
@@ -222,6 +222,7 @@ class Recorder:
         query.resources = resources(query.needed, query.due_at, query.done_at, {}, query.retried)
         for call in query.calls:
             self.attributed[call.kind, method] += 1
+            self.by_time += isinstance(call, TappedCall) and call.by_time
             self._tally.call_told(call)
         for call in query.retried:
             self._tally.call_retried(call)

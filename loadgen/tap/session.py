@@ -43,6 +43,7 @@ from fanmark.loadgen.tap.carried import start
 from fanmark.loadgen.tap.grouping import Grouping
 from fanmark.loadgen.tap.heads import Upstream, upstream
 from fanmark.loadgen.tap.recorder import LANE, TAPPED, TARGET, UNATTRIBUTED, Recorder
+from fanmark.loadgen.tap.words import remarks
 from fanmark.loadgen.target import HttpEndpoint
 
 _LOOK_S = 0.25
@@ -220,20 +221,21 @@ async def _summary(on: _Standing, run_part: dict[str, Any], sampler: Sampler) ->
     )
     found["target"]["lane"] = LANE
     same_host = {TARGET: await on_this_host(endpoint.urls)}
+    told = told_of(on.recorder, on.options)
     surroundings = environment({}, client_host(), on.endpoints, on.before, same_host)
     return found | {
-        "notes": endpoint.notes, "tap": told(on.recorder, on.options), "environment": surroundings
+        "notes": [*endpoint.notes, *remarks({"tap": told})], "tap": told, "environment": surroundings
     }  # fmt: skip
 
 
-def told(recorder: Recorder, options: Options) -> dict[str, Any]:
+def told_of(recorder: Recorder, options: Options) -> dict[str, Any]:
     """`tap` of summary.json: how calls and tool calls were attributed, and what passed without being measured."""
     return {
         "attributed": recorder.shares(),
         "queries": recorder.written[TAPPED],
         "unattributed": recorder.written[UNATTRIBUTED],
         "reopened": recorder.grouping.reopened,
-        "tokens": "approximate",
+        "by_time": recorder.by_time,
         "passed": recorder.passed,
         "unread": recorder.unread,
         "mcp_other": recorder.others,
