@@ -17,7 +17,8 @@ from typing import Any, Literal, NamedTuple
 from fanmark.loadgen.errors import CallError
 from fanmark.loadgen.lanes.http import HttpError
 from fanmark.loadgen.lanes.sse import Usage
-from fanmark.loadgen.scenario import Budget, Limits, Prices
+from fanmark.loadgen.prices import Prices
+from fanmark.loadgen.scenario import Budget, Limits
 
 MINUTE_S = 60.0
 LAST_CALLS = 20  # that abort_on_errors looks back at

@@ -8,17 +8,22 @@ Rules of the file:
 4. Slack and idle time are nobody's: they stand beside the servers (`engine_slack_s`), and in no figure here.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from fanmark.loadgen.operating_point import spans
+from fanmark.loadgen.prices import Prices
+from fanmark.loadgen.records import Window
 from fanmark.loadgen.reduced import Reduced
-from fanmark.loadgen.scenario import Arm, Prices, Scenario
+from fanmark.loadgen.samples import Sample
+from fanmark.loadgen.scenario import Arm, Scenario
 
 DEFINITIONS = {
     "gpu_s": "its share of each step's time, slack and idle time left out",
     "gpu_waste_s": "of that, computed again after a preemption",
     "occupancy_s": "the times of its calls added up: not GPU time",
     "joules": "its share of each step's energy",
+    "measured_joules": "energy of its servers while it ran alone, idle draw included",
     "dollars": "tokens at their price, or GPU time at gpu_hour; and tool calls",
     "dollars_per_1000_good": "dollars of all its queries for 1,000 within the objective",
     "break_even_utilisation": "use from which own GPUs cost less than the API asks",
@@ -28,13 +33,21 @@ TITLES = {
     "gpu_waste_s": "  of it waste",
     "occupancy_s": "occupancy, s",
     "joules": "energy, J",
+    "measured_joules": "at the meter, J",
     "dollars": "dollars",
     "dollars_per_1000_good": "for 1,000 good",
     "break_even_utilisation": "break-even use",
 }
 
 
-def cost_part(arm: Arm, scenario: Scenario, counted: Reduced, good: int) -> dict[str, Any]:
+def cost_part(
+    arm: Arm,
+    scenario: Scenario,
+    counted: Reduced,
+    good: int,
+    windows: Sequence[Window] = (),
+    samples: Sequence[Sample] = (),
+) -> dict[str, Any]:
     """`cost` of an arm, of its counted queries. `good`: how many met the objective."""
     queries = counted.queries
     completed = len(queries.where(lambda kind: kind.outcome == "completed"))
@@ -46,9 +59,17 @@ def cost_part(arm: Arm, scenario: Scenario, counted: Reduced, good: int) -> dict
     bill = sums["dollars"]
     means["dollars_per_1000_good"] = 1000 * bill / good if bill is not None and good else None
     means["break_even_utilisation"] = _break_even(_prices(arm, scenario), counted, totals["gpu_s"])
+    alone = len(scenario.arms) == 1 or scenario.load.arms == "apart"
+    targets = [
+        name for name in scenario.targets or ("default",) if name in (*arm.targets.values(), arm.target or "default")
+    ]
+    means["measured_joules"] = measured_joules(samples, spans(queries, windows), targets, completed) if alone else None
     by_gpu = "simulated" if sums["gpu_waste_s"] is not None else "assumed"
     own = any(price is not None and price.gpu_hour is not None for price in scenario.prices.values())
     kinds = dict.fromkeys(("gpu_s", "gpu_waste_s", "joules", "break_even_utilisation"), by_gpu)
+    kinds["measured_joules"] = (
+        "simulated" if sums["gpu_waste_s"] is not None else "measured"
+    )  # the stub's meter is a model
     kinds |= dict.fromkeys(("dollars", "dollars_per_1000_good"), by_gpu if own else "measured")
     return {
         name: {
@@ -58,6 +79,27 @@ def cost_part(arm: Arm, scenario: Scenario, counted: Reduced, good: int) -> dict
         }
         for name, definition in DEFINITIONS.items()
     }
+
+
+def measured_joules(
+    samples: Sequence[Sample], times: Sequence[tuple[float, float]], targets: Sequence[str], completed: int
+) -> float | None:
+    """Energy of the servers over the time in which an arm was counted and alone, over its completed queries; idle draw is in it. None where
+    a target's is not told all the while."""
+    whole = 0.0
+    for start_at, end_at in times:
+        for target in targets:
+            told = [
+                (sample.at, server.joules)
+                for sample in samples
+                if (server := sample.targets.get(target)) is not None and server.joules is not None
+            ]
+            inside = [each for each in told if start_at - 1.5 <= each[0] <= end_at + 1.5]
+            if len(inside) < 3:
+                return None
+            (first_at, first), (last_at, last) = inside[0], inside[-1]
+            whole += (last - first) * (end_at - start_at) / (last_at - first_at)
+    return whole / completed if times and completed else None
 
 
 def all_simulated(arms: Mapping[str, Any]) -> None:

@@ -3,9 +3,10 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from fanmark.loadgen.prices import Prices
 from fanmark.loadgen.records import Call, Query, critical_path, shape
 from fanmark.loadgen.retries import lost_s
-from fanmark.loadgen.scenario import Prices, Scenario
+from fanmark.loadgen.scenario import Scenario
 
 # the resources of per_query: each has an entry in what `resources` gives
 COUNTS = (

@@ -56,6 +56,7 @@ GAUGES: dict[str, tuple[str, ...]] = {
         "trtllm_kv_cache_utilization",
         "nv_trt_llm_kv_cache_block_metrics fraction",
     ),
+    "joules": ("fanmark_stub_joules_total",),
     "kv_capacity_tokens": ("sglang:max_total_num_tokens",),  # the others tell blocks and their size
     "kv_blocks": ("trtllm_kv_cache_max_blocks", "nv_trt_llm_kv_cache_block_metrics max"),
     "kv_block_tokens": ("trtllm_kv_cache_tokens_per_block", "nv_trt_llm_kv_cache_block_metrics tokens_per"),

@@ -96,6 +96,10 @@ class Endpoint(ABC):
     async def reading(self, timeout_s: float = 10.0) -> Reading | None:
         """What the target's servers say of themselves; None if they do not."""
 
+    async def power(self, timeout_s: float = 10.0) -> Mapping[str, float]:
+        """`joules` since they were last reset and `watts` now of the GPUs under the target, as far as somebody tells."""
+        return {}
+
     async def expose(self, tools: Sequence[dict[str, Any]], *, system: bool) -> None:
         """Takes the tools' schemas (OpenAI's form) that stand in a tool user's prompts, and measures what they add to a prompt."""
         self.tools = list(tools)

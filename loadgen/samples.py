@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -24,11 +25,19 @@ from fanmark.loadgen.tally import Tally
 
 _EVERY_S = 1.0
 _HOST_BUSY_SHARE = 0.8
-_SINCE_START = ("prompt_tokens", "prompt_tokens_cached", "generation_tokens", "request_success", "preemptions")
+_SINCE_START = (
+    "prompt_tokens",
+    "prompt_tokens_cached",
+    "generation_tokens",
+    "request_success",
+    "preemptions",
+    "joules",
+)
 
 
 class ServerSample(msgspec.Struct, frozen=True, kw_only=True):
-    """A target's servers at one moment, summed (`kv_use` is their mean, 0 to 1). Counts are since the run's start."""
+    """A target's servers at one moment, summed (`kv_use` is their mean, 0 to 1). Counts are since the run's start, and
+    joules; `watts` are what the GPUs draw at the moment."""
 
     running: float | None = None
     waiting: float | None = None
@@ -38,6 +47,8 @@ class ServerSample(msgspec.Struct, frozen=True, kw_only=True):
     generation_tokens: float | None = None
     request_success: float | None = None
     preemptions: float | None = None
+    joules: float | None = None
+    watts: float | None = None
 
 
 class ArmSample(msgspec.Struct, frozen=True):
@@ -81,6 +92,16 @@ def kv_use(samples: Sequence[Sample]) -> list[tuple[float, float]] | None:
         if told:
             found.append((sample.at, math.fsum(told) / len(told)))
     return found or None
+
+
+def with_power(
+    sample: ServerSample | None, before: Mapping[str, float], now: Mapping[str, float]
+) -> ServerSample | None:
+    """The sample with what is told of the GPUs' power."""
+    if not now:
+        return sample
+    joules = now["joules"] - before["joules"] if "joules" in now and "joules" in before else None
+    return msgspec.structs.replace(sample or ServerSample(), joules=joules, watts=now.get("watts"))
 
 
 def server_sample(before: Reading, now: Reading) -> ServerSample:
@@ -133,6 +154,7 @@ class Sampler:
         self._tally = tally
         self._in_a_row = 0
         self._lags: Counter[int] = Counter()
+        self._power: dict[str, Mapping[str, float]] = {}  # before the run
         self._cpu = (0.0, 0.0)  # CPU time of all workers, and when
 
     async def watch(
@@ -145,6 +167,7 @@ class Sampler:
         loop = asyncio.get_running_loop()
         due_at = loop.time()
         self._cpu = (0.0, due_at)
+        self._power = await self._powers()
         try:
             with self._path.open("wb", buffering=0) as file:
                 while True:
@@ -153,12 +176,26 @@ class Sampler:
                     at, arms = max(0.0, self._now()), arm_samples(self._tally)
                     client = self._client(states(), host, loop.time())
                     readings = await read_all(told, timeout_s=_EVERY_S)
-                    targets = {name: self._server(name, readings.get(name)) for name in self._endpoints}
+                    powers = await self._powers()
+                    targets = {
+                        name: with_power(self._server(name, readings.get(name)), self._power[name], powers[name])
+                        for name in self._endpoints
+                    }
                     sample = Sample(at, targets, arms, client)
                     tell(sample)
                     file.write(msgspec.json.encode(sample) + b"\n")
         except OSError:
             return
+
+    def tell_idle(self, server: dict[str, Any]) -> None:
+        """Adds to `server` of summary.json what the GPUs of each target drew before the run, where that is told."""
+        for name, told in self._power.items():
+            if "watts" in told:
+                (server if "reconciled" in server else server[name])["idle_w"] = told["watts"]
+
+    async def _powers(self) -> dict[str, Mapping[str, float]]:
+        told = await asyncio.gather(*(endpoint.power(_EVERY_S) for endpoint in self._endpoints.values()))
+        return dict(zip(self._endpoints, told, strict=True))
 
     def _server(self, name: str, reading: Reading | None) -> ServerSample | None:
         before = self._before[name]

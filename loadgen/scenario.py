@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from fanmark.loadgen.lengths import Dist
+from fanmark.loadgen.prices import Price, Prices
 from fanmark.loadgen.questions import CHARS_PER_TOKEN, Question
 from fanmark.servers.engine.routing import Policy
 
@@ -12,34 +13,10 @@ Tokens = Annotated[int, msgspec.Meta(ge=0)] | Dist
 Positive = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
 NotNegative = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
-Price = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 
 
 class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A TOML table that refuses unknown keys."""
-
-
-class Prices(Table, frozen=True):
-    """Dollars per million tokens; or of a server of one's own, `gpu_hour` for each of the `gpus` of a replica. With both, one pays for the
-    GPUs, and tokens are what an API would ask."""
-
-    input: Price | None = None
-    output: Price | None = None
-    cached_input: Price | None = None
-    gpu_hour: Price | None = None
-    gpus: Annotated[int, msgspec.Meta(ge=1)] = 1
-
-    @property
-    def replica_s(self) -> float | None:
-        """Dollars of a replica for a second; None where it is not one's own."""
-        return None if self.gpu_hour is None else self.gpu_hour * self.gpus / 3600.0
-
-    def of_tokens(self, read: float, cached: float, written: float) -> float | None:
-        """By token prices; a cached token has its own price only where there is one. None without them."""
-        if self.input is None or self.output is None:
-            return None
-        cheap = cached if self.cached_input is not None else 0
-        return ((read - cheap) * self.input + cheap * (self.cached_input or 0.0) + written * self.output) / 1e6
 
 
 class FromEnv(Table, frozen=True):
@@ -85,7 +62,8 @@ class Target(Table, frozen=True):
     systems that have it, else aiohttp; "openai": the SDK that applications use, slow. A call that ends with 429, 503 or no connection is
     sent again at most `retries` times: after the server's Retry-After, else after `retry_backoff_s`, doubled each time. `call_timeout_s`
     is for each attempt. `metrics_urls`: where all its servers tell of themselves; left out: /metrics beside each url. `profile`: the engine
-    model that stands in for it in virtual time; left out: the stub's. With one, a target that is never run needs no url."""
+    model that stands in for it in virtual time; left out: the stub's. With one, a target that is never run needs no url.
+    `power_url`: where its GPUs' power is told: a DCGM exporter, or "nvml", those of this host."""
 
     url: str | None = None
     urls: list[str] = []
@@ -111,6 +89,7 @@ class Target(Table, frozen=True):
     retry_backoff_s: Positive = 0.5
     profile: str | None = None
     prices: Prices | None = None
+    power_url: str | None = None
     limits: Limits | None = None
 
     @property

@@ -113,6 +113,7 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
             raise LostError(f"{e}: the run ended with it; until then {so_far(tally)}") from None
         records = reduced(read_queries(options.out), scenario.objective)
         server = await server_side.reconciled(endpoints, before, records)
+        sampler.tell_idle(server)
         if any(state.lost_at is not None for state in ended.states.values()):
             _not_reconcilable(server)
         stub = await server_side.stub_on_time(endpoints, before, records, place.time_scale)

@@ -63,6 +63,9 @@ def summarise_arms(
             if load and load["offered_qps"]
             else None,
         }
+        own = mine.where(lambda kind: not kind.warmup)
+        met = found[arm.name]["objective"] or {"good": found[arm.name]["queries"]["completed"]}
+        found[arm.name]["cost"] = cost_part(arm, scenario, own, met["good"], counted.windows, samples)
     run.calls.clear()
     base, interleaved = by_arm[scenario.baseline.name], scenario.load.arms == "interleaved"
     for arm in scenario.arms:
@@ -184,8 +187,6 @@ def _arm(arm: Arm, scenario: Scenario, counted: Reduced) -> dict[str, Any]:
         "claim": None,
         "failures": dict(sums.failures.most_common(3)),
     }
-    met = found["objective"]
-    found["cost"] = cost_part(arm, scenario, counted, outcomes["completed"] if met is None else met["good"])
     return found
 
 

@@ -362,6 +362,8 @@ def _server(name: str, server: Mapping[str, Any]) -> list[str]:
     if server.get("draft_acceptance") is not None:
         drafted = number(server["draft_tokens"]["server"])
         found.append(f"{'':<8} guessed ahead {drafted} tokens, {server['draft_acceptance']:.1%} of them accepted")
+    if "idle_w" in server:
+        found.append(f"{'':<8} GPUs drew {number(server['idle_w'])} W before the run")
     if "engine_busy_s" in server:
         joules = "" if server["engine_joules"] is None else f", {number(server['engine_joules'])} J"
         idle = ""

@@ -16,6 +16,7 @@ from fanmark.loadgen.errors import CallError, FanmarkError, ScenarioError, Unrea
 from fanmark.loadgen.lanes import fast
 from fanmark.loadgen.lanes.http import HttpLane, Sent
 from fanmark.loadgen.lanes.sse import Reply
+from fanmark.loadgen.power import NVML, nvml, parse_dcgm
 from fanmark.loadgen.prompts import ChatPrompts, TokenPrompts, measure_prose, measure_template
 from fanmark.loadgen.redaction import RedactedLane
 from fanmark.loadgen.scenario import Target
@@ -53,6 +54,7 @@ class HttpEndpoint(Endpoint):
         path = "/completions" if config.api == "completions" else "/chat/completions"
         self._calls_to = [shape.at(f"{url}{path}") for url in config.replicas]
         self._turn = itertools.count()
+        self._nvml = nvml() if config.power_url == NVML else None
         self._pool: httpx2.AsyncHTTPTransport | None = None
 
     @property
@@ -153,6 +155,17 @@ class HttpEndpoint(Endpoint):
 
     async def reading(self, timeout_s: float = 10.0) -> Reading | None:
         return await self._metrics.read(timeout_s)
+
+    async def power(self, timeout_s: float = 10.0) -> Mapping[str, float]:
+        if self._nvml is not None:
+            return self._nvml()
+        if self.config.power_url is None:
+            return {}
+        try:
+            status, body = await self.lane.get(self.config.power_url, {}, timeout_s=timeout_s)
+        except CallError:
+            return {}
+        return parse_dcgm(body.decode(errors="replace")) if status == 200 else {}
 
     def note_silent(self) -> None:
         """Notes which of the addresses that were given for its counters did not tell any when they were last read."""

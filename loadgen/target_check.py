@@ -8,8 +8,9 @@ from urllib.parse import parse_qsl, urlsplit
 
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.mistakes import show
+from fanmark.loadgen.prices import Prices
 from fanmark.loadgen.redaction import is_secret_name
-from fanmark.loadgen.scenario import OF_URL, Budget, FromEnv, Prices, Target, ToolServer
+from fanmark.loadgen.scenario import OF_URL, Budget, FromEnv, Target, ToolServer
 from fanmark.loadgen.shaping import target_key
 
 _SECRET_PARAM = r"(.*_)?(api_?key|password|secret|access_?token|authorization)"
@@ -26,6 +27,10 @@ def check_targets(targets: Mapping[str, Target], source: str) -> None:
         _check_lane(target, where)
         _check_secrets(target, where)
         _check_prices(target.prices, where)
+        if target.power_url is not None and not re.match(r"nvml$|http://[^/\s@]+", target.power_url):
+            raise ScenarioError(
+                f'{where} power_url = {show(target.power_url)}: give http://HOST:PORT/metrics of a DCGM exporter, or "nvml"'
+            )
         for url in target.metrics_urls:
             _check_metrics_url(target, url, where)
 

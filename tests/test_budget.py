@@ -30,7 +30,8 @@ from fanmark.loadgen.dry_run import check_guarded, plan, totals
 from fanmark.loadgen.errors import CallError, ScenarioError
 from fanmark.loadgen.lanes.http import HttpError
 from fanmark.loadgen.lanes.sse import Usage
-from fanmark.loadgen.scenario import Budget, Limits, Prices, Scenario
+from fanmark.loadgen.prices import Prices
+from fanmark.loadgen.scenario import Budget, Limits, Scenario
 from fanmark.loadgen.scenario_check import check
 from fanmark.loadgen.simulate import Options, simulate
 

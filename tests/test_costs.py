@@ -9,9 +9,9 @@ from fanmark.loadgen.call_record import take
 from fanmark.loadgen.cost_part import cost_part, rows
 from fanmark.loadgen.costs import dollars, resources
 from fanmark.loadgen.lanes.sse import Details, Reply, Usage, Work
+from fanmark.loadgen.prices import Prices
 from fanmark.loadgen.records import Call
 from fanmark.loadgen.reduced import reduced
-from fanmark.loadgen.scenario import Prices
 from fanmark.servers.engine.attribution import Weights
 
 WEIGHTS = Weights(128, 2e-5, 0.0, 2e-4, 3e-8)
@@ -98,11 +98,11 @@ def test_costs_are_totals_over_completed_queries_and_say_how_they_are_known() ->
     a_second = 4 * 3.0 / 3600
     values = {name: figure["value"] for name, figure in found.items()}
     assert values == pytest.approx({
-        "gpu_s": 0.3, "gpu_waste_s": 0.015, "occupancy_s": 3.0, "joules": 90.0, "dollars": 0.3 * a_second,
+        "gpu_s": 0.3, "gpu_waste_s": 0.015, "occupancy_s": 3.0, "joules": 90.0, "measured_joules": None, "dollars": 0.3 * a_second,
         "dollars_per_1000_good": 600 * a_second, "break_even_utilisation": 0.6 * a_second / (3 * 84e-6),
     })  # fmt: skip
     kinds = {name: figure["kind"] for name, figure in found.items()}
-    assert kinds == {**dict.fromkeys(values, "simulated"), "occupancy_s": "measured"}
+    assert kinds == {**dict.fromkeys(values, "simulated"), "occupancy_s": "measured", "measured_joules": None}
     assert all(figure["definition"] for figure in found.values())
 
 

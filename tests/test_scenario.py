@@ -16,7 +16,8 @@ from fanmark.agents.runtime import Topology
 from fanmark.loadgen import scenario_check
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.lengths import Dist
-from fanmark.loadgen.scenario import Prices, Scenario, resolved
+from fanmark.loadgen.prices import Prices
+from fanmark.loadgen.scenario import Scenario, resolved
 from fanmark.loadgen.session import _without_none
 
 SINGLE = '[[arm]]\nname = "single"\ntopology = "single"\nbaseline = true\n'
@@ -271,6 +272,10 @@ FILE_MISTAKES = {
     "prices that lack one": (
         f"{TARGET}prices = {{ input = 2 }}",
         "f.toml: [target] prices: input without output: give both, in dollars per million tokens",
+    ),
+    "a meter that is none": (
+        f"{TARGET}power_url = 'ipmi://h'",
+        'f.toml: [target] power_url = "ipmi://h": give http://HOST:PORT/metrics of a DCGM exporter, or "nvml"',
     ),
     "prices that are none": (
         f"{TARGET}prices = {{ gpus = 2 }}",

@@ -5,9 +5,10 @@ from typing import Any
 
 from fanmark.agents import topologies
 from fanmark.loadgen.costs import resources
+from fanmark.loadgen.prices import Prices
 from fanmark.loadgen.records import Call, Query, gap_bucket
 from fanmark.loadgen.reduced import CallKind, Rows, reduced
-from fanmark.loadgen.scenario import Prices, Scenario
+from fanmark.loadgen.scenario import Scenario
 from fanmark.loadgen.scenario_check import check
 
 PRICES = {"t": Prices(input=1.0, cached_input=0.1, output=2.0)}
