@@ -18,6 +18,7 @@ from aiohttp import web
 
 from fanmark.servers.answers import Lengths, Speaker
 from fanmark.servers.body_fields import ApiError, bad_value
+from fanmark.servers.engine.attribution import SECONDS, Account
 from fanmark.servers.engine.batch import EngineConfig, Rejected
 from fanmark.servers.engine.request import Request
 from fanmark.servers.faults import Doom, FaultError, FaultPlan, fault_from
@@ -303,11 +304,14 @@ class StubApp:
         struck = [({"kind": f.kind}, n) for f, n in zip(self.plan.faults, self.plan.struck, strict=True)]
         joules, busy = sum(life.joules for life in lives), sum(life.busy_s for life in lives)
         steps = sum(life.steps for life in lives)
+        parts = sum((life.account for life in lives if life.account is not None), Account())
+        attributed = [({"kind": name.removesuffix("_s")}, getattr(parts, name)) for name in SECONDS]
         extra = [
             *own_counter("process_cpu_seconds_total", "Processor time of the server.", [({}, time.process_time())]),
             *own_gauge("fanmark_stub_time_scale", "Wall seconds to a second of the engine.", self.engine.time_scale),
             *own_counter("fanmark_stub_steps_total", "Steps of the engine.", [({}, steps)]),
             *own_counter("fanmark_stub_busy_seconds_total", "Engine seconds in which a step ran.", [({}, busy)]),
+            *own_counter("fanmark_stub_attributed_seconds_total", "Busy seconds by what they went to.", attributed),
             *own_counter("fanmark_stub_joules_total", "Energy by the profile's power figures.", [({}, joules)]),
             *(own_counter("fanmark_stub_faults_total", "Requests that a fault struck.", struck) if struck else ()),
         ]

@@ -185,6 +185,23 @@ def test_tokenize_counts_as_usage_does_tools_included(stub: Stub) -> None:
 # Clients that go away
 
 
+def test_replies_tell_what_they_took_of_the_engine_and_the_metrics_whose_its_time_was() -> None:
+    with running_stub("--model", "tiny", "--time-scale", "0.1") as stub:
+        bodies = [{"prompt": [i] * 100, "max_tokens": 5 * i, "ignore_eos": True} for i in (1, 2, 3)]
+        usages = [stub.send("POST", "/v1/completions", body).json()["usage"] for body in bodies]
+        streamed = {**bodies[0], "stream": True, "stream_options": {"include_usage": True}}
+        usages.append(stub.send("POST", "/v1/completions", streamed).events()[-1]["usage"])
+        seen = stub.metrics()
+    kinds = {
+        k: seen[f'fanmark_stub_attributed_seconds_total{{kind="{k}"}}']
+        for k in ("prefill", "output", "context", "waste", "slack")
+    }
+    assert sum(kinds.values()) == pytest.approx(seen["fanmark_stub_busy_seconds_total"], rel=1e-6)
+    of_replies = sum(usage["fanmark"]["gpu_s"] for usage in usages)
+    assert of_replies == pytest.approx(sum(kinds.values()) - kinds["slack"], rel=1e-6)
+    assert 0 < sum(usage["fanmark"]["joules"] for usage in usages) < seen["fanmark_stub_joules_total"]
+
+
 def test_a_client_that_goes_away_aborts_its_request() -> None:
     with running_stub("--model", "tiny") as stub:
         connection = http.client.HTTPConnection(stub.url.removeprefix("http://"), timeout=20)

@@ -30,6 +30,7 @@ from typing import NamedTuple
 from fanmark.servers.engine.batch import Batch, Part
 from fanmark.servers.engine.step_time import BatchShape, StepLaw
 
+SECONDS = ("prefill_s", "output_s", "context_s", "waste_s", "slack_s")  # of an account: they sum to the busy time
 FULL_BATCH = 128  # sequences; a replica that is meant to hold fewer says so
 _LONG = 1 << 14
 
@@ -81,7 +82,7 @@ class Account:
 
     @property
     def busy_s(self) -> float:
-        return self.attributed_s + self.slack_s
+        return math.fsum(getattr(self, name) for name in SECONDS)
 
 
 @dataclass(frozen=True, slots=True)
