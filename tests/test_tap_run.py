@@ -1,6 +1,14 @@
 """fanmark's own runs through the tap: what the tap tells of each query is what the run tells of it."""
 
 import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +71,96 @@ def test_the_tap_tells_of_each_query_what_the_run_tells(stub: Stub, tools_url: s
     assert summary["tap"]["unattributed"] == 0
     assert set(summary["tap"]["attributed"]["call"]) == {"traceparent"}
     assert verify(tmp_path / "tap", topologies()).differ == []
+
+
+SECRETS = {
+    "authorization": "Bearer sk-very-secret-key",
+    "x-session-id": "session-of-somebody",
+    "x-api-key": "another-secret",
+}
+
+
+@contextmanager
+def tapping(*flags: str) -> Iterator["tuple[subprocess.Popen[str], str]"]:
+    """The command, and the address that it prints; it does not outlive the block."""
+    command = [sys.executable, "-m", "fanmark.loadgen.cli", "tap", *flags]
+    env = {**os.environ, "CI": "true"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
+        try:
+            assert process.stderr is not None
+            url = next(line.split()[1] for line in iter(process.stderr.readline, "") if line.startswith("tap "))
+            yield process, url.removesuffix("/v1")
+        finally:
+            process.kill()
+
+
+def chat(url: str, *texts: str, **fields: Any) -> Any:
+    roles = ["system", "user", "assistant", "user"]
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+    reply = Stub(url, 0, None).send(  # type: ignore[arg-type]
+        "POST", "/v1/chat/completions", {"messages": messages, "max_tokens": 9, "ignore_eos": True, **fields}, SECRETS
+    )
+    assert reply.status == 200, reply.body
+    return reply
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_nothing_that_was_said_is_kept_unless_it_is_asked_for(stub: Stub, tmp_path: Path, keeps: bool) -> None:
+    out = tmp_path / "tap"
+    flags = ["--target", f"{stub.url}/v1", "--out", str(out), "--idle", "0.3"] + ["--keep-text"] * keeps
+    with tapping(*flags) as (process, url):
+        said = chat(url, "You are terse-and-unusual.", "Where did the albatross go?").json()["choices"][0]["message"][
+            "content"
+        ]
+        streamed = chat(
+            url, "You are terse-and-unusual.", "Where did the albatross go?", said, "And the walrus?", stream=True
+        )
+        assert streamed.events()[-1]["choices"]  # no usage, which nobody had asked for
+        process.send_signal(signal.SIGINT)
+        printed, _ = process.communicate(timeout=30)
+    assert process.returncode == 0 and "session header" in printed
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["tap"]["attributed"]["call"] == {"session": 2}
+    assert summary["arms"]["tapped"]["per_query"]["output_tokens"]["mean"] == 9
+    calls = [json.loads(line) for line in (out / "calls.jsonl").read_text().splitlines()]
+    assert [sum(m["tokens"] for m in call["messages"]) for call in calls] == [call["input_tokens"] for call in calls]
+    whole = "".join(path.read_text() for path in out.iterdir())
+    told = [word in whole for word in ("terse-and-unusual", "albatross", said)]
+    assert told == [keeps] * 3
+    assert not [value for value in SECRETS.values() if value.removeprefix("Bearer ") in whole + printed]
+
+
+def test_what_cannot_be_attributed_has_a_bucket_of_its_own(stub: Stub, tmp_path: Path) -> None:
+    async def use(url: str) -> None:
+        for question in ("one thing or another", "something else entirely"):
+            await asyncio.to_thread(
+                Stub(url, 0, None).send,
+                "POST",
+                "/v1/completions",
+                {"prompt": question, "max_tokens": 5},  # type: ignore[arg-type]
+            )
+
+    _, summary = asyncio.run(through(f"{stub.url}/v1", tmp_path / "tap", use))
+    assert summary["tap"]["attributed"]["call"] == {"none": 2} and summary["tap"]["unattributed"] == 2
+    assert summary["arms"]["unattributed"]["queries"]["completed"] == 2
+    assert set(summary["arms"]["unattributed"]["amplification"].values()) == {None}
+    assert verify(tmp_path / "tap", topologies()).differ == []
+
+
+def test_mistakes_are_told_in_a_line(stub: Stub, tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "queries.jsonl").touch()
+    with socket.create_server(("127.0.0.1", 0)) as port:
+        taken = str(port.getsockname()[1])
+        target = ["--target", f"{stub.url}/v1"]
+        for flags, code, word in (
+            (["--target", "http://127.0.0.1:1/v1"], 3, "does not answer"),
+            ([*target, "--port", taken], 2, f"--port {taken}"),
+            ([*target, "--out", str(tmp_path / "taken")], 2, "another run"),
+            ([*target, "--mcp", "/v1=http://127.0.0.1:9/mcp"], 2, "--mcp"),
+        ):
+            out = [] if "--out" in flags else ["--out", str(tmp_path / "none")]
+            command = [sys.executable, "-m", "fanmark.loadgen.cli", "tap", *flags, *out]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            assert (done.returncode, done.stderr.count("\n")) == (code, 1), done.stderr
+            assert word in done.stderr and not (tmp_path / "none").exists()
