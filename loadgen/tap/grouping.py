@@ -36,8 +36,8 @@ from fanmark.loadgen.tap.ids import Name, names, retries
 from fanmark.loadgen.tap.seen import NOWHERE, Answer, Group, Seen
 
 MOST_READ = 256  # replies of other queries that are looked for in a request without a name, the latest first
-MOST_ALIKE = 64  # calls with the same messages
-MOST_ENDED = 10_000  # sessions whose last query has ended are known so many at a time
+MOST_ALIKE = 16  # calls with the same messages
+MOST_ENDED = 5_000  # sessions whose last query has ended are known so many at a time
 
 
 class Grouping:
@@ -313,7 +313,7 @@ def _added(seen: Seen, before: Seen) -> list[Said]:
     """What of its messages is new after those of the call that it extends, and that call's reply."""
     if seen.asked.previous is not None:
         return seen.spoken
-    added = seen.spoken[len(before.chain) :]
+    added = seen.spoken[len(before.chain) or before.length :]
     return added[1:] if added and added[0].role == "assistant" else added
 
 

@@ -228,6 +228,7 @@ class Recorder:
             self._tally.call_retried(call)
         self._tally.query_finished(query)
         self._journal.write(query)
+        group.release()
 
     def shares(self) -> Mapping[str, Any]:
         """How calls and tool calls were attributed, by method."""

@@ -9,6 +9,7 @@ from fanmark.loadgen.tap.asked import Asked, Said
 from fanmark.loadgen.tap.content import says
 from fanmark.loadgen.tap.ids import Name
 
+NOWHERE_ASKED = Asked(None, [], {})
 OPEN_ASKS_IDLE = 10  # so many times as long is waited while a tool call is open
 
 
@@ -34,6 +35,7 @@ class Seen:
     spoken: list[Said] = field(default_factory=list)
     system: str = ""
     chain: list[bytes] = field(default_factory=list)
+    length: int = 0  # of the chain, once that is gone
     digest: bytes = b""
     attempt: int = 1
     failed_before: list["Seen"] = field(default_factory=list)
@@ -84,6 +86,14 @@ class Group:
     def told(self) -> Iterator[str]:
         """All replies and results so far."""
         yield from (seen.text for seen in self.calls if seen.text)
+
+    def release(self) -> None:
+        """Lets go of all that only an open query needs: what was said, but for the replies by which its session's next query is known."""
+        for seen in self.calls:
+            seen.length, seen.chain = len(seen.chain), []
+            seen.asked, seen.spoken, seen.system, seen.record = NOWHERE_ASKED, [], "", None
+            seen.after, seen.sources, seen.failed_before, seen.caller, seen.extends = [], [], [], None, None
+        self.calls, self.paused_after = [], None
 
     def ends_at(self, idle_s: float) -> float | None:
         """When it ends if nothing comes; None while something is in flight."""
