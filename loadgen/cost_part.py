@@ -102,6 +102,20 @@ def measured_joules(
     return whole / completed if times and completed else None
 
 
+def capacity_figure(found: Mapping[str, float | None] | None, replicas: int, clock: str) -> dict[str, Any] | None:
+    """Capacity seconds of a query from the best load that a sweep saw within the objective (`capacity` of sweep.json), carried by so many
+    replicas together; None where there is none."""
+    if found is None or not found["qps"]:
+        return None
+    return {
+        "value": replicas / found["qps"],
+        "low": replicas / found["high"] if found["high"] else None,
+        "high": replicas / found["low"] if found["low"] else None,
+        "kind": "simulated" if clock == "virtual" else "measured",
+        "definition": "seconds of a replica for a good query, as full as the objective allows and with nobody else on it",
+    }
+
+
 def all_simulated(arms: Mapping[str, Any]) -> None:
     """In virtual time nothing is measured."""
     for arm in arms.values():

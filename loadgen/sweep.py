@@ -17,6 +17,7 @@ import msgspec
 
 from fanmark.loadgen import crossing
 from fanmark.loadgen.capacity import SCHEMA, Found, Look, arms_part, looks_of, objectives_of, points_of
+from fanmark.loadgen.cost_part import capacity_figure
 from fanmark.loadgen.crossing import Wanted
 from fanmark.loadgen.ranges import CONCURRENCY, Axis
 from fanmark.loadgen.records import read_queries
@@ -97,6 +98,14 @@ class Sweep:
             points = [crossing.read(self.wanted, each["x"], each["summary"]) for each in self.along]
             return crossing.next_value(self.wanted, self.axis, points, self.within)
         return next(iter((self.axis.values or ())[len(self.along) :]), None)
+
+    def _replicas(self, arm: str) -> int:
+        """Of the servers that an arm's calls go to."""
+        if not self.scenario.targets:
+            return self.scenario.stub.replicas
+        own = next(each for each in self.scenario.arms if each.name == arm)
+        names = set(own.targets.values()) | ({own.target or "default"} if "default" not in own.targets else set())
+        return sum(len(self.scenario.targets[name].replicas) for name in names if name in self.scenario.targets)
 
     def _objectives(self) -> dict[str, Found]:
         return objectives_of(self.scenario.objective) if self.scenario.objective is not None else {}
@@ -212,6 +221,8 @@ class Sweep:
             "notes": list(self.notes),
         }
         for name, arm in found["arms"].items():
+            for on in arm["on"].values():
+                on["capacity_s"] = capacity_figure(on["capacity"], self._replicas(name), str(self.about.get("clock")))
             if not seeks:
                 arm["along"] = [_figures(each, name) for each in sorted(self.along, key=lambda each: each["x"])]
         if self.wanted is not None and self.along:

@@ -115,6 +115,10 @@ def test_the_headline_is_the_baselines_capacity_over_the_arms(swept: Path) -> No
         points = arm["on"]["query"]["points"]
         best = max(p["goodput_qps"] for p in points if p["verdict"] == "pass")
         assert arm["on"]["query"]["capacity"]["qps"] == best
+        costs = arm["on"]["query"]["capacity_s"]
+        assert (costs["value"], costs["kind"]) == (1 / best, "simulated") and costs["low"] <= costs["value"] <= costs[
+            "high"
+        ]
         assert [p["x"] for p in points] == sorted(p["x"] for p in points)
         for p in points:
             assert p["goodput_qps"] == pytest.approx(
