@@ -23,6 +23,7 @@ from fanmark.loadgen.records import read_queries
 from fanmark.loadgen.scenario_check import check
 from fanmark.loadgen.trace_headers import trace_id
 from fanmark.loadgen.verify import verify
+from fanmark.servers.tokenizer import Tokenizer, vocabulary
 
 pytestmark = pytest.mark.real
 
@@ -124,6 +125,10 @@ def test_nothing_that_was_said_is_kept_unless_it_is_asked_for(stub: Stub, tmp_pa
     assert summary["arms"]["tapped"]["per_query"]["output_tokens"]["mean"] == 9
     calls = [json.loads(line) for line in (out / "calls.jsonl").read_text().splitlines()]
     assert [sum(m["tokens"] for m in call["messages"]) for call in calls] == [call["input_tokens"] for call in calls]
+    words = Tokenizer(vocabulary())
+    texts = ("You are terse-and-unusual.", "Where did the albatross go?", said, "And the walrus?")
+    assert [m["tokens"] for m in calls[1]["messages"]] == [words.count(text) for text in texts]
+    assert summary["tap"]["lengths"] == "counted"
     whole = "".join(path.read_text() for path in out.iterdir())
     told = [word in whole for word in ("terse-and-unusual", "albatross", said)]
     assert told == [keeps] * 3

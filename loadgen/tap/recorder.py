@@ -4,7 +4,7 @@ It stands beside the way of the bytes: it is handed copies, and what fails here 
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -198,15 +198,10 @@ class Recorder:
                 self._told[group] = None
                 self._tally.query_started(TAPPED)
 
-    def look(self) -> None:
-        """Writes down the queries that have ended by now."""
-        self.grouping.idle(self._clock.now())
-        self.write_closed()
-
-    def write_closed(self) -> None:
-        """Writes down the queries that have ended."""
-        closed, self.grouping.closed = self.grouping.closed, []
-        for group in closed:
+    def write(self, groups: Sequence[Group]) -> None:
+        """Writes down queries that have ended."""
+        for group in groups:
+            self.grouping.closed.remove(group)
             self._write(group)
 
     def _write(self, group: Group) -> None:

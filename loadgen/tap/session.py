@@ -6,7 +6,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -42,6 +42,7 @@ from fanmark.loadgen.tally import Tally
 from fanmark.loadgen.tap.carried import start
 from fanmark.loadgen.tap.grouping import Grouping
 from fanmark.loadgen.tap.heads import Upstream, upstream
+from fanmark.loadgen.tap.lengths import Lengths
 from fanmark.loadgen.tap.recorder import LANE, TAPPED, TARGET, UNATTRIBUTED, Recorder
 from fanmark.loadgen.tap.words import remarks
 from fanmark.loadgen.target import HttpEndpoint
@@ -49,6 +50,7 @@ from fanmark.loadgen.target import HttpEndpoint
 _LOOK_S = 0.25
 _LINE_S = 5.0
 _READY_S = 5.0
+_COUNT_S = 10.0  # for the texts of the queries that ended last
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ class _Standing:
     recorder: Recorder
     journal: Journal
     run_id: str
+    lengths: Lengths
 
     @property
     def endpoints(self) -> dict[str, HttpEndpoint]:
@@ -161,7 +164,10 @@ async def tap(options: Options, opened: Callable[[Tap], None] = lambda _: None) 
             "version": options.version, "command": list(options.command), "clock": "real", "time_scale": 1.0,
         }  # fmt: skip
         on.recorder.grouping.close()
-        on.recorder.write_closed()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_COUNT_S):
+                await on.lengths.count(on.recorder.grouping.closed, on.recorder.sizes)
+        on.recorder.write(list(on.recorder.grouping.closed))
         on.journal.flush()
         found = await _summary(on, run_part, samples)
         found["files"] = digests(options.out)
@@ -183,7 +189,7 @@ async def _stand(options: Options, stack: AsyncExitStack, clock: RunClock, tally
     stack.callback(journal.close)
     grouping = Grouping(options.idle_s)
     recorder = Recorder(grouping, tally, journal, clock, options.salt, keep_text=options.keep_text)
-    return _Standing(options, clock, endpoint, before, tally, recorder, journal, run_id)
+    return _Standing(options, clock, endpoint, before, tally, recorder, journal, run_id, Lengths(endpoint))
 
 
 async def _pass(on: _Standing, course: Course, one: Tap, opened: Callable[[Tap], None], gone: asyncio.Event) -> Sampler:
@@ -191,7 +197,7 @@ async def _pass(on: _Standing, course: Course, one: Tap, opened: Callable[[Tap],
     sampler = Sampler(on.options.out, on.clock.now, on.endpoints, on.before, on.tally)
     beside = [
         sampler.watch(lambda: {0: on.recorder.carrier}, course.add),
-        _look(on.recorder, on.options, one.enough, gone),
+        _look(on, one.enough, gone),
         _lines(on.recorder, course, on.options),
         _flush(on.journal, one.enough),
     ]
@@ -221,26 +227,28 @@ async def _summary(on: _Standing, run_part: dict[str, Any], sampler: Sampler) ->
     )
     found["target"]["lane"] = LANE
     same_host = {TARGET: await on_this_host(endpoint.urls)}
-    told = told_of(on.recorder, on.options)
+    told = told_of(on)
     surroundings = environment({}, client_host(), on.endpoints, on.before, same_host)
     return found | {
         "notes": [*endpoint.notes, *remarks({"tap": told})], "tap": told, "environment": surroundings
     }  # fmt: skip
 
 
-def told_of(recorder: Recorder, options: Options) -> dict[str, Any]:
+def told_of(on: _Standing) -> dict[str, Any]:
     """`tap` of summary.json: how calls and tool calls were attributed, and what passed without being measured."""
+    recorder = on.recorder
     return {
         "attributed": recorder.shares(),
         "queries": recorder.written[TAPPED],
         "unattributed": recorder.written[UNATTRIBUTED],
         "reopened": recorder.grouping.reopened,
+        "lengths": "counted" if on.lengths.counted else "by size",
         "by_time": recorder.by_time,
         "passed": recorder.passed,
         "unread": recorder.unread,
         "mcp_other": recorder.others,
         "models": dict(recorder.models),
-        "idle_s": options.idle_s,
+        "idle_s": on.options.idle_s,
     }
 
 
@@ -296,12 +304,16 @@ def _where(options: Options, url: str, routes: Sequence[Upstream], server: str, 
     ]
 
 
-async def _look(recorder: Recorder, options: Options, enough: asyncio.Event, gone: asyncio.Event) -> None:
-    """Ends queries that have ended, until cancelled; ends the tap when there are enough, or nothing passes any more."""
+async def _look(on: _Standing, enough: asyncio.Event, gone: asyncio.Event) -> None:
+    """Writes down queries that have ended, until cancelled; ends the tap when there are enough, or nothing passes any more."""
+    recorder, wanted = on.recorder, on.options.queries
     while True:
         await asyncio.sleep(_LOOK_S)
-        recorder.look()
-        if gone.is_set() or (options.queries is not None and recorder.written[TAPPED] >= options.queries):
+        recorder.grouping.idle(on.clock.now())
+        ended = list(recorder.grouping.closed)
+        await on.lengths.count(ended, recorder.sizes)
+        recorder.write(ended)
+        if gone.is_set() or (wanted is not None and recorder.written[TAPPED] >= wanted):
             enough.set()
 
 
