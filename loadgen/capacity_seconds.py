@@ -15,8 +15,10 @@ Rules of the file:
 """
 
 import asyncio
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from statistics import fmean, stdev
 from typing import Any
 
 import msgspec
@@ -28,11 +30,13 @@ from fanmark.loadgen.records import Begun, Call, Query, Window
 from fanmark.loadgen.run import Run
 from fanmark.loadgen.scenario import Arm, Load, Objective, Scenario
 from fanmark.loadgen.simulate import services_of, stand_in
+from fanmark.loadgen.statistics import student_t
 from fanmark.loadgen.tally import Tally
 from fanmark.servers.engine.attribution import Account, Accounting
 from fanmark.servers.engine.events import ReplicaStatistics
 
 MOST_AT_ONCE = 4096
+SEEDS = 5
 LEAST_QUERIES = 40  # that are measured; and at least three times as many as are under way
 GROWS = 1.1  # twice as many queries at a time that bring fewer more than that bring no more
 NEAR = 1.1  # so near is the N that meets the objective to one that does not
@@ -58,6 +62,7 @@ class Filled:
     input_tokens: float
     cached_tokens: float
     output_tokens: float
+    tool_calls: float
 
     @property
     def met_qps(self) -> float:
@@ -191,6 +196,7 @@ async def _filled(scenario: Scenario, topologies: Mapping[str, Topology], at_onc
         input_tokens=sum(call.input_tokens or 0 for call in calls) / n,
         cached_tokens=sum(call.cached_tokens or 0 for call in calls) / n,
         output_tokens=sum(call.output_tokens or 0 for call in calls) / n,
+        tool_calls=sum(query.resources["tool_calls"] or 0 for query in mine) / n,
     )
 
 
@@ -224,19 +230,31 @@ def waterfall(arm: Filled, base: Filled) -> dict[str, Any] | None:
     }
 
 
-def marginal(scenario: Scenario, topologies: Mapping[str, Topology], arm: str) -> float:
+def marginal(scenario: Scenario, topologies: Mapping[str, Topology], arm: str, seeds: int = SEEDS) -> dict[str, Any]:
     """Busy seconds that replicas would not have had without the arm's queries, for each of them: the scenario as it is, all its arms at
-    once, against the same without the arm."""
-    busy_s, queries = run_virtually(_busy(_at_once(scenario, scenario.arms), topologies, arm))
+    once, against the same without the arm. Chance moves steps together and apart, so that it is a mean over seeds, with its 95 % interval;
+    of a small arm beside large ones that may reach below 0."""
     others = [each for each in scenario.arms if each.name != arm]
-    without_s = run_virtually(_busy(_at_once(scenario, others), topologies, arm))[0] if others else 0.0
-    return (busy_s - without_s) / queries
+    values = []
+    for seed in range(scenario.seed, scenario.seed + seeds):
+        with_s, queries = run_virtually(_busy(_at_once(scenario, scenario.arms, seed), topologies, arm))
+        without_s = run_virtually(_busy(_at_once(scenario, others, seed), topologies, arm))[0] if others else 0.0
+        values.append((with_s - without_s) / queries)
+    half_s = student_t(seeds - 1) * stdev(values) / math.sqrt(seeds) if seeds > 1 else math.inf
+    mean_s = fmean(values)
+    known = math.isfinite(half_s)
+    return {
+        "value": mean_s,
+        "low": mean_s - half_s if known else None,
+        "high": mean_s + half_s if known else None,
+        "seeds": seeds,
+    }
 
 
-def _at_once(scenario: Scenario, arms: Sequence[Arm]) -> Scenario:
+def _at_once(scenario: Scenario, arms: Sequence[Arm], seed: int) -> Scenario:
     kept = [msgspec.structs.replace(each, baseline=i == 0) for i, each in enumerate(arms)]
     load = msgspec.structs.replace(scenario.load, arms="interleaved", repeats=1)
-    return msgspec.structs.replace(scenario, arms=kept, load=load, threshold=[], budget=None, record=False)
+    return msgspec.structs.replace(scenario, arms=kept, load=load, seed=seed, threshold=[], budget=None, record=False)
 
 
 async def _busy(scenario: Scenario, topologies: Mapping[str, Topology], arm: str) -> tuple[float, int]:

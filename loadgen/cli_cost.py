@@ -11,10 +11,11 @@ from fanmark.loadgen.errors import ScenarioError
 SCHEMA = "fanmark.cost/1"
 DEFINITIONS = {
     "capacity_s": "seconds of a replica for a query, as full as the objective allows and with nobody else on it",
-    "marginal_s": "busy seconds that replicas would not have had without the query, all arms at once at the scenario's load",
+    "marginal_s": "busy seconds that replicas would not have had without the query, all arms at once (mean of seeds, 95 %)",
     "joules": "energy of the full replica for a query",
     "dollars": "capacity_s at the target's gpu_hour",
     "api_dollars": "its tokens at the target's prices for them",
+    "tool_dollars": "its tool calls, on top of either",
     "break_even_utilisation": "use from which own GPUs, full when they work, cost less than the API asks for the tokens",
 }
 PARTS = {
@@ -52,7 +53,7 @@ def cost(
             print(f"{arm.name}: even one query at a time does not meet the objective", file=sys.stderr)
         found["arms"][arm.name] = {
             **(look.told() if look is not None else {"capacity_s": None}),
-            **_dollars(look, checked.prices.get(arm.target or "default")),
+            **_dollars(look, checked.prices.get(arm.target or "default"), checked.tools.dollars_per_call),
             "marginal_s": capacity_seconds.marginal(checked, table, arm.name) if marginal else None,
             "waterfall": capacity_seconds.waterfall(look, base) if look is not None and base is not None else None,
         }
@@ -61,13 +62,20 @@ def cost(
     print(json_text(found) if json else "\n".join(lines(found, checked.baseline.name)))
 
 
-def _dollars(look: Any, price: Any) -> dict[str, float | None]:
-    """What a query costs on GPUs of one's own, what an API asks for its tokens, and from which use on the first is less."""
-    if look is None or price is None:
-        return dict.fromkeys(("dollars", "api_dollars", "break_even_utilisation"))
-    own = look.capacity_s * price.replica_s if look.capacity_s and price.replica_s is not None else None
-    asked = price.of_tokens(look.input_tokens, look.cached_tokens, look.output_tokens)
-    return {"dollars": own, "api_dollars": asked, "break_even_utilisation": own / asked if own and asked else None}
+def _dollars(look: Any, price: Any, per_tool_call: float | None) -> dict[str, float | None]:
+    """What a query costs on GPUs of one's own, what an API asks for its tokens, from which use on the first is less, and its tool calls."""
+    found: dict[str, float | None] = dict.fromkeys(("dollars", "api_dollars", "break_even_utilisation", "tool_dollars"))
+    if look is not None and per_tool_call is not None:
+        found["tool_dollars"] = look.tool_calls * per_tool_call
+    if look is not None and price is not None:
+        own = look.capacity_s * price.replica_s if look.capacity_s and price.replica_s is not None else None
+        asked = price.of_tokens(look.input_tokens, look.cached_tokens, look.output_tokens)
+        found |= {
+            "dollars": own,
+            "api_dollars": asked,
+            "break_even_utilisation": own / asked if own and asked else None,
+        }
+    return found
 
 
 def lines(found: dict[str, Any], baseline: str) -> list[str]:
@@ -79,7 +87,7 @@ def lines(found: dict[str, Any], baseline: str) -> list[str]:
     rows = [["", *arms, ""]]
     for name in DEFINITIONS:
         if any(arm.get(name) is not None for arm in arms.values()):
-            rows.append([name, *(number(arm.get(name)) for arm in arms.values()), DEFINITIONS[name]])
+            rows.append([name, *(_shown(arm.get(name), number) for arm in arms.values()), DEFINITIONS[name]])
     for name in ("at_once", "calls_in_flight", "tpot_s", "latency_s", "good_qps"):
         rows.append([name, *(number(arm.get(name)) for arm in arms.values()), ""])
     falls = [arm["waterfall"] for arm in arms.values()]
@@ -95,3 +103,10 @@ def lines(found: dict[str, Any], baseline: str) -> list[str]:
         f"capacity_s against '{baseline}', by what it goes to",
         *columns(split),
     ]
+
+
+def _shown(value: Any, number: Any) -> str:
+    """A figure, with its interval where it has one."""
+    if not isinstance(value, dict):
+        return str(number(value))
+    return f"{number(value['value'])} [{number(value['low'])}, {number(value['high'])}]"

@@ -147,7 +147,7 @@ def by_repeats(own: Sequence[float], base: Sequence[float], ratio: float) -> tup
     logs = [math.log(a / b) for a, b in zip(own, base, strict=True)]
     middle = math.fsum(logs) / len(logs)
     variance = math.fsum((x - middle) ** 2 for x in logs) / (len(logs) - 1)
-    half = _t(len(logs) - 1) * math.sqrt(variance / len(logs))
+    half = student_t(len(logs) - 1) * math.sqrt(variance / len(logs))
     return ratio * math.exp(-half), ratio * math.exp(half)
 
 
@@ -186,12 +186,14 @@ def by_batches(own: Batched, base: Batched, count: int) -> tuple[float, float]:
     alone = math.fsum(x * x for _, x in own_off.values()) / len(own) ** 2
     alone += math.fsum(x * x for _, x in base_off.values()) / len(base) ** 2
     alone -= 2 * math.fsum(a[1] * b[1] for a, b in common) / pairs
-    half = max(_t(count - 1) * math.sqrt(max(by_time - 2 * elsewhere, by_time / 4)), Z_95 * math.sqrt(max(alone, 0.0)))
+    half = max(
+        student_t(count - 1) * math.sqrt(max(by_time - 2 * elsewhere, by_time / 4)), Z_95 * math.sqrt(max(alone, 0.0))
+    )
     middle = math.log(own_mean / base_mean)
     return math.exp(middle - half), math.exp(middle + half)
 
 
-def _t(freedom: float) -> float:
+def student_t(freedom: float) -> float:
     """The 97.5 % quantile of Student's t."""
     from scipy.special import stdtrit
 
