@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stub_process import Stub
+from free_port import free_port
+from stub_process import Stub, running_stub
 from tapped import SALT, by_seed, through
 
 from fanmark.agents import topologies
@@ -169,3 +170,42 @@ def test_mistakes_are_told_in_a_line(stub: Stub, tmp_path: Path) -> None:
             done = subprocess.run(command, capture_output=True, text=True, timeout=60)
             assert (done.returncode, done.stderr.count("\n")) == (code, 1), done.stderr
             assert word in done.stderr and not (tmp_path / "none").exists()
+
+
+HISTORY = [{"role": "user", "content": "How far is it?"}]
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": HISTORY, "max_tokens": 7, "ignore_eos": True},
+    "/v1/completions": {"prompt": "How far is it?", "max_tokens": 7, "ignore_eos": True},
+    "/v1/responses": {"input": HISTORY, "max_output_tokens": 7},
+    "/v1/messages": {"messages": HISTORY, "max_tokens": 7},
+}
+
+
+def of_api(url: str, path: str, **more: Any) -> None:
+    reply = Stub(url, 0, None).send("POST", path, {"model": "m", **BODIES[path], **more}, {"x-fanmark-query": "one"})  # type: ignore[arg-type]
+    assert reply.status == 200, reply.body
+
+
+def test_every_api_is_counted_as_the_server_counts_streamed_or_not(tmp_path: Path) -> None:
+    port = free_port()
+
+    async def use(url: str) -> dict[str, float]:
+        for path in BODIES:
+            for stream in (False, True):
+                await asyncio.to_thread(of_api, url, path, stream=stream)
+        metrics = Stub(f"http://127.0.0.1:{port}", 0, None)  # type: ignore[arg-type]
+        ended = 'fanmark_query_calls_count{arm="tapped",topology="replay"}'
+        return await asyncio.to_thread(metrics.until, ended, 1.0)
+
+    with running_stub("--time-scale", "0.1", "--model", "m") as server:
+        told, summary = asyncio.run(through(f"{server.url}/v1", tmp_path / "tap", use, metrics_port=port))
+    calls = [json.loads(line) for line in (tmp_path / "tap" / "calls.jsonl").read_text().splitlines()]
+    assert [call["api"] for call in calls] == [
+        api for api in ("chat", "completions", "responses", "messages") for _ in "ab"
+    ]
+    assert [(c["input_tokens"], c["output_tokens"], c["error"]) for c in calls] == [(5, 7, None)] * 8
+    assert summary["server"]["reconciled"] is True and summary["validity"]["alone"] is True
+    labels = 'arm="tapped",topology="replay"'
+    assert told[f"fanmark_query_calls_sum{{{labels}}}"] == 8
+    assert told[f'fanmark_query_tokens_sum{{{labels},kind="input"}}'] == 40
+    assert told[f"fanmark_query_depth_count{{{labels}}}"] == 1

@@ -229,9 +229,9 @@ class StreamParser:
         """Whether the stream's end has been read."""
         return self._done or (self._finish is not None and self._closed)
 
-    def reply(self) -> Reply:
+    def reply(self, empty_at: float | None = None) -> Reply:
         """The whole reply. Raises CallError: "stream_cut" where neither [DONE] nor, after a finish, the closing usage is there,
-        "bad_reply" for what cannot be read."""
+        "bad_reply" for what cannot be read, or holds no token; with `empty_at` such a one is a reply too, of that instant."""
         if self._has_cr:  # one that ends the stream ends a line
             self.take(events([(self._rest_at, bytes(self._rest))]))
         if self._error is not None:
@@ -241,7 +241,10 @@ class StreamParser:
                 "stream_cut", f"the stream ended after {self._chunks + self._together} chunks without [DONE]"
             )
         if self._first_at is None:
-            raise CallError("bad_reply", "the stream holds no token")
+            if empty_at is None:
+                raise CallError("bad_reply", "the stream holds no token")
+            self._next_group(empty_at)
+        assert self._first_at is not None
         self._close_group()
         return Reply(
             text="".join(self._text),

@@ -176,7 +176,7 @@ class Recorder:
             if call.kind == "tool_call":
                 said = Answer(_result(call, ended.content_type, under))
             else:
-                reply, id = _reply(under)
+                reply, id = _reply(under, call.done_at)
                 take(call, reply)
                 said = Answer(ids_text(reply.token_ids) if reply.token_ids else reply.text, reply.asks, id=id)
         except CallError as e:
@@ -233,12 +233,17 @@ class Recorder:
         }
 
 
-def _reply(under: _Under) -> tuple[Reply, str | None]:
+def _reply(under: _Under, done_at: float) -> tuple[Reply, str | None]:
     """The reply, and its id where it is told again. Raises CallError."""
     try:
         if under.stream:
-            return under.parser.reply(), under.reader.id if under.reader is not None else None
-        body, done_at = b"".join([data for _, data in under.body]), under.body[-1][0] if under.body else 0.0
+            reply = under.parser.reply(done_at)
+            if under.reader is None:
+                return reply, None
+            reply.finish = under.reader.finish or reply.finish
+            return reply, under.reader.id
+        body = b"".join([data for _, data in under.body])
+        done_at = under.body[-1][0] if under.body else done_at
         if under.api in ("chat", "completions"):
             return parse_body(body, done_at), None
         chunk, id = whole_reply(under.api, body)

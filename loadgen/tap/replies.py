@@ -77,10 +77,11 @@ def _usage_of_response(usage: Mapping[str, Any]) -> Usage | None:
 
 
 class Responses:
-    """The events of a streamed Response, one after another. `id` is the response's, once it is known."""
+    """The events of a streamed Response, one after another. `id` is the response's, once it is known; `finish` is told at its very end."""
 
     def __init__(self) -> None:
         self.id: str | None = None
+        self.finish: str | None = None
 
     def __call__(self, data: bytes) -> Chunk:
         event = _decoded(data)
@@ -102,7 +103,10 @@ class Responses:
         if kind == "response.created":
             id = _of(event, "response").get("id")
             self.id = id if isinstance(id, str) else None
+            return Chunk(choices=[Choice(finish_reason="stop")])  # unless an item or the end says otherwise
         if kind in _ENDED:
+            if kind == "response.incomplete" or _of(event, "response").get("status") == "incomplete":
+                self.finish = "length"
             return Chunk(usage=_usage_of_response(_of(_of(event, "response"), "usage")))
         if kind in ("error", "response.failed"):
             raise CallError("bad_reply", "an error in place of a reply")
@@ -139,6 +143,7 @@ class Messages:
     """The events of a streamed Message, one after another. Its id is never told again."""
 
     id: str | None = None
+    finish: str | None = None
 
     def __init__(self) -> None:
         self._usage: dict[str, Any] = {}
