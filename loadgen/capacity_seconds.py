@@ -58,7 +58,7 @@ class Filled:
     calls_in_flight: float
     tpot_s: float | None
     latency_s: float
-    waiting: int  # requests, at the end: the replica is full
+    full: bool  # requests wait for room at the end, or were preempted
     input_tokens: float
     cached_tokens: float
     output_tokens: float
@@ -119,10 +119,10 @@ def capacity(
             high = n
             break
         before, low = low, n
-        if looks[n].waiting or (before and looks[n].met_qps < GROWS * looks[before].met_qps):
+        if looks[n].full or (before and looks[n].met_qps < GROWS * looks[before].met_qps):
             break
         n *= 2
-    while high is not None and low and high > max(low + 1, NEAR * low):
+    while high is not None and low and not looks[low].full and high > max(low + 1, NEAR * low):
         middle = (low + high) // 2
         low, high = (middle, high) if passes(middle) else (low, middle)
     met = [look for look in looks.values() if objective is None or look.attainment >= objective.attainment]
@@ -192,12 +192,17 @@ async def _filled(scenario: Scenario, topologies: Mapping[str, Topology], at_onc
         calls_in_flight=sum(call.seconds for call in calls) / (end_at - start_at),
         tpot_s=_tpot_s(calls),
         latency_s=sum(query.done_at - query.due_at for query in mine) / n,
-        waiting=sum(engine.waiting for one in after for engine in one.engines),
+        full=any(engine.waiting for one in after for engine in one.engines)
+        or _preemptions(after) > _preemptions(before),
         input_tokens=sum(call.input_tokens or 0 for call in calls) / n,
         cached_tokens=sum(call.cached_tokens or 0 for call in calls) / n,
         output_tokens=sum(call.output_tokens or 0 for call in calls) / n,
         tool_calls=sum(query.resources["tool_calls"] or 0 for query in mine) / n,
     )
+
+
+def _preemptions(replicas: Sequence[ReplicaStatistics]) -> int:
+    return sum(engine.num_preemptions for one in replicas for engine in one.engines)
 
 
 def _tpot_s(calls: Sequence[Call]) -> float | None:
