@@ -81,5 +81,9 @@ def _session(name: str, rows: Sequence[Row]) -> tuple[float, list[RecordedCall]]
 def blocks(row: Row, unique: str) -> list[Said]:
     """The prompt, block by block; what no hash tells of is a text of its own."""
     ends = [min(row.reads, BLOCK_TOKENS * i) for i in range(len(row.hash_ids) + 1)]
-    found = [Said(str(hashed), b - a) for hashed, (a, b) in zip(row.hash_ids, pairwise(ends), strict=True) if b > a]
+    found = [
+        Said(f"{hashed}" if b - a == BLOCK_TOKENS else f"{hashed}/{b - a}", b - a)  # what is not full is another text
+        for hashed, (a, b) in zip(row.hash_ids, pairwise(ends), strict=True)
+        if b > a
+    ]
     return found + ([Said(unique, row.reads - ends[-1])] if ends[-1] < row.reads else [])
