@@ -101,6 +101,10 @@ class Metrics:
         for name, arm in list(self._tally.arms.items()):
             yield name, arm, labels({"arm": name, "topology": arm.topology})
 
+    def _trace_of(self, arm: str) -> Callable[[int], str] | None:
+        """What gives the trace of a query; what passes a tap has traces of its own, or none."""
+        return partial(trace_id, self._told.run_id, arm) if self._tally.compared else None
+
     def _run(self, out: Exposition) -> None:
         info = labels({"run": self._told.run_id, **self._told.info})
         out.gauge("fanmark_run_info", "The run, as labels", [(info, 1)])
@@ -121,7 +125,7 @@ class Metrics:
         )
         flying = [(label, arm.in_flight) for _, arm, label in arms]
         out.gauge("fanmark_queries_in_flight", "Queries in flight", flying)
-        traces = {name: partial(trace_id, self._told.run_id, name) for name, _, _ in arms}
+        traces = {name: self._trace_of(name) for name, _, _ in arms}
         latency: list[Bars] = [(label, arm.query_s, traces[name]) for name, arm, label in arms]
         out.histogram("fanmark_query_duration_seconds", "Query latency", latency)
         out.histogram("fanmark_query_calls", "Calls of a query", [(lb, a.query_calls, None) for _, a, lb in arms])
@@ -190,7 +194,7 @@ class Metrics:
         for (attribute, name, bounds, traced), text in zip(times, texts, strict=True):
             rows: list[Bars] = []
             for arm_name, arm, label in arms:
-                trace = partial(trace_id, self._told.run_id, arm_name) if traced else None
+                trace = self._trace_of(arm_name) if traced else None
                 by_target = {target: Histogram(bounds) for target in self._told.targets} | getattr(arm, attribute)
                 rows += [(f"{label},{labels({'target': target})}", h, trace) for target, h in by_target.items()]
             out.histogram(name, text, rows)
@@ -227,7 +231,7 @@ class Metrics:
             for tool, n in list(arm.tool_bytes.items()):
                 bytes_of[_bounded(tool, known)] += n
             sizes += [(f"{label},{labels({'tool': tool})}", n) for tool, n in bytes_of.items()]
-            trace = partial(trace_id, self._told.run_id, name)
+            trace = self._trace_of(name)
             for attribute, rows in times.items():
                 merged = {tool: Histogram(SECONDS) for tool in self._told.tools.get(name, ())}
                 for tool, histogram in list(getattr(arm, attribute).items()):
