@@ -29,6 +29,7 @@ from fanmark.loadgen.tap.content import (
     new_turn,
     of_system,
     same_call,
+    says,
     spoken,
     stands,
 )
@@ -95,7 +96,7 @@ class Grouping:
     def end(self, seen: Seen, at: float, said: Answer) -> None:
         """It ended."""
         seen.ended_at, seen.failed, seen.text = at, said.failed, said.text.strip()
-        seen.asks, seen.open_asks = said.asks, list(said.asks)
+        seen.asks, seen.open_asks, seen.says = said.asks, list(said.asks), says(seen.text, said.asks)
         for ask in said.asks:
             if ask.id:
                 _keep(self._asks, ask.id, seen)
@@ -253,8 +254,12 @@ class Grouping:
         messages = seen.asked.messages
         ids = call_ids(messages)
         ended = [e for e in seen.query.calls if e is not seen and e.ended_at is not None and not e.failed]
-        said = [Replied(e.n, e.says, [ask.id for ask in e.asks if ask.id]) for e in ended]
-        waited = set(depends_on(said, [*(message.text for message in seen.spoken), *ids]))
+        whole, known = {message.text.strip() for message in seen.spoken}, set(ids)
+        waited = {
+            e.n for e in ended if (e.text and e.text in whole) or any(ask.id in known for ask in e.asks)
+        }  # as nearly all are
+        said = [Replied(e.n, e.says, [ask.id for ask in e.asks if ask.id]) for e in ended if e.n not in waited]
+        waited |= set(depends_on(said, [*(message.text for message in seen.spoken), *ids])) if said else set()
         seen.after = [e for e in ended if e.n in waited]
         if seen.caller is not None and seen.caller not in seen.after:
             seen.after.insert(0, seen.caller)

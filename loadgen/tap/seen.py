@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 from fanmark.agents.runtime import ToolAsk
 from fanmark.loadgen.tap.asked import Asked, Said
-from fanmark.loadgen.tap.content import says
 from fanmark.loadgen.tap.ids import Name
 
 NOWHERE_ASKED = Asked(None, [], {})
@@ -46,15 +45,11 @@ class Seen:
     by_time: bool = False
     text: str = ""
     asks: tuple[ToolAsk, ...] = ()
+    says: list[str] = field(default_factory=list)  # what of it may be read again
     open_asks: list[ToolAsk] = field(default_factory=list)
     ended_at: float | None = None
     failed: bool = False
     record: Any = None  # the recorder's own
-
-    @property
-    def says(self) -> list[str]:
-        """What of it may be read again."""
-        return says(self.text, self.asks)
 
     @property
     def round(self) -> int:
@@ -93,6 +88,7 @@ class Group:
             seen.length, seen.chain = len(seen.chain), []
             seen.asked, seen.spoken, seen.system, seen.record = NOWHERE_ASKED, [], "", None
             seen.after, seen.sources, seen.failed_before, seen.caller, seen.extends = [], [], [], None, None
+            seen.says = []
         self.calls, self.paused_after = [], None
 
     def ends_at(self, idle_s: float) -> float | None:
