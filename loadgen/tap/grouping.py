@@ -71,6 +71,8 @@ class Grouping:
         self._link(seen)
         if seen.chain:
             _keep(self._ends, seen.chain[-1], [*self._ends.get(seen.chain[-1], ())[-MOST_ALIKE:], seen])
+        seen.length, seen.chain = len(seen.chain), []
+        _share(seen)
         return seen
 
     def tool_call(self, n: int, at: float, headers: Mapping[str, str], tool: str, arguments: Mapping[str, Any]) -> Seen:
@@ -275,6 +277,15 @@ class Grouping:
             e.open_asks = [ask for ask in e.open_asks if not _answered(ask, seen, e)]
 
 
+def _share(seen: Seen) -> None:
+    """What it repeats of the call that it extends is held once: else a long conversation would be held as often as it has turns."""
+    before, mine = seen.extends.asked.messages if seen.extends is not None else [], seen.asked.messages
+    for place in range(min(len(before), len(mine))):
+        if before[place] == mine[place]:
+            mine[place] = before[place]
+    seen.spoken = spoken(mine)
+
+
 def _after_the_pause(seen: Seen) -> None:
     """It reads nothing of the query's: what began when nothing was in flight waited for what had ended last."""
     before = seen.query.paused_after
@@ -318,7 +329,7 @@ def _added(seen: Seen, before: Seen) -> list[Said]:
     """What of its messages is new after those of the call that it extends, and that call's reply."""
     if seen.asked.previous is not None:
         return seen.spoken
-    added = seen.spoken[len(before.chain) or before.length :]
+    added = seen.spoken[before.length :]
     return added[1:] if added and added[0].role == "assistant" else added
 
 

@@ -9,7 +9,7 @@ equally long.
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 
 from fanmark.agents.runtime import Author
 from fanmark.loadgen.recording import RecordedCall, text_id
@@ -55,12 +55,14 @@ class Sizes(OrderedDict[str, int]):
         return tokens
 
 
-def told_of(salt: bytes, messages: Iterable[Said]) -> list[Told]:
-    """The messages of a prompt as they are kept; `tokens` are near enough for now: some four bytes each."""
-    return [
+def told_of(salt: bytes, messages: Iterable[Said], before: Sequence[Told] | None = ()) -> list[Told]:
+    """The messages of a prompt as they are kept; `tokens` are near enough for now: some four bytes each. Those that stood in the prompt
+    `before` at the same place are the same."""
+    found = [
         Told(text_id(salt, m.content), -(-len(_bytes(m.content)) // BYTES_A_TOKEN), _AUTHORS.get(m.role, "user"))
         for m in messages
     ]
+    return [old if old == new else new for new, old in zip_longest(found, (before or ())[: len(found)])]
 
 
 def shared_out(total: int, weights: Sequence[int]) -> list[int]:

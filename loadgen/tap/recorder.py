@@ -108,7 +108,8 @@ class Recorder:
         self.models[asked.model or "?"] += 1
         seen.record = self._call(began, "call", self._role(asked))
         seen.record.api, seen.record.samples = began.api, asked.samples
-        seen.record.messages = told_of(self._salt, asked.messages)
+        before = seen.extends.record if seen.extends is not None else None
+        seen.record.messages = told_of(self._salt, asked.messages, before.messages if before is not None else [])
         seen.record.blocks = blocks(self._salt, asked.messages)
         if self._keep_text:
             seen.record.prompt = [(m.role, m.content) for m in asked.messages]

@@ -34,7 +34,7 @@ class Seen:
     spoken: list[Said] = field(default_factory=list)
     system: str = ""
     chain: list[bytes] = field(default_factory=list)
-    length: int = 0  # of the chain, once that is gone
+    length: int = 0  # of the chain, which goes once it has been looked up
     digest: bytes = b""
     attempt: int = 1
     failed_before: list["Seen"] = field(default_factory=list)
@@ -85,7 +85,6 @@ class Group:
     def release(self) -> None:
         """Lets go of all that only an open query needs: what was said, but for the replies by which its session's next query is known."""
         for seen in self.calls:
-            seen.length, seen.chain = len(seen.chain), []
             seen.asked, seen.spoken, seen.system, seen.record = NOWHERE_ASKED, [], "", None
             seen.after, seen.sources, seen.failed_before, seen.caller, seen.extends = [], [], [], None, None
             seen.says = []
