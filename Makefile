@@ -3,14 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: run test lint test-vllm test-mcp compose-smoke constraints
+.PHONY: run test lint test-vllm test-mcp test-ray compose-smoke constraints
 
 run: .venv/ready
 	$(BIN)/fanmark run
 
 # Tests that open a browser or ask a Prometheus are skipped where there is none (Debian: apt-get install chromium prometheus).
 test: .venv/dev
-	$(BIN)/pytest -n 4 --dist loadfile -m 'not vllm and not mcp and not quiet'
+	$(BIN)/pytest -n 4 --dist loadfile -m 'not vllm and not mcp and not ray and not quiet'
 	$(BIN)/pytest -m quiet
 
 lint: .venv/dev
@@ -27,6 +27,11 @@ test-vllm: .venv/dev
 test-mcp: .venv/dev
 	$(PYTHON) tests/mcp/setup_mcp.py
 	$(BIN)/pytest -m mcp tests/mcp
+
+# A Ray cluster of two nodes on this machine, with Ray in a virtual environment of its own, which is kept.
+test-ray: .venv/dev
+	$(PYTHON) tests/cluster/setup_ray.py
+	$(BIN)/pytest -m ray tests/cluster
 
 # The services of compose/ from locally built images, with a short run through them. Needs podman, runc and prometheus.
 compose-smoke: .venv/dev

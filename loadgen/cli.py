@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from fanmark.loadgen import cli_cost, cli_engine, cli_replay, cli_runs, cli_sweep, cli_tap
-from fanmark.loadgen.cli_common import checked_scenario, json_text, run_async, version, workers_of
+from fanmark.loadgen.cli_common import checked_scenario, json_text, run_async, shared_out, version
 from fanmark.loadgen.errors import FanmarkError
 
 app = typer.Typer(
@@ -48,7 +48,16 @@ DurationOpt = Annotated[float | None, typer.Option(help="Seconds during which qu
 RateOpt = Annotated[float | None, typer.Option(help="Queries per second of each arm (open loop).")]
 ConcurrencyOpt = Annotated[int | None, typer.Option(help="Queries at a time of each arm (closed loop).")]
 WorkersOpt = Annotated[
-    str, typer.Option(metavar="N|auto", help="Processes that share the queries out; auto: one per core less one.")
+    str | None,
+    typer.Option(metavar="N|auto", help="Processes that share the queries out; auto: one per core less one."),
+]
+RayOpt = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS|auto", help="Put the workers on this Ray cluster; one a node, or --workers N."),
+]
+LossOpt = Annotated[str, typer.Option(metavar="continue|stop", help="What a run does when a worker dies.")]
+JournalsOpt = Annotated[
+    str, typer.Option(metavar="collect|keep", help="keep: workers' records stay on the nodes, too.")
 ]
 KeyOpt = Annotated[str | None, typer.Option(help="Environment variable with the API key; OPENAI_API_KEY if it is set.")]
 HostOpt = Annotated[str, typer.Option(help="Address of /metrics; 0.0.0.0: all that this host has.")]
@@ -106,7 +115,10 @@ def run(
     rate: RateOpt = None,
     concurrency: ConcurrencyOpt = None,
     max_in_flight: GuardOpt = None,
-    workers: WorkersOpt = "1",
+    workers: WorkersOpt = None,
+    ray: RayOpt = None,
+    on_worker_loss: LossOpt = "continue",
+    journals: JournalsOpt = "collect",
     seed: SeedOpt = None,
     set_: SetOpt = None,
     label: LabelOpt = None,
@@ -129,17 +141,17 @@ def run(
     scenario_check.override_target(raw, target, model, api, api_key_env, os.environ)
     scenario_check.override_load(raw, queries, duration, rate, concurrency, seed, max_in_flight)
     checked, table = checked_scenario(raw, source, set_ or [])
-    processes = workers_of(workers)
+    shared = shared_out(workers, ray, on_worker_loss, journals)
     if dry_run:
         return _dry_run(checked, table, json)
-    from fanmark.loadgen import dry_run as planning
     from fanmark.loadgen import session
     from fanmark.loadgen.environment import labels_of
 
     if not yes:
-        planning.check_guarded(checked, table)
+        _guard(checked, table)
     folder = _folder(out, checked.name)
     options = session.Options(
+        **shared,
         out=folder,
         metrics_port=metrics_port,
         metrics_host=metrics_host,
@@ -148,11 +160,16 @@ def run(
         version=version(),
         command=sys.argv[1:],
         progress=None if quiet else sys.stderr,
-        workers=processes,
         labels=labels_of(label or []),
         metrics_hold_s=0.0 if metrics_hold is None and os.environ.get("CI") else metrics_hold,
     )
     return _told(run_async(session.run(checked, table, options)), folder, json, strict, junit)
+
+
+def _guard(checked: Any, table: Any) -> None:
+    from fanmark.loadgen.dry_run import check_guarded
+
+    check_guarded(checked, table)
 
 
 def _dry_run(checked: Any, table: Any, json: bool) -> int:

@@ -28,6 +28,19 @@ def workers_of(wanted: str) -> int:
     return int(wanted)
 
 
+def shared_out(workers: str | None, ray: str | None, on_loss: str, journals: str) -> dict[str, Any]:
+    """What of a run's options says who carries it out; of a cluster, 0 workers are one for each node."""
+    for flag, given, allowed in (
+        ("--on-worker-loss", on_loss, ("continue", "stop")),
+        ("--journals", journals, ("collect", "keep")),
+    ):
+        if given not in allowed:
+            raise FanmarkError(f"{flag} {given}: must be {' or '.join(allowed)}")
+    one_a_node = ray is not None and workers in (None, "auto")
+    count = 0 if one_a_node else workers_of(workers or "1")
+    return {"workers": count, "ray": ray, "stop_on_loss": on_loss == "stop", "keep_journals": journals == "keep"}
+
+
 def run_async(coroutine: Any) -> Any:
     """Carries it out on an event loop of its own."""
     import uvloop

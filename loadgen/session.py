@@ -5,7 +5,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from fanmark.loadgen.metrics import Metrics
 from fanmark.loadgen.metrics_server import Page, Scrapes, hold, serve, texts_of
 from fanmark.loadgen.otlp import Facts, Spans, check_url
 from fanmark.loadgen.question_file import write_questions
-from fanmark.loadgen.reach import Reached, reach, settle
+from fanmark.loadgen.reach import Reached, reach, settle, uses_tools
 from fanmark.loadgen.records import Journal, digests, read_queries, read_windows
 from fanmark.loadgen.reduced import reduced
 from fanmark.loadgen.report.live_page import LivePage
@@ -57,7 +57,10 @@ class Options:
     version: str
     command: Sequence[str]
     progress: TextIO | None
-    workers: int = 1
+    workers: int = 1  # on a cluster 0: one a node
+    ray: str | None = None
+    stop_on_loss: bool = False
+    keep_journals: bool = False
     labels: Mapping[str, str] = field(default_factory=dict)
     metrics_host: str = "127.0.0.1"
     metrics_hold_s: float | None = 0.0
@@ -73,10 +76,10 @@ class Result:
 
 async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: Options) -> Result:
     """Runs the scenario and leaves its folder. Raises FanmarkError before anything is sent where something is wrong."""
-    _check_guard(scenario, options.workers)
     if options.otlp is not None:
         check_url(options.otlp)
     async with AsyncExitStack() as last, AsyncExitStack() as stack:
+        opening, options = await _opening(scenario, topologies, options, stack)
         place = await settle(scenario, topologies, stack)
         clock = RunClock(place.time_scale)
         reached = await reach(scenario, topologies, place, clock.now, stack)
@@ -101,12 +104,11 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
         started = datetime.now(UTC)
         sampler = Sampler(options.out, clock.now, endpoints, before, tally)
         try:
-            if options.workers == 1:
+            if opening is None:
                 ended = await _alone(scenario, topologies, reached, course, journal, options, clock, sampler, last)
             else:
-                crew = Workers(scenario, place, options.run_id, clock, tally, _opening(options))
-                stack.push_async_callback(crew.close)
-                ended = await _crew(crew, course, journal, options, clock, sampler, last)
+                crew = Workers(scenario, place, options.run_id, clock, tally, opening)
+                ended = await _crew(crew, course, journal, options, sampler, stack, last)
             seconds = clock.now()
             journal.flush()
         except LostError as e:
@@ -124,7 +126,7 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
             ending=ended.ending, windows=read_windows(options.out), samples=read_samples(options.out),
             tools=listing(reached.tools, endpoints) if reached.tools is not None else None,
         )  # fmt: skip
-        notes = [*ended.notes, *found["notes"], *_sent(spans, options)]
+        notes = [*ended.notes, *found["notes"], *_sent(spans, options.out if opening is not None else None)]
         found["notes"] = list(dict.fromkeys(notes))  # what is lost first; all workers notice the same
         found, course.report = _leave(options.out, found | {"environment": surroundings}, endpoints)
         tally.validity = {tick: ok for tick, ok in found["validity"].items() if isinstance(ok, bool)}
@@ -154,11 +156,11 @@ def _spans(
     return spans
 
 
-def _sent(spans: Spans | None, options: Options) -> list[str]:
-    """Ends the sending of spans, those of workers' queries first; what is to be told of it."""
+def _sent(spans: Spans | None, of_workers: Path | None) -> list[str]:
+    """Ends the sending of spans, those of workers' queries first, which are in this folder; what is to be told of it."""
     if spans is None:
         return []
-    for query in read_queries(options.out) if options.workers > 1 else ():
+    for query in read_queries(of_workers) if of_workers is not None else ():
         spans.put(query, waits=True)
     return spans.close()
 
@@ -238,21 +240,41 @@ async def _crew(
     course: Course,
     journal: Journal,
     options: Options,
-    clock: RunClock,
     sampler: Sampler,
+    stack: AsyncExitStack,
     last: AsyncExitStack,
 ) -> Ended:
     """The whole run by worker processes. From its start until `last`, signals are requests to stop."""
+    stack.push_async_callback(crew.close)
     await crew.start(options.workers)
     await last.enter_async_context(signals(crew.ask, options.progress))
     async with going_on([*_progress(course, options), sampler.watch(crew.states, course.add)]):
-        ended = await crew.carry_out()
-    await crew.join(journal, ended)
+        ended = await crew.carry_out(stop_on_loss=options.stop_on_loss)
+    await crew.join(journal, ended, keep=options.keep_journals)
     return ended
 
 
-def _opening(options: Options) -> Opening:
-    return lambda index: open_local(options.out / f"worker-{index}")
+async def _opening(
+    scenario: Scenario, topologies: Mapping[str, Topology], options: Options, stack: AsyncExitStack
+) -> tuple[Opening | None, Options]:
+    """What starts the workers, None where this process does it all; and the options with their number. Raises FanmarkError."""
+    if options.ray is None:
+        _check_guard(scenario, options.workers)
+        local: Opening = lambda index: open_local(options.out / f"worker-{index}")  # noqa: E731
+        return (local if options.workers > 1 else None), options
+    from fanmark.loadgen.ray_cluster import connected
+
+    cluster = await stack.enter_async_context(connected(options.ray, options.version))
+    ours = [] if scenario.targets else ["stub: give --target"]
+    if uses_tools(scenario, topologies) and not scenario.tools.server:
+        ours.append("tool server: give a [[tools.server]]")
+    if ours and cluster.elsewhere:
+        raise ScenarioError(
+            f"--ray: node {cluster.elsewhere[0]} does not reach this machine's embedded {' and '.join(ours)}"
+        )
+    options = replace(options, workers=options.workers or len(cluster.nodes))
+    _check_guard(scenario, options.workers)
+    return (lambda index: cluster.open(index, options.out / f"worker-{index}")), options
 
 
 def _check_guard(scenario: Scenario, workers: int) -> None:

@@ -60,7 +60,7 @@ class _Worker:
 
 
 class Workers:
-    """The workers of one run. `tally` is kept at the sum of theirs. `opening` starts one; `stop_on_loss`: the run ends when one dies."""
+    """The workers of one run. `tally` is kept at the sum of theirs; `opening` starts one."""
 
     def __init__(
         self,
@@ -70,8 +70,6 @@ class Workers:
         clock: RunClock,
         tally: Tally,
         opening: Opening,
-        *,
-        stop_on_loss: bool = False,
     ) -> None:
         self._scenario = scenario
         self._place = place
@@ -79,7 +77,7 @@ class Workers:
         self._clock = clock
         self._tally = tally
         self._opening = opening
-        self._stop_on_loss = stop_on_loss
+        self._stop_on_loss = False
         self._workers: list[_Worker] = []
         self._sums = Sums()
         self._asked = 0
@@ -118,8 +116,10 @@ class Workers:
         for worker in self._workers:
             worker.station.put(pickled(Ask()))
 
-    async def carry_out(self) -> Ended:
-        """Lets the run begin and sees it through. Raises LostError where a worker's records cannot be written."""
+    async def carry_out(self, *, stop_on_loss: bool = False) -> Ended:
+        """Lets the run begin and sees it through; `stop_on_loss`: until one dies. Raises LostError where a worker's records cannot be
+        written."""
+        self._stop_on_loss = stop_on_loss
         self._clock.start(time.monotonic() + self._ahead_s)
         for worker in self._workers:
             worker.station.put(pickled(Go(self._clock.origin_s + worker.station.clocks.monotonic_ahead_s)))

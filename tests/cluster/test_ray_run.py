@@ -1,0 +1,259 @@
+"""The same scenario by workers on the nodes of a Ray cluster: the same queries, the same accounts, whatever is lost."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import children, gone
+from stub_process import Stub, running_stub
+
+ROOT = Path(__file__).resolve().parents[2]
+VENV = ROOT / ".venv-ray" / "bin"
+
+pytestmark = pytest.mark.ray
+
+SCENARIO = """
+name = "shared-out"
+seed = 5
+[[arm]]
+name = "single"
+topology = "single"
+baseline = true
+[[arm]]
+name = "debate"
+topology = "debate"
+agents = 2
+rounds = 1
+[workload]
+answer = {dist = "uniform", mean = 12, cv = 0.3, min = 2}
+judge_answer = 6
+[load]
+warmup = 2
+"""
+OPEN = ["--rate", "8", "--queries", "9"]
+CLOSED = ["--concurrency", "4", "--queries", "80"]
+
+
+class Nodes:
+    """A running cluster."""
+
+    def __init__(self, process: "subprocess.Popen[str]", address: str) -> None:
+        self.process, self.address = process, address
+
+    def workers(self) -> dict[int, Path]:
+        """The workers that run on its nodes, by process id, each with its journal's folder as soon as it has begun a query."""
+        found = {}
+        for pid in children(self.process.pid):
+            try:
+                if "fanmark.loadgen.worker" in Path(f"/proc/{pid}/cmdline").read_text():
+                    links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
+                    for journal in (Path(link) for link in links if link.endswith("/begun.jsonl")):
+                        found[pid] = journal.parent
+            except OSError:
+                continue
+        return found
+
+    def lose_one(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("lose\n")
+        self.process.stdin.flush()
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    if not VENV.exists():
+        pytest.fail("no Ray: run `make test-ray`, which installs it")
+    process = subprocess.Popen(
+        [VENV / "python", Path(__file__).parent / "two_nodes.py"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdin is not None
+    started = [process.pid]
+    try:
+        address = process.stdout.readline().strip()
+        assert address, "the cluster did not start"
+        started += children(process.pid)
+        yield Nodes(process, address)
+    finally:
+        started += children(process.pid)
+        process.stdin.close()
+        process.stdout.close()
+        process.wait(60)
+        assert gone(started, within_s=30)
+
+
+@pytest.fixture(scope="module")
+def stub() -> Iterator[Stub]:
+    with running_stub() as server:
+        yield server
+
+
+class Running:
+    """`fanmark run` under way."""
+
+    def __init__(self, folder: Path, stub: Stub, *flags: str) -> None:
+        self.out = folder / "run"
+        (folder / "s.toml").write_text(SCENARIO)
+        given = [
+            str(folder / "s.toml"),
+            "--target",
+            f"{stub.url}/v1",
+            "--out",
+            str(self.out),
+            "--json",
+            "--quiet",
+            *flags,
+        ]
+        self.process = subprocess.Popen(
+            [VENV / "fanmark", "run", *given], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def ended(self, code: int = 0) -> dict[str, Any]:
+        """Its summary."""
+        said, errors = self.process.communicate(timeout=120)
+        assert self.process.returncode == code, errors + said
+        assert not list(self.out.glob("worker-*"))
+        found: dict[str, Any] = json.loads(said)
+        return found
+
+    def rows(self, name: str = "queries") -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.out / f"{name}.jsonl").read_text().splitlines()]
+
+
+def until(true: Callable[[], Any]) -> Any:
+    """Waits for it; what it gave."""
+    give_up_at = time.monotonic() + 60
+    while not (found := true()):
+        assert time.monotonic() < give_up_at
+        time.sleep(0.02)
+    return found
+
+
+def busy(nodes: Nodes, run: Running) -> dict[int, Path]:
+    """The two workers, once both have begun some counted queries and ended one."""
+
+    def those() -> dict[int, Path]:
+        assert run.process.poll() is None, run.process.communicate()
+        found = nodes.workers()
+        far = [f for f in found.values() if (f / "begun.jsonl").read_bytes().count(b'"window"') > 12]
+        return found if len(far) == 2 and all((f / "queries.jsonl").read_bytes() for f in far) else {}
+
+    found: dict[int, Path] = until(those)
+    return found
+
+
+def balanced(run: Running, found: dict[str, Any]) -> None:
+    """Each arm's account is that of its records: none twice, and none without an outcome."""
+    listed = [row for row in run.rows() if not row["warmup"]]
+    for name, arm in found["arms"].items():
+        mine = [row for row in listed if row["arm"] == name]
+        told = arm["queries"]
+        assert len({row["query"] for row in mine}) == len(mine) == told["started"]
+        assert Counter(row["outcome"] for row in mine) == Counter(
+            {k: n for k, n in told.items() if k != "started" and n}
+        )
+    subprocess.run([VENV / "fanmark", "verify", run.out], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_totals_and_offsets_are_those_of_a_local_run(nodes: Nodes, stub: Stub, tmp_path: Path) -> None:
+    seen = []
+    for name, flags in {
+        "local": [],
+        "one-a-node": ["--ray", nodes.address],
+        "3": ["--ray", nodes.address, "--workers", "3"],
+    }.items():
+        (tmp_path / name).mkdir()
+        run = Running(tmp_path / name, stub, *OPEN, *flags)
+        found = run.ended()
+        workers = {"local": 1, "one-a-node": 2, "3": 3}[name]
+        client = found["client"]
+        assert client["workers"] == workers == len(client["by_worker"]) and client["degraded"] is False
+        assert all((each["node"] is None) == (name == "local") for each in client["by_worker"].values())
+        assert abs(client["clock_offset_s"]) < 0.1  # it is one machine
+        assert found["validity"]["counted"] is found["validity"]["reconciled"] is True
+        assert all(call["worker"] == call["query"] % workers for call in run.rows("calls") if call["query"] >= 0)
+        balanced(run, found)
+        listed = {(row["arm"], row["query"]): row for row in run.rows() if not row["warmup"]}
+        first_at = min(row["due_at"] for row in listed.values())
+        tokens = {k: [row["resources"][f"{way}_tokens"] for way in ("input", "output")] for k, row in listed.items()}
+        seen.append((tokens, {key: pytest.approx(row["due_at"] - first_at, abs=1e-9) for key, row in listed.items()}))
+    assert len(seen[0][0]) == 18 and seen[0] == seen[1] == seen[2]
+
+
+def test_a_worker_that_is_killed_costs_what_it_had_begun(nodes: Nodes, stub: Stub, tmp_path: Path) -> None:
+    """And the other goes on; where each worker's own records were, they are left."""
+    run = Running(tmp_path, stub, "--ray", nodes.address, "--journals", "keep", *CLOSED)
+    folders = busy(nodes, run)
+    os.kill(next(iter(folders)), signal.SIGKILL)
+    found = run.ended()
+    balanced(run, found)
+    client = found["client"]
+    (lost,) = [name for name, each in client["by_worker"].items() if each["lost_at"] is not None]
+    assert client["degraded"] is True and client["verdict"] == "client-limited"
+    assert any(note.startswith(f"worker {lost} of 2 on ") and "(killed by SIGKILL)" in note for note in found["notes"])
+    mine = [row for row in run.rows() if not row["warmup"]]
+    assert {row["query"] for row in mine if row["query"] % 4 % 2 != int(lost)} == set(
+        range(0 if lost == "1" else 1, 80, 2)
+    )
+    abandoned = [row for row in mine if row["outcome"] == "abandoned"]
+    assert abandoned and all(row["error"] == f"worker {lost} died" for row in abandoned)
+    assert found["partial"] is False and len(mine) < 160
+    assert all((folder / "queries.jsonl").read_bytes() for folder in folders.values())
+
+
+def test_an_actor_that_is_killed_takes_its_worker_along_and_the_run_stops_if_it_is_to(
+    nodes: Nodes, stub: Stub, tmp_path: Path
+) -> None:
+    run = Running(tmp_path, stub, "--ray", nodes.address, "--on-worker-loss", "stop", *CLOSED)
+    folders = busy(nodes, run)
+    pid = next(iter(folders))
+    actor = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(actor, signal.SIGKILL)
+    found = run.ended(code=1)
+    assert gone([pid]) and not any(folder.exists() for folder in folders.values())  # what it left was read and removed
+    balanced(run, found)
+    assert found["partial"] is True and found["ended"]["why"] == "errors" and "died" in found["ended"]["reason"]
+    assert sum(each["lost_at"] is not None for each in found["client"]["by_worker"].values()) == 1
+    assert all(each["lost_queries"] is None for each in found["client"]["by_worker"].values())
+
+
+def test_a_head_that_is_absent_or_says_nothing_is_one_line(nodes: Nodes, stub: Stub, tmp_path: Path) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        listening = silent.getsockname()[1]
+        for address, words in (
+            (f"127.0.0.1:{listening}", "no head of a Ray cluster answered"),
+            ("ray://x:1", "--ray auto"),
+        ):
+            process = Running(tmp_path, stub, "--ray", address).process
+            said, errors = process.communicate(timeout=60)
+            assert process.returncode in (2, 3) and said == "" and words in errors.splitlines()[-1]
+    process = Running(tmp_path, stub, "--ray", f"127.0.0.1:{listening}").process
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 3 and "nobody listens there" in errors and len(errors.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_node_that_is_lost_leaves_the_counts_of_its_last_snapshot(nodes: Nodes, stub: Stub, tmp_path: Path) -> None:
+    """The last test: the cluster has one node after it."""
+    run = Running(tmp_path, stub, "--ray", nodes.address, *CLOSED)
+    busy(nodes, run)
+    nodes.lose_one()
+    found = run.ended()
+    balanced(run, found)
+    (lost,) = [each for each in found["client"]["by_worker"].values() if each["lost_at"] is not None]
+    for name, told in lost["lost_queries"].items():
+        assert told["started"] == told["completed"] + told["failed"] + told["abandoned"] > 0
+        assert found["arms"][name]["queries"]["started"] == 40
+    assert found["client"]["degraded"] is True and found["validity"]["client_ok"] is False
