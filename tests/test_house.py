@@ -54,9 +54,19 @@ def test_importing_does_nothing_heavy() -> None:
     """Help needs neither numpy nor an HTTP client nor an SDK."""
     code = (
         "import sys; from fanmark.loadgen import cli; from fanmark.agents import topologies; topologies()\n"
-        "print(sorted({'numpy', 'scipy', 'aiohttp', 'mcp', 'openai', 'prometheus_client', 'uvloop'} & set(sys.modules)))"
+        "print(sorted({'numpy', 'scipy', 'aiohttp', 'mcp', 'openai', 'prometheus_client', 'ray', 'uvloop'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_ray_is_imported_in_one_file_and_in_no_modules_head() -> None:
+    """So only where a cluster is asked for."""
+    assert [path.name for path in FILES if "ray" in {name.split(".")[0] for name in imports(path)}] == [
+        "ray_cluster.py"
+    ]
+    tree = ast.parse((ROOT / "loadgen" / "ray_cluster.py").read_text())
+    heads = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not any("ray" in ast.unparse(node).split() for node in heads)
 
 
 def test_the_project_speaks_of_itself_alone() -> None:
