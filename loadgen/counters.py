@@ -57,6 +57,9 @@ GAUGES: dict[str, tuple[str, ...]] = {
         "nv_trt_llm_kv_cache_block_metrics fraction",
     ),
     "joules": ("fanmark_stub_joules_total",),
+    "engine_busy_s": ("fanmark_stub_busy_seconds_total",),
+    "engine_slack_s": ("fanmark_stub_attributed_seconds_total slack",),
+    "engine_waste_s": ("fanmark_stub_attributed_seconds_total waste",),
     "kv_capacity_tokens": ("sglang:max_total_num_tokens",),  # the others tell blocks and their size
     "kv_blocks": ("trtllm_kv_cache_max_blocks", "nv_trt_llm_kv_cache_block_metrics max"),
     "kv_block_tokens": ("trtllm_kv_cache_tokens_per_block", "nv_trt_llm_kv_cache_block_metrics tokens_per"),
@@ -66,7 +69,11 @@ _CACHE_INFO = (
     "sglang:cache_config_info",
     "trtllm_kv_cache_config_info",
 )  # settings as labels
-_NARROWED = {"nv_trt_llm_request_metrics": "request_type", "nv_trt_llm_kv_cache_block_metrics": "kv_cache_block_type"}
+_NARROWED = {
+    "fanmark_stub_attributed_seconds_total": "kind",
+    "nv_trt_llm_request_metrics": "request_type",
+    "nv_trt_llm_kv_cache_block_metrics": "kv_cache_block_type",
+}
 _WORDS = {name: word for table in (COUNTERS, GAUGES) for word, names in table.items() for name in names}
 _MEANS = ("kv_use", "kv_block_tokens")
 _SPELLINGS = (("sglang_", "sglang:"), ("trtllm:", "trtllm_"))  # as some versions write their prefix

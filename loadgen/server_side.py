@@ -48,7 +48,16 @@ def account(names: Sequence[str], before: Reading | None, after: Reading | None,
     asked = sum(count for targets, count in run.asked.items() if targets & set(names))
     first, last = (None if reading is None else reading.values for reading in (before, after))
     found = reconcile.reconcile(first, last, calls) | cache_account(first, last, calls, asked)
-    return found | {"draft_acceptance": reconcile.draft_acceptance(first, last)}
+    return found | {"draft_acceptance": reconcile.draft_acceptance(first, last)} | _engine(first, last)
+
+
+def _engine(first: Mapping[str, float] | None, last: Mapping[str, float] | None) -> dict[str, float | None]:
+    """What our stub tells of its engine: seconds in which a step ran, what of them is nobody's or was wasted, and joules."""
+    names = ("engine_busy_s", "engine_slack_s", "engine_waste_s", "joules")
+    if first is None or last is None or any(name not in last for name in names):
+        return {}
+    *seconds, joules = (last[name] - first.get(name, 0.0) for name in names)
+    return {**dict(zip(names, seconds, strict=False)), "engine_joules": joules or None}
 
 
 async def reconciled(endpoints: Mapping[str, Endpoint], before: Readings, run: Reduced) -> dict[str, Any]:

@@ -370,6 +370,7 @@ def _server(name: str, server: Mapping[str, Any]) -> list[str]:
         if "engine_slack_s" in server:
             slack_s, waste_s = server["engine_slack_s"], server["engine_waste_s"]
             idle = f", of it slack {number(slack_s)} s (batches not full), computed again {number(waste_s)} s"
+            idle += f"; idle {number(server['engine_idle_s'])} s" if "engine_idle_s" in server else ""
         found.append(f"{'':<8} engine busy {number(server['engine_busy_s'])} s{idle}{joules}")
     return found
 

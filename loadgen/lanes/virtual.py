@@ -141,6 +141,8 @@ class VirtualEndpoint(Endpoint):
             service_of(profile, engine, service.replicas, service.router, stream=False, accounting=service.accounting)
         )
         self._energy_known = profile.energy_known
+        together = profile.settings.data_parallel if profile.settings.expert_parallel else 1  # they step together
+        self._engines = service.replicas * profile.settings.data_parallel // together
         self.max_model_len = engine.max_model_len
         engines = profile.settings.data_parallel * service.replicas
         self._kv_capacity_tokens = (engine.num_blocks - 1) * engine.block_size * engines
@@ -190,8 +192,8 @@ class VirtualEndpoint(Endpoint):
         )
 
     def work(self) -> dict[str, float | None]:
-        """Steps of the engine, seconds in which one ran, what of them is nobody's or was wasted, and joules; None where the profile does
-        not know the chip's power."""
+        """Steps of the engine, seconds in which one ran or none, what of them is nobody's or was wasted, and joules; None where the
+        profile does not know the chip's power."""
         found = self._lane.replica.statistics()
         joules = found.joules if self._energy_known else None
         told: dict[str, float | None] = {
@@ -199,6 +201,8 @@ class VirtualEndpoint(Endpoint):
             "engine_busy_s": found.busy_s,
             "engine_joules": joules,
         }
+        engines = self._engines * asyncio.get_running_loop().time()
+        told["engine_idle_s"] = max(0.0, engines - found.busy_s)
         if found.account is not None:
             told |= {"engine_slack_s": found.account.slack_s, "engine_waste_s": found.account.waste_s}
         return told
