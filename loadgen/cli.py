@@ -11,7 +11,15 @@ from typing import Annotated, Any
 import typer
 
 from fanmark.loadgen import cli_cost, cli_engine, cli_replay, cli_runs, cli_sweep, cli_tap
-from fanmark.loadgen.cli_common import checked_scenario, json_text, run_async, shared_out, version
+from fanmark.loadgen.cli_common import (
+    checked_scenario,
+    json_text,
+    run_async,
+    served_on_ray,
+    shared_out,
+    split_flag,
+    version,
+)
 from fanmark.loadgen.errors import FanmarkError
 
 app = typer.Typer(
@@ -311,10 +319,12 @@ def _listing(rows: dict[str, str], as_json: bool) -> None:
     "stub", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 )
 def serve_stub(context: typer.Context) -> int:
-    """Serves the stub: an OpenAI-compatible server that schedules like vLLM. --help lists its flags."""
+    """Serves the stub: an OpenAI-compatible server that schedules like vLLM. --help lists its flags; --ray ADDRESS puts --replicas on a
+    Ray cluster."""
     from fanmark.servers.stub import main as stub_main
 
-    return stub_main(context.args)
+    address, flags = split_flag(context.args, "--ray")
+    return stub_main(flags) if address is None else served_on_ray(address, flags)
 
 
 @serve_app.command(

@@ -1,7 +1,9 @@
 """What several commands do alike."""
 
+import argparse
 import asyncio
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from fanmark.loadgen.errors import FanmarkError
@@ -39,6 +41,29 @@ def shared_out(workers: str | None, ray: str | None, on_loss: str, journals: str
     one_a_node = ray is not None and workers in (None, "auto")
     count = 0 if one_a_node else workers_of(workers or "1")
     return {"workers": count, "ray": ray, "stop_on_loss": on_loss == "stop", "keep_journals": journals == "keep"}
+
+
+def split_flag(argv: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
+    """A flag's value, and the other arguments."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
+    parser.add_argument(flag, dest="value")
+    try:
+        found, others = parser.parse_known_args(argv)
+    except argparse.ArgumentError as e:
+        raise FanmarkError(str(e)) from None
+    return found.value, others
+
+
+def served_on_ray(address: str, flags: Sequence[str]) -> int:
+    """Stubs on a Ray cluster, until a signal."""
+    from fanmark.loadgen.ray_fleet import serve
+    from fanmark.servers.stub import StubError, parse_options
+
+    try:
+        run_async(serve(address, parse_options(flags), flags, version()))
+    except StubError as e:
+        raise FanmarkError(f"serve stub: {e}") from None
+    return 0
 
 
 def run_async(coroutine: Any) -> Any:

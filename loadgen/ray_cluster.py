@@ -11,15 +11,17 @@ import os
 import pickle
 import shutil
 import socket
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fanmark.loadgen import embedded
 from fanmark.loadgen.errors import FanmarkError, ScenarioError, UnreachableError
 from fanmark.loadgen.stations import END_TIMEOUT_S, Clocks, LocalStation, open_local
 
@@ -81,6 +83,15 @@ class Host:
     async def clear(self) -> None:
         """Removes the journal."""
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class Server:
+    """The actor beside one of our own servers, on its node; the server ends with it."""
+
+    async def open(self, module: str, flags: list[str]) -> str:
+        """Starts the server; its address."""
+        self._server = await embedded.start(module, flags)
+        return self._server.url
 
 
 class RayStation:
@@ -167,11 +178,15 @@ class Node:
 
     def actor(self, **how: Any) -> Any:
         """A Host there, on a processor that nobody else has; of one that reads what a worker left, on any."""
+        return self.place(Host, 0 if how else 1, **how)
+
+    def place(self, kind: type, cpus: int, **how: Any) -> Any:
+        """An actor there."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         there = NodeAffinitySchedulingStrategy(self.id, soft=False)
-        return ray.remote(Host).options(num_cpus=0 if how else 1, scheduling_strategy=there).remote(**how)
+        return ray.remote(kind).options(num_cpus=cpus, scheduling_strategy=there).remote(**how)
 
 
 class Cluster:
@@ -197,6 +212,16 @@ class Cluster:
                 f"node {node.address} has fanmark {version}, and this is {self._version}: install the same"
             )
         return RayStation(node, host, out, await _clocks(host), here)
+
+    async def serve(self, index: int, module: str, flags: Sequence[str]) -> tuple[Any, str]:
+        """Starts the server with this number on a node, where nodes take turns: its actor, with which it ends, and its address. It listens
+        to this machine alone where it is on it. Raises FanmarkError."""
+        node = self.nodes[index % len(self.nodes)]
+        host = "127.0.0.1" if node.address == self._here else node.address
+        actor = node.place(Server, 1)
+        return actor, str(
+            await _answer(actor.open.remote(module, [*flags, "--host", host, "--port", "0"]), _ANSWER_TIMEOUT_S)
+        )
 
 
 async def _clocks(host: Any) -> Clocks:
@@ -233,14 +258,14 @@ def _line(error: Exception) -> str:
 
 
 @asynccontextmanager
-async def connected(address: str, version: str) -> AsyncIterator[Cluster]:
-    """Connects to a cluster, for as long as the context lasts. Raises FanmarkError, and that within 10 s."""
+async def connected(address: str, version: str, *, mute: bool = True) -> AsyncIterator[Cluster]:
+    """Connects to a cluster, for as long as the context lasts; `mute`: nothing goes to standard output meanwhile, where Ray prints pages on
+    what a station says in a line. Raises FanmarkError, and that within 10 s."""
     if address.startswith("ray://"):
         raise ScenarioError(
             f"--ray {address}: Ray's client protocol carries no run: start fanmark on a node, with --ray auto"
         )
-    # Ray prints pages, on standard output, on what a station says in a line.
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # noqa: ASYNC230
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if mute else sys.stdout):  # noqa: ASYNC230
         await _in_thread(lambda: _connect(address), address)
         import ray
 

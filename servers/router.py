@@ -13,7 +13,7 @@ import argparse
 import asyncio
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 from zlib import crc32
@@ -31,6 +31,7 @@ _OF_A_HOP = frozenset(("connection", "keep-alive", "transfer-encoding", "content
 _OURS = ("Accept", "Accept-Encoding", "User-Agent", "Content-Type")  # what the client would add
 _LEADING_CHARS = 4 * LEADING_TOKENS
 _START_S = 30.0
+Starting = Callable[[Sequence[str], AsyncExitStack], Awaitable[str]]  # of a stub with these flags: its address
 
 
 class RouterApp:
@@ -157,15 +158,15 @@ def joined(texts: Sequence[str]) -> str:
     return "\n".join(line for family, head in heads.items() for line in (*head, *series.get(family, ()))) + "\n"
 
 
-async def serve(options: StubOptions, argv: Sequence[str]) -> None:
-    """Starts the replicas and routes to them until a signal. Raises StubError."""
+async def serve(options: StubOptions, argv: Sequence[str], start: Starting | None = None) -> None:
+    """Has the replicas started, here or as `start` does it, and routes to them until a signal. Raises StubError."""
     own = argparse.ArgumentParser(allow_abbrev=False)
     for flag in ("--replicas", "--router", "--host", "--port"):
         own.add_argument(flag)
     own.add_argument("--parent-pipe", action="store_true")
     flags = own.parse_known_args(argv)[1]
     async with AsyncExitStack() as stack:
-        urls = await asyncio.gather(*(_replica(flags, stack) for _ in range(options.replicas)))
+        urls = await asyncio.gather(*((start or _replica)(flags, stack) for _ in range(options.replicas)))
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
         client = await stack.enter_async_context(
             aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None), auto_decompress=False)

@@ -245,6 +245,40 @@ def test_a_head_that_is_absent_or_says_nothing_is_one_line(nodes: Nodes, stub: S
     assert not (tmp_path / "run").exists()
 
 
+def test_a_fleet_of_stubs_on_the_nodes_is_one_target(nodes: Nodes, tmp_path: Path) -> None:
+    command = [
+        VENV / "fanmark",
+        "serve",
+        "stub",
+        "--ray",
+        nodes.address,
+        "--replicas",
+        "2",
+        "--port",
+        "0",
+        "--time-scale",
+        "0.2",
+    ]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    try:
+        told = json.loads(server.stdout.readline())
+        stubs = [
+            pid
+            for pid in children(nodes.process.pid)
+            if "fanmark.servers.stub" in Path(f"/proc/{pid}/cmdline").read_text()
+        ]
+        assert len(set(told["replicas"])) == len(stubs) == 2
+        run = Running(tmp_path, Stub(told["url"], server.pid, server), *OPEN)
+        found = run.ended()
+        assert found["validity"]["counted"] is found["validity"]["reconciled"] is True
+    finally:
+        server.terminate()
+        server.wait(30)
+        server.stdout.close()
+    assert server.returncode == 0 and gone(stubs, within_s=30)
+
+
 def test_a_node_that_is_lost_leaves_the_counts_of_its_last_snapshot(nodes: Nodes, stub: Stub, tmp_path: Path) -> None:
     """The last test: the cluster has one node after it."""
     run = Running(tmp_path, stub, "--ray", nodes.address, *CLOSED)
