@@ -3,14 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: run test lint test-vllm test-mcp test-ray compose-smoke constraints
+.PHONY: run test lint test-vllm test-mcp test-ray test-frameworks compose-smoke constraints
 
 run: .venv/ready
 	$(BIN)/fanmark run
 
 # Tests that open a browser or ask a Prometheus are skipped where there is none (Debian: apt-get install chromium prometheus).
 test: .venv/dev
-	$(BIN)/pytest -n 4 --dist loadfile -m 'not vllm and not mcp and not ray and not quiet'
+	$(BIN)/pytest -n 4 --dist loadfile -m 'not vllm and not mcp and not ray and not frameworks and not quiet'
 	$(BIN)/pytest -m quiet
 
 lint: .venv/dev
@@ -32,6 +32,11 @@ test-mcp: .venv/dev
 test-ray: .venv/dev
 	$(PYTHON) tests/cluster/setup_ray.py
 	$(BIN)/pytest -m ray tests/cluster
+
+# Agent frameworks through the tap, each installed by pip into a folder of its own outside the checkout, which is kept.
+test-frameworks: .venv/dev
+	$(PYTHON) tests/frameworks/setup_frameworks.py
+	$(BIN)/pytest -m frameworks -rA --capture=no tests/frameworks
 
 # The services of compose/ from locally built images, with a short run through them. Needs podman, runc and prometheus.
 compose-smoke: .venv/dev

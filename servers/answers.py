@@ -1,7 +1,8 @@
 """What the stub's model says: token ids known ahead, and the pieces in which a stream shows them.
 
 Rules of the file:
-1. Equal requests get equal answers: everything is drawn from the seed, the prompt's ids and the choice's number.
+1. Equal requests get equal answers: everything is drawn from the seed, the prompt's ids and the choice's number; a server's tool calls
+   have ids of their own all the same.
 2. Plain text is words of the vocabulary, so `encode(text) == ids`; texts of another kind are cut into as many pieces as tokens.
 3. An answer that ends by itself ends with an end-of-sequence token, which counts as output and has no text, as on vLLM.
 4. Reasoning comes first and has no closing token: `reasoning_tokens` + tokens of content = output tokens.
@@ -71,10 +72,13 @@ class Answer:
 
 
 class Speaker:
-    """Makes answers; holds the words' pieces ready as bytes."""
+    """Makes answers; holds the words' pieces ready as bytes. `call_ids` draws the ids of tool calls, where no two may be the same."""
 
-    def __init__(self, tokenizer: Tokenizer, lengths: Lengths, max_model_len: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, lengths: Lengths, max_model_len: int, call_ids: Random | None = None
+    ) -> None:
         self._tokenizer, self._lengths, self._max_model_len = tokenizer, lengths, max_model_len
+        self._call_ids = call_ids
         words = tokenizer.words
         self._numbers = range(len(words))
         self.eos_id = len(words) + _HASHED_IDS
@@ -193,7 +197,9 @@ class Speaker:
         for number in range(tooling.calls):
             name, schema = rng.choice(tooling.candidates)
             arguments = json.dumps(draw_value(schema, rng, self._tokenizer.words), ensure_ascii=False)
-            call = Call(f"chatcmpl-tool-{rng.getrandbits(64):016x}", name, arguments)
+            own = rng.getrandbits(64)
+            id = own if self._call_ids is None else self._call_ids.getrandbits(64)
+            call = Call(f"chatcmpl-tool-{id:016x}", name, arguments)
             head, _, tail = call_texts(name, arguments)
             first, middle, last = encode(head), encode(arguments), encode(tail)
             body.ids += [*first, *middle, *last]

@@ -67,8 +67,8 @@ class StubApp:
         self.options, self.config, self.engine, self.metrics = options, config, engine, metrics
         self.tokenizer, self.plan = tokenizer, plan
         self.log: TextIO | None = None
-        self.speaker = Speaker(tokenizer, options.lengths, options.limits.max_model_len)
         self._random = random.Random()
+        self.speaker = Speaker(tokenizer, options.lengths, options.limits.max_model_len, self._random)
         self._fingerprint = f"{VERSION}-{self._random.getrandbits(32):08x}"
         self._requests = self._under_plan = self._load = 0
         self._plan_at = time.monotonic()

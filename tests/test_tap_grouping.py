@@ -2,6 +2,8 @@
 
 import json
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +176,22 @@ def test_a_tool_call_belongs_to_the_reply_that_asked_for_it_and_to_none_where_se
     assert unclear.query.attributed == "none" and unclear.query not in [seen.query for seen in again]
 
 
+def test_what_several_queries_say_alike_is_of_none_unless_all_of_it_is_read() -> None:
+    """The same question twice at once: whose child it is, and whose answer a critic reads, cannot be told. A judge reads both."""
+    traffic = Traffic()
+    ask = '{"task": "find out how high the tower is"}'
+    both = [traffic.begin("lead", "a question") for _ in range(2)]
+    for i, seen in enumerate(both):
+        traffic.end(seen, "", ToolAsk(f"call-of-number-{i}", "expert", ask))
+    child = traffic.call("expert", "find out how high the tower is", says="324 metres, as far as anybody knows")
+    assert len({child.query, *(seen.query for seen in both)}) == 3
+    answers = [traffic.call("lead", f"question {i}", says="it is as high as a tower can be") for i in range(2)]
+    critic = traffic.call("critic", "it is as high as a tower can be", says="no more than that")
+    assert len({critic.query, *(seen.query for seen in answers)}) == 3
+    judge = traffic.call("judge", "1. it is as high as a tower can be 2. it is as high as a tower can be")
+    assert {seen.query for seen in answers} == {judge.query}
+
+
 def test_what_an_sdk_sends_again_is_the_same_call() -> None:
     traffic = Traffic()
     failed = traffic.end(traffic.begin("s", "a question"), failed=True)
@@ -194,16 +212,28 @@ def shown(query: Group) -> dict[str, Any]:
     return shape(calls)
 
 
-@pytest.mark.parametrize("path", FRAMEWORKS, ids=lambda path: path.stem)
-def test_three_questions_at_once_are_told_apart_as_frameworks_send_them(path: Path) -> None:
+def longest_pause(requests: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds for which nothing of a question is in flight, at most."""
+    questions = [[each for each in requests if each["query"] == question] for question in range(3)]
+    return max(later["sent_at"] - each["done_at"] for calls in questions for each, later in pairwise(calls))
+
+
+# Also at a pace at which agents pause nine times as long as ends a query, as a tool call is open; a team's next speaker is called by none.
+PACES = [(path, 0.9) for path in FRAMEWORKS] + [(path, 9.0) for path in FRAMEWORKS if "team" not in path.stem]
+
+
+@pytest.mark.parametrize(("path", "pause_s"), PACES, ids=lambda each: getattr(each, "stem", str(each)))
+def test_three_questions_at_once_are_told_apart_as_frameworks_send_them(path: Path, pause_s: float) -> None:
     recorded = json.loads(path.read_text())
-    grouping = Grouping(10.0)
+    grouping = Grouping(1.0)
     requests = recorded["requests"]
+    slow = pause_s / longest_pause(requests)
     seen: dict[int, Seen] = {}
-    moments = [(r["sent_at"], 1, i) for i, r in enumerate(requests)] + [
-        (r["done_at"], 0, i) for i, r in enumerate(requests)
+    moments = [(slow * r["sent_at"], 1, i) for i, r in enumerate(requests)] + [
+        (slow * r["done_at"], 0, i) for i, r in enumerate(requests)
     ]
     for at, begins, i in sorted(moments):
+        grouping.idle(at)
         api = APIS[requests[i]["path"].removeprefix("/v1/")]
         if begins:
             body = json.dumps(requests[i]["body"]).encode()

@@ -7,7 +7,8 @@ Rules of the file:
 3. A query ends `idle_s` after its last call did; ten times as late while a tool call that a reply asked for is open; and when its session's
    next user turn begins. What comes for it later is a query of its own, and is counted (`reopened`).
 4. By content a request joins the query of what it extends, of the open tool call that handed it over, or of a reply that it reads. If it
-   reads replies of several queries known by content alone, they were one. What joins nothing and is joined by nothing is not attributed.
+   reads replies of several queries known by content alone, they were one. What several queries hand over or say alike tells nothing. What
+   joins nothing and is joined by nothing is not attributed.
 5. A request that is another's next attempt takes its place: the same text, after one that failed.
 6. What waited for what is told by content. Where that tells nothing, a call waited for the one at whose end nothing of the query was in
    flight (`by_time`), if there was such a moment.
@@ -220,18 +221,22 @@ class Grouping:
         return into
 
     def _read(self, seen: Seen) -> list[Group]:
-        """The open queries whose replies stand in it."""
+        """The open queries whose replies stand in it. What several of them say alike is of all of them if it stands there as often, else of
+        none: whose it is cannot be told."""
         messages = [message.text.strip() for message in seen.spoken]
         latest = [
             each for query in self.open for each in query.calls if each.ended_at is not None and each.tool is None
         ]
-        found = [
-            each.query
-            for each in sorted(latest, key=lambda each: each.n)[-MOST_READ:]
-            if any(stands(text, message) for text in each.says for message in messages)
-            or any(len(ask.id) >= SHORT and ask.id in message for ask in each.asks for message in messages)
-        ]
-        return list(dict.fromkeys(found))
+        saying: dict[str, dict[Group, None]] = {}
+        for each in sorted(latest, key=lambda each: each.n)[-MOST_READ:]:
+            for text in (*each.says, *(ask.id for ask in each.asks if len(ask.id) >= SHORT)):
+                saying.setdefault(text, {})[each.query] = None
+        found = dict[Group, None]()
+        for text, queries in saying.items():
+            times = sum(max(1, message.count(text)) for message in messages if stands(text, message))
+            if times >= len(queries):
+                found |= queries
+        return list(found)
 
     def _merge(self, query: Group, into: Group) -> None:
         for seen in query.calls:
