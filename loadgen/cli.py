@@ -4,7 +4,6 @@ import os
 import secrets
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +18,7 @@ from fanmark.loadgen.cli_common import (
     shared_out,
     split_flag,
     version,
+    workers_of,
 )
 from fanmark.loadgen.errors import FanmarkError
 
@@ -228,6 +228,8 @@ def simulate(
     strict: StrictOpt = False,
     junit: JunitOpt = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs with so many seeds, and prints how far they lie apart.")] = 1,
+    workers: WorkersOpt = None,
+    ray: RayOpt = None,
 ) -> int:
     """Runs a scenario in virtual time against the engine model: nothing is contacted, the same seed gives the same bytes."""
     from fanmark.loadgen import scenario_check
@@ -244,23 +246,28 @@ def simulate(
     folder = _folder(out, checked.name)
     options = simulation.Options(folder, version(), simulation.repeatable(sys.argv[1:]), labels_of(label or []))
     if seeds > 1:
-        return _spread(checked, table, options, seeds, json)
+        return _spread(checked, options, seeds, json, workers_of(workers or "1"), ray)
+    if workers is not None or ray is not None:
+        raise FanmarkError("--workers and --ray share out seeds, and there is one: give --seeds N")
     return _told(simulation.simulate(checked, table, options), folder, json, strict, junit)
 
 
-def _spread(checked: Any, table: Any, options: Any, seeds: int, json: bool) -> int:
-    import msgspec
-
+def _spread(checked: Any, options: Any, count: int, json: bool, workers: int, ray: str | None) -> int:
+    from fanmark.loadgen import shared_out as work
     from fanmark.loadgen import spread
-    from fanmark.loadgen.simulate import simulate
 
-    summaries = []
-    for seed in range(checked.seed, checked.seed + seeds):
-        folder = options.out / f"seed-{seed}"
-        scenario = msgspec.structs.replace(checked, seed=seed)
-        summaries.append(simulate(scenario, table, replace(options, out=folder)).summary)
-    found = spread.spread(summaries)
-    print(json_text(found) if json else "\n".join([*spread.lines(found, seeds), f"files    {options.out}"]))
+    tasks = work.seeds(checked, options, count)
+    folders = [options.out / f"seed-{scenario.seed}" for scenario, _ in tasks]
+    work.check_free(folders)
+    if ray is not None:
+        found = run_async(work.each_on_ray(work.simulated, tasks, ray, version()))
+    else:
+        found = work.each(work.simulated, tasks, workers)
+    for folder, (_, files) in zip(folders, found, strict=True):
+        work.leave(folder, files)
+    summaries = [summary for summary, _ in found]
+    apart = spread.spread(summaries)
+    print(json_text(apart) if json else "\n".join([*spread.lines(apart, count), f"files    {options.out}"]))
     return max(exit_code(summary, False) for summary in summaries)
 
 

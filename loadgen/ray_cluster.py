@@ -213,6 +213,19 @@ class Cluster:
             )
         return RayStation(node, host, out, await _clocks(host), here)
 
+    async def each(self, function: Callable[[Any], Any], given: Sequence[Any]) -> list[Any]:
+        """What a function makes of each, in their order, on a processor each as they become free. Raises UnreachableError."""
+        import ray
+        from ray.exceptions import RayTaskError
+
+        refs = [ray.remote(function).options(num_cpus=1).remote(one) for one in given]
+        try:
+            return list(await asyncio.gather(*refs))
+        except RayTaskError as e:
+            if isinstance(e.cause, FanmarkError):
+                raise e.cause from None
+            raise UnreachableError(f"a node of the Ray cluster: {_line(e)}") from None
+
     async def serve(self, index: int, module: str, flags: Sequence[str]) -> tuple[Any, str]:
         """Starts the server with this number on a node, where nodes take turns: its actor, with which it ends, and its address. It listens
         to this machine alone where it is on it. Raises FanmarkError."""

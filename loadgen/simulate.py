@@ -78,12 +78,12 @@ def ignored(scenario: Scenario) -> list[str]:
 
 
 def repeatable(arguments: Sequence[str]) -> list[str]:
-    """A command line without what does not change the result: where it is written, and how it is printed."""
+    """A command line without what does not change the result: where it is made and written, and how it is printed."""
     kept, rest = [], iter(arguments)
     for argument in rest:
-        if argument == "--out":
+        if argument in ("--out", "--workers", "--ray"):
             next(rest, None)
-        elif argument != "--json" and not argument.startswith("--out="):
+        elif argument != "--json" and not argument.startswith(("--out=", "--workers=", "--ray=")):
             kept.append(argument)
     return kept
 

@@ -40,6 +40,12 @@ def with_users(raw: Mapping[str, Any], source: str, table: Mapping[str, Topology
     return with_recordings([*listed, *parts], source, found)
 
 
+def table_of(scenario: Scenario, table: Mapping[str, Topology]) -> dict[str, Topology]:
+    """The table with what a scenario that came from elsewhere brings from files. Raises ScenarioError."""
+    arms = [{"topology": arm.topology, **arm.params} for each in scenario.arms for arm in (each.mix or [each])]
+    return with_users({"arm": arms}, scenario.source, table)
+
+
 def _load(path: Path, function: str, where: str, keys: Iterable[str]) -> Topology:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if not path.is_file() or spec is None or spec.loader is None:

@@ -20,7 +20,7 @@ from fanmark.loadgen.run import Run, Stop
 from fanmark.loadgen.run_clock import RunClock
 from fanmark.loadgen.sums import Packer
 from fanmark.loadgen.tally import Tally
-from fanmark.loadgen.user_topology import with_users
+from fanmark.loadgen.user_topology import table_of
 
 
 class Member:
@@ -54,8 +54,7 @@ async def work(task: Task, link: Link) -> Ended:
     """This worker's share of the run, from connecting to its end. Raises FanmarkError before anything is sent."""
     clock = RunClock(task.place.time_scale)
     scenario = task.scenario
-    arms = [{"topology": arm.topology, **arm.params} for each in scenario.arms for arm in (each.mix or [each])]
-    table = with_users({"arm": arms}, scenario.source, topologies())
+    table = table_of(scenario, topologies())
     member = Member(link, task.index, task.count)
     async with AsyncExitStack() as stack:
         reached = await reach(scenario, table, task.place, clock.now, stack)

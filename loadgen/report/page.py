@@ -183,8 +183,8 @@ def _client(client: Mapping[str, Any], name: str) -> str:
             rows.append([word, *("-" if found[c] is None else f"{1e3 * found[c]:.2f}" for c in columns)])
     workers = [["worker", "verdict", "loop lag p99, ms", "send delay p99, ms", "CPU, s", "memory, MB"]] + [
         [
-            n, w["verdict"], f"{1e3 * w['loop_lag_p99_s']:.2f}", f"{1e3 * w['send_delay_p99_s']:.2f}", f"{w['cpu_s']:.1f}",
-            f"{w['rss_mb']:.0f}",
+            f"{n}{' on ' + w['node'] if w.get('node') else ''}", w["verdict"], f"{1e3 * w['loop_lag_p99_s']:.2f}",
+            f"{1e3 * w['send_delay_p99_s']:.2f}", f"{w['cpu_s']:.1f}", f"{w['rss_mb']:.0f}",
         ]
         for n, w in client.get("by_worker", {}).items()
     ]  # fmt: skip

@@ -245,6 +245,20 @@ def test_a_head_that_is_absent_or_says_nothing_is_one_line(nodes: Nodes, stub: S
     assert not (tmp_path / "run").exists()
 
 
+def test_seeds_of_a_simulation_are_shared_out(nodes: Nodes, tmp_path: Path) -> None:
+    """What the nodes make has the bytes of what is made here."""
+    (tmp_path / "s.toml").write_text(SCENARIO)
+    made = []
+    for name, where in {"here": [], "there": ["--ray", nodes.address]}.items():
+        flags = ["--seeds", "3", "--queries", "2", "--out", str(tmp_path / name), *where]
+        subprocess.run(
+            [VENV / "fanmark", "simulate", tmp_path / "s.toml", *flags], check=True, stdout=subprocess.DEVNULL
+        )
+        found = (tmp_path / name).rglob("*.*")
+        made.append({str(path.relative_to(tmp_path / name)): path.read_bytes() for path in found})
+    assert made[0] == made[1] and len({name.split("/")[0] for name in made[0]}) == 3
+
+
 def test_a_fleet_of_stubs_on_the_nodes_is_one_target(nodes: Nodes, tmp_path: Path) -> None:
     command = [
         VENV / "fanmark",
