@@ -21,7 +21,7 @@ from fanmark.loadgen.counters import Reading
 from fanmark.loadgen.environment import environment
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.lanes.virtual import Service, VirtualEndpoint
-from fanmark.loadgen.lanes.virtual_tools import VirtualTools
+from fanmark.loadgen.lanes.virtual_tools import VirtualTools, Words
 from fanmark.loadgen.minimums import check_lengths, check_roles
 from fanmark.loadgen.reach import tool_latency, uses_tools
 from fanmark.loadgen.records import digests, read_queries, read_windows
@@ -112,16 +112,17 @@ def _profile(name: str) -> Profile:
 
 
 async def stand_in(
-    scenario: Scenario, topologies: Mapping[str, Topology], services: Mapping[str, Service]
+    scenario: Scenario,
+    topologies: Mapping[str, Topology],
+    services: Mapping[str, Service],
+    kind: type[VirtualEndpoint] = VirtualEndpoint,
+    words: Words | None = None,
 ) -> tuple[dict[str, VirtualEndpoint], ToolSet | None]:
     """Engines and tools, ready to be called. Raises FanmarkError where something is wrong."""
     check_agents(scenario, topologies, virtual=True)
     targets = dict(scenario.targets) or {"default": Target(url="", api=scenario.stub.api)}
-    endpoints = {
-        name: VirtualEndpoint(name, target, services[name], scenario.stub.tool_calls)
-        for name, target in targets.items()
-    }
-    tools = _tools(scenario) if uses_tools(scenario, topologies) else None
+    endpoints = {name: kind(name, target, services[name], scenario.stub.tool_calls) for name, target in targets.items()}
+    tools = _tools(scenario, words) if uses_tools(scenario, topologies) else None
     if tools is not None:
         for endpoint in endpoints.values():
             await endpoint.expose(tools.schemas, system=scenario.system_message)
@@ -182,7 +183,7 @@ async def _simulate(
     return Result(found)
 
 
-def _tools(scenario: Scenario) -> ToolSet:
+def _tools(scenario: Scenario, words: Words | None) -> ToolSet:
     config = scenario.tools
     if config.server:
         config = msgspec.structs.replace(config, server=[], call=[])
@@ -191,7 +192,7 @@ def _tools(scenario: Scenario) -> ToolSet:
         check_latency(latency_s)
     except ValueError as e:
         raise ScenarioError(f"{scenario.source}: [tools] latency_s: {e}") from None
-    tools = VirtualTools(latency_s, config.round_trip_s)
+    tools = VirtualTools(latency_s, config.round_trip_s, words)
     return ToolSet(tools, tools.tools, config, embedded=True)
 
 

@@ -212,11 +212,9 @@ class VirtualEndpoint(Endpoint):
         try:
             ask = self._ask(body)
             parts = self._parts(body)
-            prompt, crc = Prompt([ids for ids, _ in parts]), 0
-            for _, data in parts:
-                crc = crc32(data, crc)
+            prompt = Prompt([ids for ids, _ in parts])
             check_context(len(prompt), len(prompt), ask.max_tokens, self._limits.max_model_len)
-            answers = [self._speaker.answer_to(ask, len(prompt), crc, i) for i in range(ask.n)]
+            answers = self._answers(ask, prompt, parts)
         except ApiError as e:
             raise HttpError(e.status, msgspec.json.encode(e.body()).decode()) from None
         self._sent += 1
@@ -237,7 +235,17 @@ class VirtualEndpoint(Endpoint):
             raise HttpError(503, f"The server is at its limit {e}: try again later.") from None
         except ValueError as e:
             raise HttpError(400, str(e)) from None
-        return _reply(ask, len(prompt), answers, events)
+        return self._reply(ask, len(prompt), answers, events)
+
+    def _answers(self, ask: Ask, prompt: Prompt, parts: Sequence[tuple[list[int], bytes]]) -> list[Answer]:
+        """What the stub would answer. Raises ApiError."""
+        crc = 0
+        for _, data in parts:
+            crc = crc32(data, crc)
+        return [self._speaker.answer_to(ask, len(prompt), crc, i) for i in range(ask.n)]
+
+    def _reply(self, ask: Ask, prompt_tokens: int, answers: Sequence[Answer], events: Sequence[Event]) -> Reply:
+        return _reply(ask, prompt_tokens, answers, events)
 
     def _ask(self, body: Mapping[str, Any]) -> Ask:
         """The request but for its texts, as the stub reads it. Raises ApiError."""

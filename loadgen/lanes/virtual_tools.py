@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from fanmark.loadgen.errors import CallError
 from fanmark.loadgen.lanes.mcp_model import Trip
@@ -48,14 +48,20 @@ def schema_tokens() -> int:
     return len(Tokenizer(vocabulary()).encode(tools_text(schemas)))
 
 
+class Words(Protocol):
+    """Makes a result's text."""
+
+    def text(self, tokens: int, seed: str) -> str: ...
+
+
 class VirtualTools:
     """Waits `latency_s`, drawn by the seed in a call's `meta`, and `round_trip_s` on top: what MCP and its client add."""
 
-    def __init__(self, latency_s: Latency, round_trip_s: float) -> None:
+    def __init__(self, latency_s: Latency, round_trip_s: float, filler: Words | None = None) -> None:
         self.tools: Sequence[VirtualTool] = [VirtualTool(t.name, t.description, t.input_schema) for t in TOOLS]
         self._latency_s = latency_s
         self._round_trip_s = round_trip_s
-        self._filler = Filler()
+        self._filler = filler or Filler()
 
     async def call(
         self, name: str, arguments: dict[str, Any], *, timeout_s: float, meta: Mapping[str, Any] | None, trip: Trip
