@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fanmark.loadgen import cli_cost, cli_engine, cli_replay, cli_runs, cli_sweep, cli_tap
+from fanmark.loadgen import cli_cost, cli_engine, cli_plan, cli_replay, cli_runs, cli_sweep, cli_tap
 from fanmark.loadgen.cli_common import (
     checked_scenario,
     json_text,
@@ -40,6 +40,7 @@ for command in (
     cli_engine.calibrate,
     cli_engine.validate,
     cli_cost.cost,
+    cli_plan.plan,
     cli_runs.report,
     cli_runs.verify,
     cli_runs.compare,

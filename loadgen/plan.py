@@ -5,7 +5,8 @@ Rules of the file:
    so that fleets are put before the same queries.
 2. The guess that a search begins with is the load over what one replica carries: queries so many at a time on one replica of each target,
    as many as still meet the deadline. One at a time says what a query takes where it meets nobody.
-3. Of further burstinesses a coarser answer will do. What one more knob would do is told where it matters: at the largest number that fails, else at the answer; seed for seed.
+3. Of further burstinesses a coarser answer will do.
+4. What one more knob would do is told where it matters: at the largest number that fails, else at the answer; seed for seed.
 """
 
 import math
@@ -14,14 +15,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fanmark.agents.runtime import Topology
-from fanmark.loadgen.capacity import QUERY, Found, Look, along, objectives_of, points_of
+from fanmark.loadgen.capacity import CALL, QUERY, Found, Look, along, objectives_of, points_of
 from fanmark.loadgen.errors import ScenarioError
-from fanmark.loadgen.fleet_search import next_look
+from fanmark.loadgen.fleet_search import next_look, shared_out
 from fanmark.loadgen.lanes.virtual import Service
-from fanmark.loadgen.objective import calls_good, good
+from fanmark.loadgen.objective import calls_good
+from fanmark.loadgen.plan_table import binding, extra_s
 from fanmark.loadgen.planned import MOST_AT_A_TIME, Demand, Knobs, at_a_time, fleet, offered
 from fanmark.loadgen.records import Query
-from fanmark.loadgen.scenario import Arm, Scenario
+from fanmark.loadgen.reduced import Reduced
+from fanmark.loadgen.scenario import Arm, Objective, Scenario
 from fanmark.loadgen.search import Search, first_look
 from fanmark.loadgen.statistics import distribution, occupancy
 from fanmark.loadgen.steadiness import over_capacity
@@ -100,7 +103,7 @@ class Planner:
             trial = self._trial(at_a_time(self.scenario, self.arm, at_once), services)
             share, latency_s = _share(trial, self.scenario), _mean([q.done_at - q.due_at for q in trial.counted])
             if at_once == 1:
-                self.alone = {"attainment": share, **self._times(trial)}
+                self.alone = {"attainment": share, **self._figures(trial)}
             elif share < self.scenario.objective.attainment:
                 break
             carried = at_once / latency_s if latency_s else carried
@@ -149,10 +152,10 @@ class Planner:
         qps = None if demand.rate is not None else demand.planned / (self.alone["latency_s"] + 1e-9)
         scenario = offered(self.scenario, self.arm, demand, part.share, knobs, queries, seed, qps)
         trial = self._trial(scenario, part.services)
-        window, counted, objective = trial.windows[0], trial.counted, self.scenario.objective
+        window, objective = trial.windows[0], self.scenario.objective
         assert objective is not None
-        counted.sort(key=lambda query: query.due_at)
-        met = {"query": [good(q, objective) for q in counted], "call": [calls_good(q, objective) for q in counted]}
+        counted = sorted(trial.counted, key=lambda query: query.due_at)
+        met = {QUERY: [_in_time(q, objective) for q in counted], CALL: [calls_good(q, objective) for q in counted]}
         calls = occupancy(_spans(trial.queries), window.start_at, window.end_at)["mean"]
         offered_qps = (scenario.load.rate if demand.rate is not None else len(counted) / window.seconds) / part.share
         look = Look(
@@ -161,14 +164,9 @@ class Planner:
             met={name: met[name] for name in objectives_of(objective)},
             offered_qps=offered_qps,
             calls_in_flight=calls / part.share,
-            over_capacity=window.given_up or (demand.rate is not None and over_capacity(trial.queries, window)),
+            over_capacity=window.given_up or (demand.rate is not None and _over_capacity(trial, objective)),
         )
-        figures = {
-            **self._times(trial),
-            "targets": {name: account.told(window.seconds) for name, account in trial.accounts.items()},
-            "queries_per_s": len(counted) / window.seconds,
-        }
-        return Seen(look, figures)
+        return Seen(look, self._figures(trial))
 
     def _trial(self, scenario: Scenario, services: Mapping[str, Service]) -> Trial:
         trial = try_out(scenario, self.topologies, services)
@@ -183,8 +181,8 @@ class Planner:
             raise ScenarioError(f"{scenario.source}: arm {self.arm.name!r}: cannot be planned: {why}")
         return trial
 
-    def _times(self, trial: Trial) -> Found:
-        """Latency of the counted queries, and the time that a query's calls took in sum, by part."""
+    def _figures(self, trial: Trial) -> Found:
+        """Latency of the counted queries, the time that a query's calls took in sum, by part, and what the engines did."""
         counted = trial.counted
         latencies_s = [query.done_at - query.due_at for query in counted]
         told = distribution(latencies_s) or {}
@@ -198,6 +196,8 @@ class Planner:
             "to_first_token_s": first_s / len(counted),
             "decode_s": rest_s / len(counted),
             "tools_s": math.fsum(query.resources["tool_s"] or 0.0 for query in counted) / len(counted),
+            "queries_per_s": len(counted) / trial.seconds,
+            "targets": {name: use.told(trial.seconds) for name, use in trial.accounts.items()},
             "critical_tools_s": _mean([_tools_on_path(query) for query in counted]),
         }
 
@@ -215,15 +215,17 @@ class Planner:
     def at(self, seen: Sequence[Seen], answer: Found) -> Found | None:
         """The figures of the first look at the answer, else at the largest number that was looked at."""
         x = answer["knee"]["x"] if answer["knee"] else max(each.look.x for each in seen)
-        one = next(each for each in seen if each.look.x == x)
-        parts = fleet(int(x), self.services, self.weights, self.options.knobs, 10**9).services
-        return {"replicas": int(x), "by_target": {n: s.replicas for n, s in parts.items()}, **one.figures}
+        return self._told(next(each for each in seen if each.look.x == x))
+
+    def _told(self, one: Seen) -> Found:
+        replicas = int(one.look.x)
+        return {"replicas": replicas, "by_target": shared_out(replicas, self.weights), **one.figures}
 
     def missed(self, seen: Sequence[Seen], answer: Found) -> Found | None:
         """The figures of the first look at the largest number that fails; None where none fails."""
         x = answer["bracket"]["low"]
         one = next((each for each in seen if each.look.x == x), None)
-        return None if one is None else {"replicas": int(one.look.x), **one.figures}
+        return None if one is None else self._told(one)
 
     def what_if(self, knobs: Knobs, seen: Sequence[Seen], answer: Found) -> list[Found]:
         """One change each, where the objective is just missed."""
@@ -277,7 +279,18 @@ def _numbers(answer: Found) -> Found:
 
 def _share(trial: Trial, scenario: Scenario) -> float:
     assert scenario.objective is not None
-    return sum(good(query, scenario.objective) for query in trial.counted) / max(1, len(trial.counted))
+    return _mean([_in_time(query, scenario.objective) for query in trial.counted])
+
+
+def _in_time(query: Query, objective: Objective) -> bool:
+    return query.outcome == "completed" and query.done_at - query.due_at <= objective.query_seconds
+
+
+def _over_capacity(trial: Trial, objective: Objective) -> bool:
+    reduced = Reduced(objective)
+    for query in trial.queries:
+        reduced.add(query)
+    return over_capacity(reduced.queries, trial.windows[0])
 
 
 def _tools_on_path(query: Query) -> float:
@@ -301,3 +314,45 @@ def _spans(queries: Sequence[Query]) -> list[tuple[float, float]]:
         for call in query.calls
         if call.kind == "call" and call.sent_at is not None and call.done_at is not None
     ]
+
+
+def finished(planner: Planner, spare: int, gpu_hour: float | None) -> Found:
+    """An arm's plan with what binds it and what it costs."""
+    scenario, demand, options = planner.scenario, planner.options.demand, planner.options
+    found = planner.plan()
+    assert scenario.objective is not None
+    plan, at = found["plan"], found["plan"]["at"]
+    what, said = binding(plan, objectives_of(scenario.objective)[QUERY])
+    plan["binds"] = {"what": what, "said": said, "extra_s": extra_s(plan, plan["missed"] or at)}
+    knee = found["on"][QUERY]["knee"]
+    plan["replicas"] = int(knee["x"]) if knee else None
+    plan["with_spare"] = int(knee["x"]) + spare if knee else None
+    plan["cell"] = options.cell if at["replicas"] > options.cell and len(planner.services) == 1 else None
+    hour = _per_hour(planner, at["by_target"], spare, gpu_hour) if knee else None
+    qps = (
+        demand.rate
+        if demand.rate is not None
+        else at["queries_per_s"] * (at["replicas"] / min(at["replicas"], options.cell))
+    )
+    per_hour = 3600.0 * qps * (1.0 + demand.growth) if demand.rate is not None else 3600.0 * qps
+    plan["cost"] = {
+        "per_hour": hour,
+        "per_1000_queries": None if hour is None else 1000.0 * hour / per_hour,
+        "basis": f"{plan['with_spare']} replicas, of which {spare} to spare; {per_hour:,.0f} queries an hour",
+    }
+    return found
+
+
+def _per_hour(planner: Planner, replicas: Mapping[str, int], spare: int, gpu_hour: float | None) -> float | None:
+    """Dollars of the fleet; the spare is one of the dearest replicas. None where a price is missing."""
+    each: dict[str, float] = {}
+    for name, service in planner.services.items():
+        target, settings = planner.scenario.targets.get(name), service.profile.settings
+        prices = target.prices if target is not None else None
+        if prices is not None and prices.replica_s is not None:
+            each[name] = 3600.0 * prices.replica_s
+        elif gpu_hour is not None:
+            each[name] = gpu_hour * settings.tensor_parallel * settings.data_parallel
+        else:
+            return None
+    return sum(each[name] * replicas[name] for name in each) + spare * max(each.values())

@@ -16,7 +16,7 @@ from fanmark.loadgen.lanes.virtual import Service
 from fanmark.loadgen.scenario import Arm, Load, Scenario
 from fanmark.servers.engine.routing import Policy
 
-LEAST_DEADLINES = 5.0  # a window is so many deadlines long at least
+LEAST_DEADLINES = 4.0  # a window is so many deadlines long at least
 PILOT_QUERIES, MOST_AT_A_TIME = 20, 512
 
 

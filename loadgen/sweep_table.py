@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from fanmark.loadgen import crossing
+from fanmark.loadgen import crossing, plan_table
 from fanmark.loadgen.capacity import AMPLIFICATION
 from fanmark.loadgen.table import ROWS, columns, number, short
 
@@ -13,7 +13,9 @@ RATIOS = {key: title.strip().removesuffix(", s") for key, title in ROWS if key i
 
 
 def headlines(found: Found) -> list[str]:
-    """A sentence for each arm and objective: the price of a query that does not depend on the load."""
+    """A sentence for each arm and objective: the price of a query that does not depend on the load; of a plan its answers."""
+    if "plan" in found:
+        return plan_table.headlines(found)
     if found["axis"]["seeks"] != "highest":
         return []
     baseline = next(name for name, arm in found["arms"].items() if arm["baseline"])

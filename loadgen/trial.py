@@ -9,7 +9,7 @@ import msgspec
 
 from fanmark.agents.runtime import Topology
 from fanmark.loadgen.clock import run_virtually
-from fanmark.loadgen.engine_account import Account, Watch
+from fanmark.loadgen.fleet_use import Use, Watch
 from fanmark.loadgen.lanes.virtual import Service
 from fanmark.loadgen.lanes.virtual_bare import BareEndpoint, Marks, has_no_words
 from fanmark.loadgen.records import Begun, Query, Window
@@ -25,7 +25,7 @@ class Trial:
 
     queries: list[Query] = field(default_factory=list)
     windows: list[Window] = field(default_factory=list)
-    accounts: Mapping[str, Account] = field(default_factory=dict)
+    accounts: Mapping[str, Use] = field(default_factory=dict)
     watch: Watch | None = None
 
     def begin(self, query: Begun) -> None:
@@ -40,7 +40,13 @@ class Trial:
             self.watch.start_at, self.watch.stop_at = window.start_at, window.end_at
 
     @property
+    def seconds(self) -> float:
+        """Of the window, or of all where there is none."""
+        return self.windows[0].seconds if self.windows else max(query.done_at for query in self.queries)
+
+    @property
     def counted(self) -> list[Query]:
+        """Those that count, in no order."""
         return [query for query in self.queries if not query.warmup]
 
 
@@ -66,6 +72,8 @@ async def _try_out(scenario: Scenario, topologies: Mapping[str, Topology], servi
         scenario = msgspec.structs.replace(scenario, workload=msgspec.structs.replace(scenario.workload, cache="warm"))
     trial, watch = Trial(), Watch(endpoints)
     trial.watch, trial.accounts = watch, watch.accounts
+    if scenario.load.duration is None:
+        watch.start_at = 0.0
     tally = Tally({arm.name: arm.topology for arm in scenario.arms}, scenario.baseline.name)
     run_id, now = f"virtual-{scenario.seed}", asyncio.get_running_loop().time
     await Run(scenario, topologies, endpoints, tools, tally, trial, run_id, now).execute()

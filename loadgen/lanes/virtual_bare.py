@@ -15,8 +15,8 @@ from fanmark.loadgen.lanes.virtual import Service, VirtualEndpoint
 from fanmark.loadgen.prompts import Part, Text
 from fanmark.loadgen.scenario import Scenario, Target
 from fanmark.servers.answers import Answer
+from fanmark.servers.engine.events import Event
 from fanmark.servers.engine.prompt import Prompt
-from fanmark.servers.engine.replica import Event
 from fanmark.servers.openai_api import Ask
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fanmark.loadgen import crossing, sweep_table
+from fanmark.loadgen import crossing, plan_table, sweep_table
 from fanmark.loadgen.report import svg
 from fanmark.loadgen.report.page import document
 from fanmark.loadgen.report.svg import Scale, esc, line, text
@@ -29,13 +29,27 @@ def page(found: Found) -> str:
     body += [f"<p>{esc(note)}</p>" for note in [f"Measured {clock}, seed {found['seed']}.", *found["notes"]]]
     if (rows := sweep_table.along_rows(found)) is not None:
         body.append(f"<section><h2>Against the baseline</h2>{amplification(found)}{svg.table(rows)}</section>")
+    body += _planned(found) if "plan" in found else []
     for objective, about in found["objectives"].items():
         answer = svg.table(sweep_table.answer_rows(found, objective)) if axis["seeks"] else ""
         charts = svg.grid([goodput(found, objective), attainment(found, objective)])
         points = svg.table(sweep_table.point_rows(found, objective), "all points")
         body.append(f"<section><h2>On {esc(about['title'])}</h2>{answer}{charts}{points}</section>")
-    body.append(f"<section><h2>The runs</h2>{_runs(found)}</section>")
+    if "plan" not in found:
+        body.append(f"<section><h2>The runs</h2>{_runs(found)}</section>")
     return document(title, "".join(body))
+
+
+def _planned(found: Found) -> list[str]:
+    """What a plan says of each arm beside its points."""
+    sections = []
+    for name, arm in found["arms"].items():
+        plan = arm["plan"]
+        said = (plan["binds"]["said"], plan_table.cost_line(plan), plan_table.simulated_line(plan))
+        tables = (plan_table.plan_rows(plan), plan_table.burstiness_rows(plan), plan_table.what_if_rows(plan))
+        inside = "".join(f"<p>{esc(each)}</p>" for each in said) + "".join(svg.table(rows) for rows in tables)
+        sections.append(f"<section><h2>{esc(name)}: what binds, and what else would help</h2>{inside}</section>")
+    return sections
 
 
 @dataclass(frozen=True)

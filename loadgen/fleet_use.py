@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from fanmark.loadgen.lanes.virtual import VirtualEndpoint
+from fanmark.servers.engine.events import Step
 from fanmark.servers.engine.group import Engine, ReplicaGroup
-from fanmark.servers.engine.replica import Replica, Step
+from fanmark.servers.engine.replica import Replica
 
 REASONS = ("sequences", "prefill", "kv")
 
 
 @dataclass
-class Account:
+class Use:
     """Sums over a target's replicas. `*_s` without a better word are seconds of replicas, of steps or of requests."""
 
     replicas: int
@@ -56,14 +57,14 @@ class Watch:
 
     def __init__(self, endpoints: Mapping[str, VirtualEndpoint]) -> None:
         self.start_at, self.stop_at = float("inf"), float("inf")
-        self.accounts: dict[str, Account] = {}
+        self.accounts: dict[str, Use] = {}
         for name, endpoint in endpoints.items():
             engines = list(_replicas(endpoint.lane.replica))
-            account = self.accounts[name] = Account(len(engines), engines[0].config.max_num_seqs)
+            account = self.accounts[name] = Use(len(engines), engines[0].config.max_num_seqs)
             for engine in engines:
                 engine.on_step = partial(self._note, account, engine)
 
-    def _note(self, account: Account, engine: Replica, step: Step) -> None:
+    def _note(self, account: Use, engine: Replica, step: Step) -> None:
         seconds = min(step.end_at, self.stop_at) - max(step.start_at, self.start_at)
         if seconds <= 0.0:
             return
