@@ -33,7 +33,7 @@ rate = {rate}
 """
 MIXES = {  # parts, queries/s, deadline
     "chat-debate": ('{ name = "a", topology = "single" }, { name = "b", topology = "debate", agents = 3, rounds = 1 }', 2.7, 3.5),
-    "chat-chain": ('{ name = "a", topology = "single" }, { name = "b", topology = "tool-chain", tool_calls = 4 }', 3, 4.0),
+    "chat-chain": ('{ name = "a", topology = "single" }, { name = "b", topology = "tool-chain", tool_calls = 4 }', 3.5, 4.0),
     "research": ('{ name = "a", topology = "orchestrator", workers = 3, tool_calls = 2 }, { name = "b", topology = "reflection" }', 1, 7.0),
 }  # fmt: skip
 

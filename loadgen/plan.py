@@ -30,6 +30,8 @@ from fanmark.loadgen.statistics import distribution, occupancy
 from fanmark.loadgen.steadiness import over_capacity
 from fanmark.loadgen.trial import Trial, try_out
 
+LONGER = 4  # times as many queries
+LEAST_QUERIES = 200  # of a look
 RHO = 0.95  # of what one replica carried in the pilot a fleet is first thought to carry
 
 
@@ -140,7 +142,7 @@ class Planner:
             seeks="least",
             integer=True,
             within=options.within,
-            first=first_look(objective.attainment),
+            first=max(LEAST_QUERIES, first_look(objective.attainment)),
             looks=options.seeds,
             most=max(options.seeds, options.most_looks),
         )
@@ -150,10 +152,18 @@ class Planner:
         part = fleet(replicas, self.services, self.weights, knobs, self.options.cell)
         seed, demand = self.scenario.seed + number, self.options.demand
         qps = None if demand.rate is not None else demand.planned / (self.alone["latency_s"] + 1e-9)
-        scenario = offered(self.scenario, self.arm, demand, part.share, knobs, queries, seed, qps)
-        trial = self._trial(scenario, part.services)
-        window, objective = trial.windows[0], self.scenario.objective
+        objective = self.scenario.objective
         assert objective is not None
+        for times in (
+            1,
+            LONGER,
+        ):  # what piles up in a short window may be chance; if it is not, a longer one shows more of it
+            scenario = offered(self.scenario, self.arm, demand, part.share, knobs, times * queries, seed, qps)
+            trial = self._trial(scenario, part.services)
+            window = trial.windows[0]
+            over = window.given_up or (demand.rate is not None and _over_capacity(trial, objective))
+            if not over:
+                break
         counted = sorted(trial.counted, key=lambda query: query.due_at)
         met = {QUERY: [_in_time(q, objective) for q in counted], CALL: [calls_good(q, objective) for q in counted]}
         calls = occupancy(_spans(trial.queries), window.start_at, window.end_at)["mean"]
@@ -164,7 +174,7 @@ class Planner:
             met={name: met[name] for name in objectives_of(objective)},
             offered_qps=offered_qps,
             calls_in_flight=calls / part.share,
-            over_capacity=window.given_up or (demand.rate is not None and _over_capacity(trial, objective)),
+            over_capacity=over,
         )
         return Seen(look, self._figures(trial))
 

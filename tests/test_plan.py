@@ -116,7 +116,7 @@ def test_one_sequence_at_a_time_is_a_queue_with_one_server(tmp_path: Path) -> No
     scenario = scenario_of(tmp_path, text + "[objective]\nquery_seconds = 10.0\n")
     (service,) = services_of(scenario).values()
     one = {"default": type(service)(service.profile, 1, "round_robin", {"max_num_seqs": 1})}
-    load = offered(scenario, scenario.arms[0], Demand(1.2, None), 1.0, Knobs(), 4000, 5, None)
+    load = offered(scenario, scenario.arms[0], Demand(1.2, None), 1.0, Knobs(), 3000, 5, None)
     trial = try_out(load, topologies(), one)
     latencies_s = [q.done_at - q.due_at for q in trial.counted]
     busy_s = trial.accounts["default"].busy_s
@@ -131,7 +131,7 @@ def test_one_sequence_at_a_time_is_a_queue_with_one_server(tmp_path: Path) -> No
 
 
 def planner(scenario: Scenario, **options: Any) -> plan.Planner:
-    demand = options.pop("demand", Demand(8.0, None))
+    demand = options.pop("demand", Demand(5.0, None))
     given = {"burstiness": (1.0,), "seeds": 1, "within": 0.3} | options
     chosen = plan.Options(demand, Knobs(), **given)
     return plan.Planner(scenario, scenario.arms[0], topologies(), services_of(scenario), chosen, lambda line: None)
@@ -144,10 +144,10 @@ def test_the_same_seed_is_the_same_plan_and_more_load_is_more_replicas(tmp_path:
     told = first["plan"]
     n = told["replicas"]
     assert n > 1 and told["with_spare"] == n + 1 and told["cost"]["per_hour"] == 2.0 * (n + 1)
-    assert told["cost"]["per_1000_queries"] == pytest.approx(2.0 * (n + 1) / (8.0 * 3.6))
+    assert told["cost"]["per_1000_queries"] == pytest.approx(2.0 * (n + 1) / (5.0 * 3.6))
     assert told["missed"]["replicas"] == told["burstiness"]["1"]["fails_at"] < n
     assert told["what_if"] and all(each["replicas"] == told["missed"]["replicas"] for each in told["what_if"])
-    more = plan.finished(planner(scenario, demand=Demand(8.0, None, peak=2.0, growth=0.5)), 0, None)["plan"]
+    more = plan.finished(planner(scenario, demand=Demand(5.0, None, peak=2.0, growth=0.5)), 0, None)["plan"]
     assert 2 * n <= more["replicas"] <= 4 * n and more["cost"]["per_hour"] is None
 
 
@@ -198,13 +198,13 @@ def test_what_takes_most_beyond_the_time_alone_binds(
 
 def test_the_command_leaves_json_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "s.toml").write_text(MIX)
-    flags = ["--rate", "8", "--seeds", "1", "--within", "0.3", "--burstiness", "1", "--quiet", "--gpu-hour", "3"]
+    flags = ["--rate", "5", "--seeds", "1", "--within", "0.3", "--burstiness", "1", "--quiet", "--gpu-hour", "3"]
     code = app(["plan", str(tmp_path / "s.toml"), *flags, "--out", str(tmp_path / "p")], standalone_mode=False)
     shown = capsys.readouterr().out
     found = json.loads((tmp_path / "p" / "plan.json").read_text())
     assert code == 0 and found["schema"] == "fanmark.sweep/1" and found["axis"]["seeks"] == "least"
     n = found["arms"]["mix"]["plan"]["replicas"]
-    assert f"mix: {n} replicas carry 8 queries/s" in shown and "binds    " in shown and "what if" in shown
+    assert f"mix: {n} replicas carry 5 queries/s" in shown and "binds    " in shown and "what if" in shown
     page = (tmp_path / "p" / "report.html").read_text()
     assert f"{n} replicas carry" in page and "what binds" in page and "Share in time" in page
 
