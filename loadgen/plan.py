@@ -31,7 +31,6 @@ from fanmark.loadgen.steadiness import over_capacity
 from fanmark.loadgen.trial import Trial, try_out
 
 LONGER = 4  # times as many queries
-LEAST_QUERIES = 200  # of a look
 RHO = 0.95  # of what one replica carried in the pilot a fleet is first thought to carry
 
 
@@ -47,6 +46,7 @@ class Options:
     within: float = 0.05
     most_looks: int = 3
     cell: int = 4
+    queries: int = 200  # of a look, at least
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Planner:
             seeks="least",
             integer=True,
             within=options.within,
-            first=max(LEAST_QUERIES, first_look(objective.attainment)),
+            first=max(options.queries, first_look(objective.attainment)),
             looks=options.seeds,
             most=max(options.seeds, options.most_looks),
         )
