@@ -84,9 +84,9 @@ def servers() -> Iterator[dict[str, Stub]]:
 
 
 def shape(value: Any, key: str = "") -> Any:
-    """A JSON value with what may differ replaced by its type; keys keep their order."""
+    """A JSON value with what may differ replaced by its type; keys keep their order. What the stub adds under "fanmark" is left out."""
     if isinstance(value, dict):
-        return [(name, shape(part, name)) for name, part in value.items()]
+        return [(name, shape(part, name)) for name, part in value.items() if name != "fanmark"]
     if isinstance(value, list):
         return [type(value[0]).__name__] if value and type(value[0]) in (int, str) else [shape(part) for part in value]
     if key in FREE or (isinstance(value, (int, float)) and not isinstance(value, bool) and key != "code"):
