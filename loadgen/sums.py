@@ -12,6 +12,7 @@ from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fanmark.loadgen.records import JOINED
 from fanmark.loadgen.tally import ArmTally, Histogram, Tally
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _BY_BUCKET = ("ttft", "latency")  # of an arm; the run's are beside them
 _LEAST_BUCKET, _BUCKETS = -7_000, 14_000  # of records.gap_bucket: from below a microsecond to days
+_MOST_BUCKETS = 200  # of a counter, before neighbours are joined
 _FLOATS = ("sums", "squares")
 Exemplars = dict[tuple[str, str, Hashable], dict[int, tuple[float, int]]]  # of histograms, by arm, attribute and key
 
@@ -96,6 +98,13 @@ def _parts(arm: ArmTally) -> Iterator[tuple[str, Hashable, Any]]:
 
 
 def _pairs(counts: Mapping[int, int]) -> tuple[bytes, bytes]:
+    """Where there are many buckets, neighbours within 2 % are told as one: nothing that is shown while a run goes on needs more."""
+    if len(counts) > _MOST_BUCKETS:
+        joined: dict[int, int] = {}
+        for bucket, times in counts.items():
+            middle = bucket // JOINED * JOINED + JOINED // 2
+            joined[middle] = joined.get(middle, 0) + times
+        counts = joined
     return array("h", counts.keys()).tobytes(), array("I", counts.values()).tobytes()
 
 

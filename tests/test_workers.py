@@ -21,6 +21,7 @@ from fanmark.loadgen import scenario_check, session
 from fanmark.loadgen.arrivals import open_loop
 from fanmark.loadgen.crew import Alone, share
 from fanmark.loadgen.errors import FanmarkError
+from fanmark.loadgen.health import bucket_quantile
 from fanmark.loadgen.sums import Packer, Sums
 from fanmark.loadgen.tally import Histogram, Tally
 from fanmark.loadgen.verify import verify
@@ -82,6 +83,17 @@ def test_the_sum_of_the_workers_tallies_is_one_tally_of_all() -> None:
                 assert mine == pytest.approx(value) if isinstance(value, Counter) else mine == value, key
     assert (summed.send_delay, summed.ttft, summed.chunks) == (whole.send_delay, whole.ttft, whole.chunks)
     assert summed.amplification("debate", "calls") == whole.amplification("debate", "calls")
+
+
+def test_many_buckets_are_told_within_two_per_cent_and_none_is_lost() -> None:
+    tally, summed, sums = Tally({"a": "single"}, "a"), Tally({"a": "single"}, "a"), Sums()
+    tally.send_delay.update(dict.fromkeys(range(-5_000, -2_000), 3))
+    for worker in range(2):
+        sums.take(worker, Packer(tally).pack())
+    sums.into(summed)
+    assert sum(summed.send_delay.values()) == 2 * 3 * 3_000 and len(summed.send_delay) == 300
+    for q in (0.01, 0.5, 0.99):
+        assert bucket_quantile(summed.send_delay, q) == pytest.approx(bucket_quantile(tally.send_delay, q), rel=0.02)
 
 
 Between = Callable[[Path], Any]
