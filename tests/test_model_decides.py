@@ -23,7 +23,7 @@ from fanmark.loadgen.errors import CallError
 from fanmark.loadgen.lanes.http import Sent
 from fanmark.loadgen.lanes.mcp_model import Trip
 from fanmark.loadgen.lanes.sse import Reply, parse_body, parse_stream
-from fanmark.loadgen.lanes.virtual import VirtualEndpoint
+from fanmark.loadgen.lanes.virtual import Service, VirtualEndpoint
 from fanmark.loadgen.lanes.virtual_tools import Result, VirtualTool
 from fanmark.loadgen.reduced import reduced
 from fanmark.loadgen.run import Run
@@ -70,7 +70,7 @@ class Scripted(VirtualEndpoint):
     """Says what the script has, a turn at a time; keeps what it was asked."""
 
     def __init__(self, turns: Sequence[Sequence[ToolAsk]]) -> None:
-        super().__init__("default", Target(url=""), PROFILE)
+        super().__init__("default", Target(url=""), Service(PROFILE))
         self.turns = list(turns)
         self.bodies: list[dict[str, Any]] = []
         self.traces: list[str] = []
