@@ -78,7 +78,7 @@ def test_a_warm_cache_is_whatever_it_is(warm: Stub, tmp_path: Path) -> None:
     assert fresh(first) == [OWN, [KNOWN] * 4]
     assert fresh(second) == [[KNOWN] * 4] * 2
     assert summary["validity"]["uncontaminated"] is None
-    assert summary["validity"]["reasons"]["uncontaminated"].startswith('cache = "warm": ')
+    assert summary["validity"]["reasons"]["uncontaminated"].startswith("warm: ")
 
 
 def test_the_same_seed_on_a_warm_server_and_interleaved_arms_find_the_same_fresh_tokens(

@@ -73,7 +73,7 @@ def test_forced_lengths_are_called_degenerate_where_tokens_are_guessed(
     server["draft_tokens"] = {"client": None, "server": 800.0, "off_pct": None}
     client = {"verdict": "ok", "reasons": [], "loop_lag_s": None, "cpu_s": None}
     found = assemble(
-        scenario, Reduced(), {}, server, lambda _: client, {"seconds": 0.0}, ending=None
+        scenario, Reduced(), {}, server, lambda _: client, {"seconds": 0.0, "clock": "real"}, ending=None
     )  # fmt: skip
     said = [line for line in table.lines(found) if "degenerate" in line]
     assert len(said) == noted and all(f"({acceptance:.1%} of them accepted)" in line for line in said)

@@ -7,6 +7,7 @@ from test_samples import Told
 from two_arms import queries
 
 from fanmark.loadgen.counters import Reading
+from fanmark.loadgen.reduced import reduced
 from fanmark.loadgen.server_side import name_servers, reconciled, sharing
 
 # of the hand-made run's calls that were heard: 4 of single, 3 + 3 + 1 of debate; one of debate ended with a 500
@@ -49,7 +50,7 @@ def test_targets_on_one_server_are_counted_together() -> None:
             call.target = call.target and ("small" if one.arm == "single" else "big")
     both = {"small": At("small", "u", [after]), "big": At("big", "u", [after])}
     assert sharing(both) == {"small": ["small", "big"], "big": ["small", "big"]}
-    found = asyncio.run(reconciled(both, {"small": before, "big": before}, mine))
+    found = asyncio.run(reconciled(both, {"small": before, "big": before}, reduced(mine)))
     assert found["small"] == found["big"]
     assert found["small"]["prompt_tokens"] == {"client": READ, "server": READ, "off_pct": 0.0}
     assert found["small"]["reason"] == "the server counted 1 request more: 1 call ended unheard"

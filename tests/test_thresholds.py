@@ -57,9 +57,9 @@ def test_what_is_judged_stands_in_the_summary_the_table_and_the_exit(tmp_path: P
     whole = simulated(tmp_path / "met", met, {"metric": "arms.de.bate.queries.failed", "below": 1})
     assert [each["met"] for each in whole["thresholds"]] == [True, True]
     assert [each["value"] for each in whole["thresholds"]] == [3, 0] and exit_code(whole, False) == 0
-    missed = simulated(tmp_path / "missed", met, {"metric": "single.per_query.joules.mean", "below": 9e9})
+    missed = simulated(tmp_path / "missed", met, {"metric": "single.per_query.dollars.mean", "below": 9e9})
     assert missed["thresholds"][1] == {
-        "metric": "single.per_query.joules.mean", "value": None, "below": 9e9, "above": None, "met": False
+        "metric": "single.per_query.dollars.mean", "value": None, "below": 9e9, "above": None, "met": False
     }  # fmt: skip
     assert exit_code(missed, False) == 5
     assert exit_code(missed | {"validity": missed["validity"] | {"counted": False}}, False) == 1
