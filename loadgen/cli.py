@@ -35,22 +35,6 @@ serve_app = typer.Typer(
 )
 app.add_typer(serve_app, name="serve")
 
-for command in (
-    cli_engine.profiles,
-    cli_engine.calibrate,
-    cli_engine.validate,
-    cli_cost.cost,
-    cli_plan.plan,
-    cli_runs.report,
-    cli_runs.verify,
-    cli_runs.compare,
-    cli_sweep.sweep,
-    cli_tap.tap,
-):
-    app.command()(command)
-app.command("import")(cli_replay.import_)
-app.command()(cli_replay.export)
-
 ScenarioArg = Annotated[str, typer.Argument(help="A TOML file, or the name of a bundled scenario (fanmark scenarios).")]
 QueriesOpt = Annotated[int | None, typer.Option(help="Queries of each arm.")]
 DurationOpt = Annotated[float | None, typer.Option(help="Seconds during which queries start.")]
@@ -354,6 +338,22 @@ def serve_vllm(context: typer.Context) -> int:
 
     return vllm_main(context.args)
 
+
+for command in (  # as `fanmark --help` lists them, behind those above
+    cli_sweep.sweep,
+    cli_cost.cost,
+    cli_plan.plan,
+    cli_tap.tap,
+    cli_runs.report,
+    cli_runs.compare,
+    cli_runs.verify,
+    cli_replay.export,
+    cli_engine.calibrate,
+    cli_engine.validate,
+    cli_engine.profiles,
+):
+    app.command()(command)
+app.command("import")(cli_replay.import_)
 
 if __name__ == "__main__":
     main()
