@@ -1,11 +1,15 @@
 """What a reply tells of its call. Pure."""
 
+from typing import TYPE_CHECKING
+
 from fanmark.loadgen.lanes.sse import Reply
 from fanmark.loadgen.records import Call
-from fanmark.servers.engine.attribution import Weights
+
+if TYPE_CHECKING:
+    from fanmark.servers.engine.attribution import Weights
 
 
-def take(call: Call, reply: Reply, weights: Weights | None = None) -> None:
+def take(call: Call, reply: Reply, weights: "Weights | None" = None) -> None:
     """What a reply tells of its call: stamps, and the server's counts. Where the server does not tell of GPU time, it is taken by
     `weights`, from the counts."""
     call.finish = reply.finish

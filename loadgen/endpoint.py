@@ -3,7 +3,7 @@
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Container, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
@@ -14,8 +14,10 @@ from fanmark.loadgen.lanes.http import HttpError, Sent
 from fanmark.loadgen.lanes.sse import Reply
 from fanmark.loadgen.prompts import ChatPrompts, Part, Prompts
 from fanmark.loadgen.scenario import Target
-from fanmark.servers.engine.attribution import Weights, weights_of
 from fanmark.servers.tokenizer import vocabulary
+
+if TYPE_CHECKING:
+    from fanmark.servers.engine.attribution import Weights
 
 LOST = {
     "ignore_eos": "replies may end early: output tokens are a bound, not exact",
@@ -39,8 +41,9 @@ def _without_env(params: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in params.items() if not (isinstance(v, dict) and v.keys() == {"env"})}
 
 
-def _weights(name: str) -> Weights:
+def _weights(name: str) -> "Weights":
     """What work takes of a full replica, by the profile of a target that does not tell itself. Raises ScenarioError."""
+    from fanmark.servers.engine.attribution import weights_of
     from fanmark.servers.profiles import ProfileError, load_profile
 
     try:
