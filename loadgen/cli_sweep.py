@@ -180,10 +180,14 @@ def _check(base: Any, axis: Any, find: str | None, at: Callable[[Any], Any], *, 
                 f"{base.source}: [load] users = {base.load.users} is a closed loop: sweep --concurrency"
             )
     else:
+        if axis.key == "load.rate" and base.load.match == "capacity":
+            raise ScenarioError(
+                f'{base.source}: [load] match = "capacity" sets the rates: sweep load.fraction, or leave it out'
+            )
         for value in axis.values or (axis.low, axis.high):
             at(int(value) if axis.integer and isinstance(value, float) else value)
     if not yes:
-        check_guarded(base, table)
+        check_guarded(base, table, "a sweep sends until it has found what it looks for")
     return wanted
 
 

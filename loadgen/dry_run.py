@@ -222,16 +222,18 @@ def _fresh_tokens(scenario: Scenario, walked: Sequence[Sequence[Made]], queries:
     return sum(fresh) + round((queries - len(fresh)) * sum(typical) / max(len(typical), 1))
 
 
-def check_guarded(scenario: Scenario, topologies: Mapping[str, Topology]) -> None:
-    """Raises ScenarioError where calls would go, with a key, to a host that is not the user's own, and nothing bounds what they cost."""
+def check_guarded(scenario: Scenario, topologies: Mapping[str, Topology], sends: str | None = None) -> None:
+    """Raises ScenarioError where calls would go, with a key, to a host that is not the user's own, and nothing bounds what they cost.
+    `sends`: how much that is, in words, where it is not one run."""
     if scenario.budget is not None:
         return
     for name, target in scenario.targets.items():
         for url in target.replicas:
             if carries_key(target) and not is_private(url):
+                sends = sends or f"this run may send {told(totals(plan(scenario, topologies)))}"
                 raise ScenarioError(
-                    f"{scenario.source}: {target_key(name)} url = {show(url)}: a key goes to a host that is not private, and this run "
-                    f"may send {told(totals(plan(scenario, topologies)))}: give a [budget] or --yes"
+                    f"{scenario.source}: {target_key(name)} url = {show(url)}: a key goes to a host that is not private, and {sends}: "
+                    "give a [budget] or --yes"
                 )
 
 

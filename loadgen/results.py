@@ -149,6 +149,9 @@ def _notes(
         )
     if scenario.load.match == "calls":
         notes.append(_matched(scenario, arms))
+    if scenario.load.match == "capacity":
+        rates = ", ".join(f"{arm.name} {number(scenario.load_of(arm).rate)} queries/s" for arm in scenario.arms)
+        notes.append(f"each arm is at {scenario.load.fraction:.0%} of its own capacity: {rates}")
     if forced and not scenario.questions and all(_constant(scenario, arm.name) for arm in scenario.arms):
         notes.append(
             "all questions and answers have constant lengths: equal queries run in phase, latencies hold for this pattern only"

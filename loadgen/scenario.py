@@ -209,7 +209,8 @@ class Load(Table, frozen=True):
     `speed` times as fast. At most `max_in_flight` queries run at a time: what
     that delays is told apart. A query that takes longer than `query_timeout_s` is given up. The run ends when so large a share of the last
     20 calls failed as `abort_on_errors` says (false: never). All is done `repeats` times.
-    With `match` "calls" a pilot sets the arms' rates so that all have as many calls in flight as the baseline at its rate. `users` is the
+    With `match` "calls" a pilot sets the arms' rates so that all have as many calls in flight as the baseline at its rate; with "capacity"
+    each arm's rate is this `fraction` of its own `capacity`, in place of `rate`: queries/s by arm, or a sweep's folder. `users` is the
     `concurrency` of a closed loop whose queries are the turns of sessions: so many `turns` each, and `think_s` between two queries of a
     user; an arm's own `concurrency` is then its users."""
 
@@ -231,7 +232,9 @@ class Load(Table, frozen=True):
     duration: Positive | None = None
     warmup: Count = 2
     arms: Literal["interleaved", "apart"] = "interleaved"
-    match: Literal["queries", "calls"] = "queries"
+    match: Literal["queries", "calls", "capacity"] = "queries"
+    capacity: str | dict[str, Positive] | None = None
+    fraction: Annotated[float, msgspec.Meta(gt=0, le=10)] = 0.7
     repeats: Annotated[int, msgspec.Meta(ge=1)] = 1
 
 
@@ -322,6 +325,8 @@ class Scenario(Table, frozen=True):
         own = {k: v for k in ("rate", "concurrency", "queries", "warmup") if (v := getattr(arm, k)) is not None}
         if "queries" in own:
             own["duration"] = None
+        if self.load.match == "capacity" and isinstance(self.load.capacity, dict):
+            own["rate"] = self.load.fraction * self.load.capacity[arm.name]
         return msgspec.structs.replace(self.load, **own)
 
     def unlike_baseline(self) -> list[str]:

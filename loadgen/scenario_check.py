@@ -13,6 +13,7 @@ from fanmark.agents.runtime import Topology
 from fanmark.loadgen.arms import arm_of, check_arms
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.lengths import Dist
+from fanmark.loadgen.matching import check_match, with_capacity
 from fanmark.loadgen.mistakes import convert, show
 from fanmark.loadgen.question_file import read_questions
 from fanmark.loadgen.questions import Question
@@ -109,6 +110,7 @@ def check(raw: Mapping[str, Any], source: str, topologies: Mapping[str, Topology
     arms = [arm_of(raw_arm, i, source, topologies) for i, raw_arm in enumerate(file.arm)]
     check_arms(arms, targets, source)
     load = file.load if file.tapped else _load(_of_users(file.load, raw, source), source, arms)
+    load = with_capacity(load, source)
     scenario = Scenario(
         name=file.name,
         seed=file.seed,
@@ -127,7 +129,7 @@ def check(raw: Mapping[str, Any], source: str, topologies: Mapping[str, Topology
         tapped=file.tapped,
     )
     _check_lengths(scenario, source)
-    _check_match(scenario, source)
+    check_match(scenario, source)
     check_thresholds(scenario.threshold, [arm.name for arm in arms], scenario.baseline.name, source)
     return scenario
 
@@ -143,25 +145,6 @@ def _questions(workload: Workload, arms: Sequence[Arm], source: str) -> list[Que
     if workload.file is None:
         return []
     return read_questions(Path(source).parent / workload.file, f"{source}: [workload] file = {show(workload.file)}")
-
-
-def _check_match(scenario: Scenario, source: str) -> None:
-    """A pilot sets rates, so there must be rates, and nothing else that sets them."""
-    load = scenario.load
-    if load.match != "calls":
-        return
-    if load.mode == "closed" or load.process == "replay" or load.stages or load.duration is None:
-        raise ScenarioError(
-            f'{source}: [load] match = "calls" sets the rates of an open loop by a pilot: give rate and duration '
-            "(not concurrency, queries, stages or a replay)"
-        )
-    for arm in scenario.arms:
-        if arm.queries is not None or (arm.rate is not None and not arm.baseline):
-            key = "queries" if arm.queries is not None else "rate"
-            raise ScenarioError(
-                f'{source}: arm {arm.name!r}: {key} = {getattr(arm, key):g} with [load] match = "calls": the pilot sets the rate '
-                "of all arms but the baseline, for one duration: leave it out"
-            )
 
 
 def _load(load: Load, source: str, arms: Sequence[Arm]) -> Load:
@@ -385,5 +368,7 @@ def override_load(
         load["users"] = concurrency
     if rate is not None:
         load.pop("stages", None)
+        if load.get("match") == "capacity":
+            del load["match"]
     if rate is not None or concurrency is not None:
         load["mode"] = "open" if rate is not None else "closed"

@@ -176,6 +176,18 @@ FILE_MISTAKES = {
         'f.toml: [load] match = "calls" sets the rates of an open loop by a pilot: give rate and duration '
         "(not concurrency, queries, stages or a replay)",
     ),
+    "a capacity of nobody": (
+        '[load]\nmatch = "capacity"',
+        'f.toml: [load] match = "capacity": give capacity as the folder of a fanmark sweep, or as queries/s of each arm',
+    ),
+    "a capacity of another arm": (
+        '[load]\nmatch = "capacity"\ncapacity = { other = 2 }',
+        "f.toml: [load] match = \"capacity\": the capacity of 'single' is not known, only of other: sweep it, or give it",
+    ),
+    "a capacity of a closed loop": (
+        '[load]\nmatch = "capacity"\nmode = "closed"',
+        'f.toml: [load] match = "capacity" sets the rates of an open loop: not of a closed one, a replay or stages',
+    ),
     "no repeat at all": ("[load]\nrepeats = 0", "f.toml: [load] repeats = 0: must be a whole number of at least 1"),
     "a lane that is not there": (
         f'{TARGET}lane = "httpx"',

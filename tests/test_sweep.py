@@ -212,6 +212,58 @@ def test_a_crossing_is_found_where_the_closed_form_has_it(file: Path, tmp_path: 
     assert done.stdout.startswith(said)
 
 
+def test_arms_are_matched_by_a_fraction_of_their_own_capacity(swept: Path, tmp_path: Path) -> None:
+    matched = tmp_path / "matched.toml"
+    text = f'duration = 60\nmatch = "capacity"\ncapacity = "{swept}"\nfraction = 0.5\n'
+    matched.write_text(SCENARIO.replace("duration = 20\n", text))
+    done = fanmark("simulate", matched, "--out", tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    found = read(swept)
+    half = {name: 0.5 * arm["on"]["query"]["capacity"]["qps"] for name, arm in found["arms"].items()}
+    assert {name: arm["load"]["offered_qps"] for name, arm in summary["arms"].items()} == pytest.approx(half)
+    assert any(note.startswith("each arm is at 50% of its own capacity: single ") for note in summary["notes"])
+    assert fanmark("verify", tmp_path / "out").returncode == 0  # the folder holds the capacities themselves
+    lost = fanmark("simulate", matched, "--set", "load.capacity=nowhere", "--out", tmp_path / "lost")
+    assert lost.returncode == 2 and '[load] capacity = "nowhere": no sweep can be read there' in lost.stderr
+    free = fanmark("simulate", matched, "--rate", 0.1, "--queries", 3, "--out", tmp_path / "free", "--json")
+    assert json.loads(free.stdout)["arms"]["single"]["load"]["offered_qps"] == 0.1
+
+
+def test_users_are_swept_in_a_closed_loop(file: Path, tmp_path: Path) -> None:
+    """Behind a guard of one, users wait for each other: n of them take n services each, and the deadline of 4 s holds 6."""
+    out = tmp_path / "out"
+    done = fanmark("sweep", file, "--virtual", "--concurrency", "1:16", "--within", "0.001", "--out", out, "--json")
+    assert done.returncode == 0, done.stderr
+    on = json.loads(done.stdout)["arms"]["single"]["on"]["query"]
+    first = json.loads((out / on["points"][0]["runs"][0] / "summary.json").read_text())
+    most = 4 // first["arms"]["single"]["per_query"]["latency_s"]["p50"]
+    assert (on["bracket"]["low"], on["bracket"]["high"]) == (most, most + 1)
+    assert on["capacity"]["qps"] == pytest.approx(
+        1 / first["arms"]["single"]["per_query"]["latency_s"]["p50"], rel=0.05
+    )
+
+
+@pytest.mark.real
+def test_a_sweep_in_real_time(tmp_path: Path) -> None:
+    fast = tmp_path / "fast.toml"
+    fast.write_text(
+        SCENARIO.replace("answer = 120", "answer = 5")
+        .replace("max_in_flight = 1\n", "")
+        .replace("critique = 60", "critique = 5")
+    )
+    out = tmp_path / "out"
+    done = fanmark("sweep", fast, "--concurrency", "6,8", "--duration", 3, "--most-looks", 1, "--out", out)
+    assert done.returncode == 0, done.stderr
+    found = read(out)
+    assert found["clock"] == "real" and found["partial"] is False
+    for arm in found["arms"].values():
+        assert [(p["x"], p["verdict"]) for p in arm["on"]["query"]["points"]] == [(6, "pass"), (8, "pass")]
+        assert arm["on"]["query"]["bracket"] == {"low": 8, "high": None, "undecided": [], "against": []}
+    assert found["arms"]["two-steps"]["amplification"]["capacity"]["ratio"] > 1
+    assert "(?: nothing failed)" in done.stdout
+
+
 REFUSED = {
     "nothing": ([], "nothing is swept: give --rate LO:HI"),
     "a range that falls": (["--rate", "20:1"], "--rate 20:1: goes from 20 to 1: the first must be below the second"),
@@ -253,6 +305,10 @@ REFUSED = {
         ["--rate", "1:2", "--set", "objective.attainment=1"],
         "attainment = 1: no number of queries can show it",
     ),
+    "a public host": (
+        ["--rate", "1:2", "--target", "https://api.example.com/v1", "--api-key-env", "SOME_KEY"],
+        "and a sweep sends until it has found what it looks for: give a [budget] or --yes",
+    ),
     "a profile of a run": (["--rate", "1:2", "--profile", "x"], "--profile x: is for --virtual"),
 }
 
@@ -260,7 +316,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_swept_is_said_in_a_line(file: Path, tmp_path: Path, name: str) -> None:
     flags, said = REFUSED[name]
-    virtual = [] if "--profile" in flags else ["--virtual"]
+    virtual = [] if {"--profile", "--target"} & set(flags) else ["--virtual"]
     with pytest.raises(FanmarkError) as refused:
         cli.app(["sweep", str(file), *virtual, *flags, "--out", str(tmp_path / "out")], standalone_mode=False)
     assert refused.value.exit_code == 2 and said in str(refused.value) and "\n" not in str(refused.value)
