@@ -16,7 +16,7 @@ Rules of the file:
 
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from statistics import fmean, stdev
 from typing import Any
@@ -148,8 +148,8 @@ async def _filled(scenario: Scenario, topologies: Mapping[str, Topology], at_onc
     services = {name: replace(service, accounting=full) for name, service in services_of(scenario).items()}
     endpoints, tools = await stand_in(scenario, topologies, services)
     arm, now = scenario.arms[0], asyncio.get_running_loop().time
-    lanes = [endpoint.lane for endpoint in endpoints.values()]
-    ends: list[tuple[float, list[ReplicaStatistics]]] = []
+    lanes = {name: endpoint.lane for name, endpoint in endpoints.items()}
+    ends: list[tuple[float, dict[str, ReplicaStatistics]]] = []
     queries: list[Query] = []
 
     class Ends:
@@ -162,7 +162,7 @@ async def _filled(scenario: Scenario, topologies: Mapping[str, Topology], at_onc
         def write(self, query: Query) -> None:
             queries.append(query)
             if len(queries) in (at_once, at_once + measured):
-                ends.append((now(), [lane.replica.statistics() for lane in lanes]))
+                ends.append((now(), {name: lane.replica.statistics() for name, lane in lanes.items()}))
             if len(ends) == 2:
                 run.stop.at_once()
 
@@ -172,28 +172,29 @@ async def _filled(scenario: Scenario, topologies: Mapping[str, Topology], at_onc
     await run.execute()
     (start_at, before), (end_at, after) = ends
     mine = queries[at_once : at_once + measured]
-    pairs = list(zip(after, before, strict=True))
+    calls = [call for query in mine for call in query.calls if call.kind == "call" and call.done_at is not None]
+    used = [name for name in lanes if any(call.target == name for call in calls)]  # another arm's target costs nothing
+    pairs = [(after[name], before[name]) for name in used]
     account = Account()
     for one, other in pairs:
         account += (one.account or Account()) - (other.account or Account())
-    calls = [call for query in mine for call in query.calls if call.kind == "call" and call.done_at is not None]
-    known = all(service.profile.energy_known for service in services.values())
+    known = all(services[name].profile.energy_known for name in used)
     n = len(mine)
     return Filled(
         arm=arm.name,
-        profile=", ".join(dict.fromkeys(service.profile.name for service in services.values())),
+        profile=", ".join(dict.fromkeys(services[name].profile.name for name in used)),
         at_once=at_once,
         queries=n,
         attainment=sum(_met(query, scenario.objective) for query in mine) / n,
-        replica_s=(end_at - start_at) * len(lanes) / n,
+        replica_s=(end_at - start_at) * len(used) / n,
         busy_s=sum(one.busy_s - other.busy_s for one, other in pairs) / n,
         account=Account(*(getattr(account, f.name) / n for f in fields(Account))),
         joules=sum(one.joules - other.joules for one, other in pairs) / n if known else None,
         calls_in_flight=sum(call.seconds for call in calls) / (end_at - start_at),
         tpot_s=_tpot_s(calls),
         latency_s=sum(query.done_at - query.due_at for query in mine) / n,
-        full=any(engine.waiting for one in after for engine in one.engines)
-        or _preemptions(after) > _preemptions(before),
+        full=any(engine.waiting for one in after.values() for engine in one.engines)
+        or _preemptions(after.values()) > _preemptions(before.values()),
         input_tokens=sum(call.input_tokens or 0 for call in calls) / n,
         cached_tokens=sum(call.cached_tokens or 0 for call in calls) / n,
         output_tokens=sum(call.output_tokens or 0 for call in calls) / n,
@@ -201,7 +202,7 @@ async def _filled(scenario: Scenario, topologies: Mapping[str, Topology], at_onc
     )
 
 
-def _preemptions(replicas: Sequence[ReplicaStatistics]) -> int:
+def _preemptions(replicas: Iterable[ReplicaStatistics]) -> int:
     return sum(engine.num_preemptions for one in replicas for engine in one.engines)
 
 

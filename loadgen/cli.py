@@ -342,6 +342,7 @@ def serve_vllm(context: typer.Context) -> int:
 for command in (  # as `fanmark --help` lists them, behind those above
     cli_sweep.sweep,
     cli_cost.cost,
+    cli_cost.break_even,
     cli_plan.plan,
     cli_tap.tap,
     cli_runs.report,

@@ -1,6 +1,7 @@
 """`fanmark cost`: what a query takes of a full replica, in virtual time. Part of the command line, apart for its size."""
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -60,6 +61,57 @@ def cost(
     if all(look is None for look in looks.values()):
         raise ScenarioError(f"{source}: no arm meets the objective on this profile: give it more time or a faster chip")
     print(json_text(found) if json else "\n".join(lines(found, checked.baseline.name)))
+
+
+def break_even(
+    old: Annotated[
+        str, typer.Option(metavar="NAME|FILE", help="Profile of the model and chip that a single pass ran on.")
+    ],
+    new: Annotated[str, typer.Option(metavar="NAME|FILE", help="Profile of those that are to take the arm's queries.")],
+    over: Annotated[str, typer.Option(metavar="KEY=LO:HI", help="What makes the fan-out: LO:HI, LO:HI:N or A,B,C.")],
+    scenario: Annotated[str, typer.Argument(help="A TOML file, or the name of a bundled scenario.")] = "sub-queries",
+    arm: Annotated[str | None, typer.Option(help="The arm; left out: the one beside the baseline.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, max=50, help="Simulations at each value, for the interval.")] = 3,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The same as a page of HTML.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
+) -> None:
+    """Finds the fan-out at which a cheaper model stops being cheaper: net demand on NEW against a single pass on OLD, in virtual time."""
+    import copy
+
+    from fanmark.loadgen import break_even as finding
+    from fanmark.loadgen import scenario_check
+    from fanmark.loadgen.ranges import axis_of
+    from fanmark.loadgen.report.break_even_page import page
+    from fanmark.loadgen.report.write import write
+
+    raw, source = scenario_check.read(scenario)
+    key, _, text = over.partition("=")
+    axis = axis_of(key, text, f"--over {over}")
+    if axis is None:
+        raise ScenarioError(
+            f"--over {over}: one value makes no fan-out: give LO:HI, LO:HI:N for N values, or a list A,B,C"
+        )
+
+    def at(x: float) -> Any:
+        return checked_scenario(copy.deepcopy(raw), source, [*(set_ or []), f"{key}={int(x) if axis.integer else x}"])[
+            0
+        ]
+
+    checked, table = at(axis.low), checked_scenario(copy.deepcopy(raw), source, set_ or [])[1]
+    others = [each.name for each in checked.arms if not each.baseline]
+    if checked.objective is None:
+        raise ScenarioError(f"{source}: [objective]: profiles are compared at the same one: give query_seconds")
+    if len(others) != 1 if arm is None else arm not in others:
+        raise ScenarioError(f"--arm {arm}: must be one of {', '.join(others)}")
+    name = arm or others[0]
+    found = finding.break_even(
+        axis, name, checked.baseline.name, (old, new), seeds, finding.simulated(at, table),
+        lambda point: print(f"point    {key} = {point.x:g}: D = {point.demand:.2f}", file=sys.stderr),
+    )  # fmt: skip
+    print(json_text(found) if json else "\n".join(finding.lines(found)))
+    if out is not None:
+        write(out, page(found))
 
 
 def _dollars(look: Any, price: Any, per_tool_call: float | None) -> dict[str, float | None]:

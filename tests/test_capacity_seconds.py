@@ -141,3 +141,14 @@ def test_the_command_tells_costs_in_dollars_and_where_they_break_even(
     cost(str(path), at_once=4, marginal=True)
     shown = capsys.readouterr().out
     assert "as full as the objective allows" in shown and "sum: the ratio" in shown
+
+
+def test_a_target_that_the_arm_does_not_use_costs_it_nothing() -> None:
+    targets = {"mine": {"profile": "qwen3-30b-a3b@h100"}, "other": {"profile": "qwen3-32b@h100"}}
+    arm = {"name": "single", "topology": "single", "baseline": True}
+    workload = {"system": 0, "question": 100, "answer": 20}
+    both = check({"targets": targets, "arm": [arm | {"target": "mine"}], "workload": workload}, "f.toml", topologies())
+    alone = check({"arm": [arm], "workload": workload}, "f.toml", topologies())
+    found, expected = (capacity(each, topologies(), "single", at_once=4) for each in (both, alone))
+    assert found is not None and expected is not None
+    assert found.capacity_s == expected.capacity_s and found.profile == "qwen3-30b-a3b@h100"
