@@ -39,7 +39,7 @@ def nvml() -> Look:
         import pynvml  # type: ignore[import-not-found,unused-ignore]
     except ImportError:
         raise UnreachableError(
-            'power_url = "nvml": the package nvidia-ml-py is not installed: install it, or leave power_url out'
+            'power_url = "nvml": the package nvidia-ml-py is not installed: pip install fanmark[nvml], or leave power_url out'
         ) from None
     try:
         pynvml.nvmlInit()

@@ -100,17 +100,18 @@ def lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _fidelity_lines(arms: Mapping[str, Any]) -> list[str]:
-    """How near the arms that replay a recording came to it."""
+    rows = fidelity_rows(arms)
+    return ["fidelity of the replay: the share that is as recorded, per query", *columns(rows), ""] if rows else []
+
+
+def fidelity_rows(arms: Mapping[str, Any]) -> list[list[str]]:
+    """How near the arms that replay a recording came to it, below a row of titles; nothing where none does."""
     found = {name: told for name, arm in arms.items() if (told := arm.get("fidelity")) is not None}
     if not found:
         return []
     measures = list(next(iter(found.values())))
     rows = [[name, *("-" if v is None else f"{v:.3f}" for v in told.values())] for name, told in found.items()]
-    return [
-        "fidelity of the replay: the share that is as recorded, per query",
-        *columns([["", *(measure.replace("_", " ") for measure in measures)], *rows]),
-        "",
-    ]
+    return [["", *(measure.replace("_", " ") for measure in measures)], *rows]
 
 
 def _cost_lines(arms: Mapping[str, Any]) -> list[str]:

@@ -42,6 +42,8 @@ def run(facts: Facts) -> Iterable[str]:
         yield from _table(title, [[cell.strip() for cell in row] for row in told_rows])
     if costs := cost_rows(arms, table.number):
         yield from _table("Cost per query", costs)
+    if fidelity := table.fidelity_rows(arms):
+        yield from _table("Fidelity of the replay", fidelity)
     if found := threshold_lines(summary):
         yield from _block("Thresholds", found)
     if quality := table.quality_rows(arms):

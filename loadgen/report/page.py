@@ -69,8 +69,14 @@ def run(facts: Facts, name: str) -> str:
             or [_section("Expected against measured, per query", svg.table(table.expected_rows(arms)), _EXPECTED)]
         ),
         _section("Cost per query", svg.table(costs) if (costs := cost_rows(arms, table.number)) else ""),
+        _section(
+            "Fidelity of the replay", _rows(table.fidelity_rows(arms), "the share that is as recorded, per query")
+        ),
         _section("Thresholds", _thresholds(summary)),
-        _section("Right answers", _quality(arms)),
+        _section(
+            "Right answers",
+            _rows(table.quality_rows(arms), "answers against the known ones, and what was spent for each right one"),
+        ),
         _section("Claims", charts.claims(arms)),
         _section("How long it takes", _times(facts, name), charts.spent(arms, f"{name}-spent")),
         _section("One query, as it went", *_queries(facts, name)),
@@ -123,9 +129,8 @@ def _thresholds(summary: Mapping[str, Any]) -> str:
     return f"<pre>{esc(chr(10).join(found))}</pre>" if found else ""
 
 
-def _quality(arms: Mapping[str, Any]) -> str:
-    rows = table.quality_rows(arms)
-    return svg.table(rows, "answers against the known ones, and what was spent for each right one") if rows else ""
+def _rows(rows: svg.Rows, caption: str) -> str:
+    return svg.table(rows, caption) if rows else ""
 
 
 def _times(facts: Facts, name: str) -> str:
