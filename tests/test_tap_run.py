@@ -209,3 +209,18 @@ def test_every_api_is_counted_as_the_server_counts_streamed_or_not(tmp_path: Pat
     assert told[f"fanmark_query_calls_sum{{{labels}}}"] == 8
     assert told[f'fanmark_query_tokens_sum{{{labels},kind="input"}}'] == 40
     assert told[f"fanmark_query_depth_count{{{labels}}}"] == 1
+
+
+def test_a_carrier_that_dies_leaves_the_summary_of_what_was_recorded(stub: Stub, tmp_path: Path) -> None:
+    out = tmp_path / "tap"
+    with tapping("--target", f"{stub.url}/v1", "--out", str(out), "--queries", "9") as (process, url):
+        chat(url, "Be brief.", "Why?")
+        children = Path(f"/proc/{process.pid}/task").glob("*/children")
+        for pid in {pid for path in children for pid in path.read_text().split()}:
+            if b"tap.carrier" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(int(pid), signal.SIGKILL)
+        _, told = process.communicate(timeout=30)
+    assert process.returncode == 1 and "carrier ended (-9)" in told
+    summary = json.loads((out / "summary.json").read_text())
+    assert "carrier ended (-9)" in summary["tap"]["partial"]
+    assert any(note.startswith("partial: ") for note in summary["notes"])

@@ -19,7 +19,7 @@ from fanmark.agents import topologies
 from fanmark.loadgen import scenario_check, server_side
 from fanmark.loadgen.course import Course
 from fanmark.loadgen.environment import client_host, environment, on_this_host
-from fanmark.loadgen.errors import CallError, ScenarioError, UnreachableError
+from fanmark.loadgen.errors import CallError, LostError, ScenarioError, UnreachableError
 from fanmark.loadgen.execute import going_on
 from fanmark.loadgen.health import client_part
 from fanmark.loadgen.lanes import fast
@@ -158,7 +158,11 @@ async def tap(options: Options, opened: Callable[[Tap], None] = lambda _: None) 
             tell(line, options.progress)
         started = datetime.now(UTC)
         samples = await _pass(on, course, Tap(url, on.recorder), opened, carried.gone)
-        await carried.end()
+        lost: LostError | None = None
+        try:
+            await carried.end()
+        except LostError as e:  # what was recorded until then is told
+            lost = e
         run_part = {
             "name": options.name, "id": on.run_id, "started": started.isoformat(timespec="seconds"), "seconds": on.clock.now(), "seed": 1,
             "version": options.version, "command": list(options.command), "clock": "real", "time_scale": 1.0,
@@ -170,9 +174,14 @@ async def tap(options: Options, opened: Callable[[Tap], None] = lambda _: None) 
         on.recorder.write(list(on.recorder.grouping.closed))
         on.journal.flush()
         found = await _summary(on, run_part, samples)
+        if lost is not None:
+            found["tap"]["partial"] = str(lost)
+            found["notes"].append(f"partial: {lost}; what passed after that, and what was in flight, is missing")
         found["files"] = digests(options.out)
         write_summary(options.out, found)
         course.report = write_report(options.out)
+        if lost is not None:
+            raise lost
         watched.ended_at = time.time()
         enough = asyncio.Event()
         async with signals(enough.set):
