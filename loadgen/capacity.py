@@ -3,7 +3,8 @@
 Rules of the file:
 1. A point's attainment is over all queries that were started at x, of all its runs together. Its goodput is the offered queries/s times
    that.
-2. Past its capacity an arm fails an open loop whatever was counted: the longer it lasts, the worse it is.
+2. Past its capacity an arm fails an open loop whatever was counted: the longer it lasts, the worse it is. What piles up in a short window
+   may be chance: where nothing else fails, a window LONGER times as long must show it too.
 3. An arm's capacity is the best goodput of a point that passes. What it might be lies between that point's at the lower bound of its
    attainment and the first load that fails, met as well as that point's upper bound says.
 4. The capacity that an arm's query costs is the baseline's capacity over the arm's: how many baseline queries a server could have answered
@@ -24,6 +25,7 @@ SCHEMA = "fanmark.sweep/1"
 QUERY, CALL = "query", "call"  # the objectives, by what has the deadline
 AMPLIFICATION = {QUERY: "capacity", CALL: "capacity_per_call"}  # `amplification` of an arm in sweep.json
 METHOD = "brackets and 95 % bounds"
+LONGER = 4
 PARTS = 10  # of a run, by which it is seen how much misses come in bursts
 
 _NOT_SOUGHT = dict.fromkeys(("bracket", "knee", "capacity"))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fanmark.agents.runtime import Topology
-from fanmark.loadgen.capacity import CALL, QUERY, Found, Look, along, objectives_of, points_of
+from fanmark.loadgen.capacity import CALL, LONGER, QUERY, Found, Look, along, objectives_of, points_of
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.fleet_search import next_look, shared_out
 from fanmark.loadgen.lanes.virtual import Service
@@ -30,7 +30,6 @@ from fanmark.loadgen.statistics import distribution, occupancy
 from fanmark.loadgen.steadiness import over_capacity
 from fanmark.loadgen.trial import Trial, try_out
 
-LONGER = 4  # times as many queries
 RHO = 0.95  # of what one replica carried in the pilot a fleet is first thought to carry
 
 

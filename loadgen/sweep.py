@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from fanmark.loadgen import crossing
-from fanmark.loadgen.capacity import SCHEMA, Found, Look, arms_part, looks_of, objectives_of, points_of
+from fanmark.loadgen.capacity import LONGER, SCHEMA, Found, Look, arms_part, looks_of, objectives_of, points_of
 from fanmark.loadgen.cost_part import capacity_figure
 from fanmark.loadgen.crossing import Wanted
 from fanmark.loadgen.ranges import CONCURRENCY, Axis
@@ -127,18 +127,31 @@ class Sweep:
     def _look(self, arm: Arm, ask: Ask) -> None:
         before = [look for look in self.looks[arm.name] if look.x == ask.x]
         name = f"{arm.name}-{ask.x:.6g}-{len(before) + 1}"
-        summary = self._run(name, self._alone(arm, ask, before))
-        if summary is None:
+        look = self._one_look(arm, ask, before, name)
+        if look is not None and look.over_capacity and not self._fails(look):
+            look = self._one_look(arm, Ask(ask.x, LONGER * look.queries), before, f"{name}-longer")
+        if look is None:
             return
-        assert self.scenario.objective is not None
-        queries = read_queries(self.out / POINTS / name)
-        look = looks_of(summary, queries, self.scenario.objective, ask.x, f"{POINTS}/{name}")[arm.name]
         self.looks[arm.name].append(look)
         told = ", ".join(f"{look.good(kind)} of {look.queries} in time per {kind}" for kind in look.met)
         self.tell(
             f"point    {arm.name} at {number(ask.x)} {self.axis.unit}: {told}{' (over capacity)' * look.over_capacity}"
         )
         self.write(partial=True)
+
+    def _one_look(self, arm: Arm, ask: Ask, before: Sequence[Look], name: str) -> Look | None:
+        summary = self._run(name, self._alone(arm, ask, before))
+        if summary is None:
+            return None
+        assert self.scenario.objective is not None
+        queries = read_queries(self.out / POINTS / name)
+        return looks_of(summary, queries, self.scenario.objective, ask.x, f"{POINTS}/{name}")[arm.name]
+
+    def _fails(self, look: Look) -> bool:
+        """Whether what was counted fails an objective, whatever piled up."""
+        target = self._search().target
+        counted = [point for name in look.met for point in points_of([replace(look, over_capacity=False)], name)]
+        return any(point.verdict(target) == "fail" for point in counted)
 
     def _alone(self, arm: Arm, ask: Ask, before: Sequence[Look]) -> Scenario:
         """One arm with the server to itself, at x, long enough for so many queries."""

@@ -9,13 +9,19 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fanmark.loadgen import cli
+from fanmark.agents import topologies
+from fanmark.loadgen import cli, scenario_check
 from fanmark.loadgen.errors import FanmarkError
+from fanmark.loadgen.ranges import Axis
+from fanmark.loadgen.scenario import Scenario
+from fanmark.loadgen.simulate import Options, simulate
+from fanmark.loadgen.sweep import Sweep
 
 SCENARIO = """
 name = "two"
@@ -242,6 +248,27 @@ def test_users_are_swept_in_a_closed_loop(file: Path, tmp_path: Path) -> None:
     assert on["capacity"]["qps"] == pytest.approx(
         1 / first["arms"]["single"]["per_query"]["latency_s"]["p50"], rel=0.05
     )
+
+
+def test_what_piles_up_is_looked_at_for_longer_before_it_fails(tmp_path: Path) -> None:
+    """Every window is said to be over capacity but those that are four times as long: what all queries passed in then passes."""
+    scenario = scenario_check.check(tomllib.loads(SCENARIO), "two.toml", topologies())
+    seconds = {}
+
+    def measure(one: Scenario, folder: Path) -> Any:
+        summary = simulate(one, topologies(), Options(folder, "0", [])).summary
+        seconds[folder.name] = one.load.duration
+        for arm in summary["arms"].values():
+            arm["window"]["over_capacity"] = not folder.name.endswith("-longer")
+        return summary
+
+    axis = Axis("load.rate", 0.2, 0.9, False, (0.2, 0.9))
+    one = Sweep(scenario, axis, tmp_path, measure, lambda x: scenario, {"clock": "virtual"}, lambda line: None, most=1)
+    one.run()
+    points = one.write(partial=False)["arms"]["two-steps"]["on"]["query"]["points"]
+    assert [(p["verdict"], p["over_capacity"]) for p in points] == [("pass", False), ("fail", True)]
+    assert [p["runs"] for p in points] == [["points/two-steps-0.2-1-longer"], ["points/two-steps-0.9-1"]]
+    assert seconds["two-steps-0.2-1-longer"] == pytest.approx(4 * seconds["two-steps-0.2-1"], rel=0.3)
 
 
 @pytest.mark.real
