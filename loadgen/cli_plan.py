@@ -1,5 +1,6 @@
 """`fanmark plan`; cli.py takes it in."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -42,6 +43,10 @@ def plan(
     within: Annotated[float, typer.Option(min=0.0, max=1, help="Answer and failure are as near as this share.")] = 0.05,
     cell: Annotated[int, typer.Option(min=1, help="Replicas of a large fleet that are looked at, at most.")] = 4,
     most: Annotated[int, typer.Option("--most-replicas", min=1, help="No more are tried.")] = 1000,
+    measured: Annotated[
+        Path | None,
+        typer.Option(metavar="SWEEP", help="Folder of a fanmark sweep of one server: what it says, beside the plan."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of lengths, texts and arrivals.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the result; runs/NAME-plan-TIME.")] = None,
@@ -66,11 +71,12 @@ def plan(
 
     bursts = tuple(burstiness or (1.0, 2.0)) if rate is not None else (1.0,)
     options = Options(demand, knobs, bursts, seeds, most, within, cell=cell)
+    beside = _measured(measured, demand, arms)
     folder = out or Path("runs") / f"{base.name}-plan-{time.strftime('%Y%m%d-%H%M%S')}"
     _open(folder, base)
     tell: Callable[[str], None] = (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr))
     found = _carry_out(base, arms, table, services, options, spare, gpu_hour, tell)
-    return _leave(found, folder, json)
+    return _leave(found, beside, folder, json)
 
 
 def _users(
@@ -109,6 +115,29 @@ def _router(given: str | None, services: Mapping[str, Any]) -> Any:
     if given not in POLICIES:
         raise ScenarioError(f"--router {given}: must be {', '.join(POLICIES)}")
     return given
+
+
+def _measured(folder: Path | None, demand: Any, arms: list[Any]) -> dict[str, dict[str, Any]]:
+    """How many servers the load takes by what a sweep of one server found, of the arms that it knows."""
+    from fanmark.loadgen.matching import swept
+
+    if folder is None:
+        return {}
+    if demand.rate is None:
+        raise ScenarioError(f"--measured {folder}: is held against a rate: give --rate QPS")
+    known, clock = swept(folder, f"--measured {folder}")
+    told = {}
+    for arm in arms:
+        if (found := known.get(arm.name)) is not None:
+            qps = {"qps": found.qps, "low": found.low, "high": found.high}
+            servers = {key: None if one is None else math.ceil(demand.planned / one) for key, one in qps.items()}
+            of = {"servers": servers["qps"], "servers_low": servers["high"], "servers_high": servers["low"]}
+            told[arm.name] = {"folder": str(folder), "clock": clock, **qps, **of}
+    if not told:
+        raise ScenarioError(
+            f"--measured {folder}: knows the capacity of {', '.join(known) or 'no arm'}: sweep an arm that is planned"
+        )
+    return told
 
 
 def _open(folder: Path, base: Any) -> None:
@@ -178,13 +207,15 @@ def _carry_out(
     }
 
 
-def _leave(found: dict[str, Any], folder: Path, json: bool) -> int:
-    """Writes and prints; 5 where an arm's objective is met by no number of replicas."""
+def _leave(found: dict[str, Any], beside: dict[str, dict[str, Any]], folder: Path, json: bool) -> int:
+    """Writes and prints, with what was measured `beside`; 5 where an arm's objective is met by no number of replicas."""
     from fanmark.loadgen import plan_table
     from fanmark.loadgen.report.sweep_page import page
     from fanmark.loadgen.report.write import NAME, write
     from fanmark.loadgen.sweep_folder import write_json
 
+    for name, told in beside.items():
+        found["arms"][name]["plan"]["measured"] = told
     write_json(folder / "plan.json", found)
     write(folder / NAME, page(found))
     if json:

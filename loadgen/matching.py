@@ -11,12 +11,16 @@ from fanmark.loadgen.scenario import Load, Scenario
 _SWEEP = "sweep.json"
 
 
-class _Capacity(msgspec.Struct):
+class Capacity(msgspec.Struct, frozen=True):
+    """Best good queries/s of an arm, and its bounds; None: beyond the range that was swept."""
+
     qps: float
+    low: float | None
+    high: float | None
 
 
 class _On(msgspec.Struct):
-    capacity: _Capacity | None
+    capacity: Capacity | None
 
 
 class _Arm(msgspec.Struct):
@@ -25,24 +29,30 @@ class _Arm(msgspec.Struct):
 
 class _Sweep(msgspec.Struct):
     arms: dict[str, _Arm]
+    clock: str
+
+
+def swept(path: Path, where: str) -> tuple[dict[str, Capacity], str]:
+    """What a sweep found that each arm carries on the query's deadline, and by which clock. Raises ScenarioError."""
+    path = path / _SWEEP if path.is_dir() else path
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=_Sweep)
+    except (OSError, msgspec.DecodeError) as e:
+        raise ScenarioError(f"{where}: no sweep can be read there ({e}): give the folder of a fanmark sweep") from None
+    known = {
+        name: capacity
+        for name, arm in found.arms.items()
+        if "query" in arm.on and (capacity := arm.on["query"].capacity) is not None
+    }
+    return known, found.clock
 
 
 def with_capacity(load: Load, source: str) -> Load:
     """The load with its capacities, queries/s by arm, read from the sweep that found them. Raises ScenarioError."""
     if not isinstance(load.capacity, str):
         return load
-    path = Path(source).parent / load.capacity
-    path = path / _SWEEP if path.is_dir() else path
-    where = f"{source}: [load] capacity = {show(load.capacity)}"
-    try:
-        found = msgspec.json.decode(path.read_bytes(), type=_Sweep)
-    except (OSError, msgspec.DecodeError) as e:
-        raise ScenarioError(f"{where}: no sweep can be read there ({e}): give the folder of a fanmark sweep") from None
-    known = {
-        name: capacity.qps
-        for name, arm in found.arms.items()
-        if "query" in arm.on and (capacity := arm.on["query"].capacity) is not None
-    }
+    found, _ = swept(Path(source).parent / load.capacity, f"{source}: [load] capacity = {show(load.capacity)}")
+    known = {name: capacity.qps for name, capacity in found.items()}
     return msgspec.structs.replace(load, capacity=known)
 
 

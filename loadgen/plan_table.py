@@ -169,6 +169,20 @@ def cost_line(arm: Found) -> str:
     return f"cost     {number(cost['per_hour'])} dollars an hour{per} ({cost['basis']})"
 
 
+def measured_line(arm: Found) -> str:
+    """What a sweep of one server says of the same load; nothing where none was given."""
+    told = arm.get("measured")
+    if told is None:
+        return ""
+    ends = "?" if told["servers_high"] is None else number(told["servers_high"])
+    low = "?" if told["servers_low"] is None else number(told["servers_low"])
+    clock = "in virtual time" if told["clock"] == "virtual" else "in real time"
+    return (
+        f"measured {number(told['servers'])} [{low}, {ends}] servers, by the {number(told['qps'])} good queries/s that one carried alone "
+        f"({clock}, {told['folder']}); without what a router loses and bursts cost"
+    )
+
+
 def simulated_line(arm: Found) -> str:
     """How much stands behind the answer."""
     sums, cell = arm["simulated"], arm["cell"]
@@ -184,7 +198,14 @@ def lines(found: Found) -> list[str]:
     said = []
     for name, arm in found["arms"].items():
         plan = arm["plan"]
-        said += ["", *_headline(name, arm, found), f"binds    {plan['binds']['said']}", cost_line(plan), ""]
+        said += [
+            "",
+            *_headline(name, arm, found),
+            f"binds    {plan['binds']['said']}",
+            cost_line(plan),
+            *filter(None, [measured_line(plan)]),
+            "",
+        ]
         said += [*columns(plan_rows(plan)), "", *columns(burstiness_rows(plan))]
         said += ["", *columns(what_if_rows(plan)), "", simulated_line(plan)]
     return [*said[1:], *(f"note     {note}" for note in found["notes"])]

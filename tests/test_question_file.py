@@ -122,7 +122,7 @@ def test_lines_are_asked_in_order_over_and_over_and_each_limits_its_own_answer(t
 
 @pytest.mark.parametrize("name", [name for name in TABLE if name not in ("tools-only", "tree-of-thought", "replay")])
 def test_the_limit_holds_for_the_last_call_of_every_topology(name: str) -> None:
-    """A tree of thought ends with votes, tools alone with none, and a replay with what was recorded."""
+    """A tree of thought ends with votes, tools alone with none, and a replay as was recorded."""
     arms = [ARMS[0], {"name": "own", "topology": name}]
     base = check({"arm": arms, "workload": {"answer": 30, "judge_answer": 31}}, "f.toml", TABLE)
     found = msgspec.structs.replace(base, questions=[Question((("user", "Why?"),), max_tokens=5)])

@@ -45,7 +45,8 @@ def _planned(found: Found) -> list[str]:
     sections = []
     for name, arm in found["arms"].items():
         plan = arm["plan"]
-        said = (plan["binds"]["said"], plan_table.cost_line(plan), plan_table.simulated_line(plan))
+        beside = filter(None, [plan_table.measured_line(plan)])
+        said = (plan["binds"]["said"], plan_table.cost_line(plan), *beside, plan_table.simulated_line(plan))
         tables = (plan_table.plan_rows(plan), plan_table.burstiness_rows(plan), plan_table.what_if_rows(plan))
         inside = "".join(f"<p>{esc(each)}</p>" for each in said) + "".join(svg.table(rows) for rows in tables)
         sections.append(f"<section><h2>{esc(name)}: what binds, and what else would help</h2>{inside}</section>")
