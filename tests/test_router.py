@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import pytest
+from processes import children, gone
+from stub_process import Stub, running_stub
 
 from fanmark.servers.router import joined, leading_pieces
-from tests.processes import children, gone
-from tests.stub_process import Stub, running_stub
 
 pytestmark = pytest.mark.real
 
