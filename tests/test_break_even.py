@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,17 @@ def test_five_times_as_efficient_and_as_many_sub_queries_cross_at_five() -> None
     assert by_x[1] == pytest.approx(0.2, rel=1e-3) and by_x[50] == pytest.approx(10.0, rel=1e-3)
     said = lines(found)
     assert said[0].startswith("new in place of old stops paying at arm.chain.tool_calls = 5")
-    assert "D = 1 at 5" in page(found) and "<script" not in page(found)
+    shown = page(found)
+    assert "D = 1 at 5" in shown and "<script" not in shown
+    ends = crossing["interval"]
+    assert ends[0] < 5 < ends[1] and shown.count('class="band c0"') == 1
+    style = shown[shown.index("<style>") : shown.index("</style>")]
+    drawn = {
+        word
+        for each in re.findall(r'<(?:line|rect|polyline|text)[^>]* class="([^"]+)"', shown)
+        for word in each.split()
+    }
+    assert [word for word in drawn if not re.search(rf"\.{word}\b", style)] == ["d0"]  # the first curve has no dashes
 
 
 def test_a_model_against_itself_is_as_efficient_and_twice_the_answer_costs_more(tmp_path: Path) -> None:

@@ -46,13 +46,19 @@ def _chart(found: Mapping[str, Any]) -> str:
     for p in points:
         x = across.at(p["x"])
         if p["low"] is not None:
-            parts.append(line(x, _y(height, p["low"]), x, _y(height, p["high"]), "whisker"))
+            parts.append(line(x, _y(height, p["low"]), x, _y(height, p["high"]), "ink"))
         parts.append(text(x, _y(height, p["demand"]) + 4, "●", "mark"))
     for each in found["crossings"]:
         x = across.at(each["x"])
+        first, last = each["interval"] or each["between"]
+        ends = [across.at(points[i]["x"] if end is None else end) for i, end in ((0, first), (-1, last))]
+        parts.append(rect(ends[0], _TOP, ends[1] - ends[0], _HEIGHT, "band c0"))
         parts += [line(x, _TOP, x, _TOP + _HEIGHT, "knee"), text(x, _TOP - 6, f"D = 1 at {short(each['x'])}", "label")]
     label = "Net demand against fan-out, both by factors. The table below has the numbers"
-    note = f"<p>across: {esc(found['key'])}. Dotted: D = 1, as many replicas as before. Shaded: the 10 to 50 sub-queries of the claim.</p>"
+    note = (
+        f"<p>across: {esc(found['key'])}. Dotted: D = 1, as many replicas as before. Shaded: the 10 to 50 sub-queries of the claim, and "
+        "about the crossing its interval.</p>"
+    )
     return svg.figure("Net demand D", svg.picture(label, _TOP + _HEIGHT + 20, parts), note)
 
 
