@@ -13,7 +13,7 @@ Rules of the file:
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import msgspec
@@ -25,8 +25,8 @@ from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.ranges import Axis
 from fanmark.loadgen.scenario import Scenario
 from fanmark.loadgen.simulate import with_profile
-from fanmark.loadgen.statistics import student_t
-from fanmark.loadgen.table import columns, number
+from fanmark.loadgen.statistics import by_repeats
+from fanmark.loadgen.table import columns, number, ratio
 
 SCHEMA = "fanmark.break-even/1"
 SUB_QUERIES = (10.0, 50.0)  # the fan-out that is claimed of tool-using agents
@@ -49,17 +49,9 @@ class Demand:
 
 def demand(x: float, arm: Sequence[float], base: Sequence[float], old: Sequence[float]) -> Demand:
     """By capacity seconds, one of each seed: the arm's and the baseline's on the new profile, and the baseline's on the old."""
-    logs = [math.log(a / o) for a, o in zip(arm, old, strict=True)]
-    mean = fmean(logs)
-    half = student_t(len(logs) - 1) * stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else None
-    return Demand(
-        x,
-        _mean_ratio(arm, base),
-        _mean_ratio(old, base),
-        math.exp(mean),
-        None if half is None else math.exp(mean - half),
-        None if half is None else math.exp(mean + half),
-    )
+    middle = _mean_ratio(arm, old)
+    ends = by_repeats(arm, old, middle) if len(arm) > 1 else (None, None)
+    return Demand(x, _mean_ratio(arm, base), _mean_ratio(old, base), middle, *ends)
 
 
 def _mean_ratio(over: Sequence[float], under: Sequence[float]) -> float:
@@ -157,5 +149,4 @@ def answer(found: Mapping[str, Any]) -> list[str]:
 
 
 def _shown(point: Mapping[str, Any]) -> str:
-    interval = "" if point["low"] is None else f" [{point['low']:.2f}, {point['high']:.2f}]"
-    return f"{point['demand']:.2f}x{interval}"
+    return ratio({"ratio": point["demand"], "low": point["low"], "high": point["high"]})

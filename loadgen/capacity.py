@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from fanmark.loadgen.objective import calls_good
+from fanmark.loadgen.objective import calls_good, in_time
 from fanmark.loadgen.records import Query
 from fanmark.loadgen.scenario import Objective
 from fanmark.loadgen.search import Point, Search, bracket, pooled
@@ -78,8 +78,8 @@ def looks_of(
     counted: dict[str, list[tuple[int, float, bool, bool]]] = {arm: [] for arm in summary["arms"]}
     for query in queries:
         if not query.warmup:
-            in_time = query.outcome == "completed" and query.done_at - query.due_at <= objective.query_seconds
-            counted[query.arm].append((query.repeat, query.due_at, in_time, calls_good(query, objective)))
+            good = in_time(query, objective), calls_good(query, objective)
+            counted[query.arm].append((query.repeat, query.due_at, *good))
     looks = {}
     for arm, mine in counted.items():
         mine.sort()

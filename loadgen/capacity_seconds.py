@@ -25,7 +25,7 @@ import msgspec
 
 from fanmark.agents.runtime import Topology
 from fanmark.loadgen.clock import run_virtually
-from fanmark.loadgen.objective import calls_good
+from fanmark.loadgen.objective import calls_good, in_time
 from fanmark.loadgen.records import Begun, Call, Query, Window
 from fanmark.loadgen.run import Run
 from fanmark.loadgen.scenario import Arm, Load, Objective, Scenario
@@ -219,8 +219,7 @@ def _met(query: Query, objective: Objective | None) -> bool:
     if objective is None:
         return query.outcome == "completed"
     of_calls = objective.ttft_s is not None or objective.tpot_s is not None
-    in_time = query.outcome == "completed" and query.done_at - query.due_at <= objective.query_seconds
-    return in_time and (not of_calls or calls_good(query, objective))
+    return in_time(query, objective) and (not of_calls or calls_good(query, objective))
 
 
 def waterfall(arm: Filled, base: Filled) -> dict[str, Any] | None:

@@ -13,6 +13,11 @@ def good(latencies_s: Iterable[float], objective: Objective) -> int:
     return sum(latency_s <= objective.query_seconds for latency_s in latencies_s)
 
 
+def in_time(query: Query, objective: Objective) -> bool:
+    """Whether a query was answered within its deadline."""
+    return query.outcome == "completed" and query.done_at - query.due_at <= objective.query_seconds
+
+
 def calls_good(query: Query, objective: Objective) -> bool:
     """Whether all calls that a query needed met the per-call objective: the time to the first token, and the mean time of a further one."""
     calls = [call for call in query.needed if call.kind == "call"]
@@ -23,8 +28,8 @@ def _call_good(call: Call, objective: Objective) -> bool:
     if call.sent_at is None or call.first_at is None or call.done_at is None:
         return False
     further = (call.output_tokens or 0) - 1
-    in_time = objective.ttft_s is None or call.first_at - call.sent_at <= objective.ttft_s
-    return in_time and (
+    begun = objective.ttft_s is None or call.first_at - call.sent_at <= objective.ttft_s
+    return begun and (
         objective.tpot_s is None or further < 1 or (call.done_at - call.first_at) / further <= objective.tpot_s
     )
 

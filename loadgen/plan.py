@@ -19,7 +19,7 @@ from fanmark.loadgen.capacity import CALL, LONGER, QUERY, Found, Look, along, ob
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.fleet_search import next_look, shared_out
 from fanmark.loadgen.lanes.virtual import Service
-from fanmark.loadgen.objective import calls_good
+from fanmark.loadgen.objective import calls_good, in_time
 from fanmark.loadgen.plan_table import binding, extra_s
 from fanmark.loadgen.planned import MOST_AT_A_TIME, Demand, Knobs, at_a_time, fleet, offered
 from fanmark.loadgen.records import Query
@@ -153,10 +153,7 @@ class Planner:
         qps = None if demand.rate is not None else demand.planned / (self.alone["latency_s"] + 1e-9)
         objective = self.scenario.objective
         assert objective is not None
-        for times in (
-            1,
-            LONGER,
-        ):  # what piles up in a short window may be chance; if it is not, a longer one shows more of it
+        for times in (1, LONGER):  # what piles up in a short window may be chance: a longer one shows more of it if not
             scenario = offered(self.scenario, self.arm, demand, part.share, knobs, times * queries, seed, qps)
             trial = self._trial(scenario, part.services)
             window = trial.windows[0]
@@ -164,7 +161,7 @@ class Planner:
             if not over:
                 break
         counted = sorted(trial.counted, key=lambda query: query.due_at)
-        met = {QUERY: [_in_time(q, objective) for q in counted], CALL: [calls_good(q, objective) for q in counted]}
+        met = {QUERY: [in_time(q, objective) for q in counted], CALL: [calls_good(q, objective) for q in counted]}
         calls = occupancy(_spans(trial.queries), window.start_at, window.end_at)["mean"]
         offered_qps = (scenario.load.rate if demand.rate is not None else len(counted) / window.seconds) / part.share
         look = Look(
@@ -288,11 +285,7 @@ def _numbers(answer: Found) -> Found:
 
 def _share(trial: Trial, scenario: Scenario) -> float:
     assert scenario.objective is not None
-    return _mean([_in_time(query, scenario.objective) for query in trial.counted])
-
-
-def _in_time(query: Query, objective: Objective) -> bool:
-    return query.outcome == "completed" and query.done_at - query.due_at <= objective.query_seconds
+    return _mean([in_time(query, scenario.objective) for query in trial.counted])
 
 
 def _over_capacity(trial: Trial, objective: Objective) -> bool:

@@ -56,14 +56,14 @@ def summarise_arms(
     for arm in scenario.arms:
         mine, counted = run.where(partial(_of_arm, name=arm.name)), by_arm[arm.name]
         load = operating_point(scenario.load_of(arm), scenario.objective, mine, counted.windows)
-        found[arm.name] = _arm(arm, scenario, mine.where(lambda kind: not kind.warmup)) | {
+        own = mine.where(lambda kind: not kind.warmup)
+        found[arm.name] = _arm(arm, scenario, own) | {
             "load": load,
             "window": _window(scenario.load_of(arm), counted, cut_at is not None),
             "saturation": saturation(scenario, arm, run, counted.windows, load["offered_qps"], samples)
             if load and load["offered_qps"]
             else None,
         }
-        own = mine.where(lambda kind: not kind.warmup)
         met = found[arm.name]["objective"] or {"good": found[arm.name]["queries"]["completed"]}
         found[arm.name]["cost"] = cost_part(arm, scenario, own, met["good"], counted.windows, samples)
     run.calls.clear()
