@@ -227,3 +227,22 @@ def test_what_cannot_be_planned_is_refused(tmp_path: Path, flags: list[str], sai
     with pytest.raises(ScenarioError, match=said.replace("(", "\\(")):
         app(["plan", str(tmp_path / "s.toml"), *flags, "--out", str(tmp_path / "p")], standalone_mode=False)
     assert not (tmp_path / "p").exists()
+
+
+def test_a_role_may_have_a_model_and_a_chip_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The judge's 20 tokens a query are asked of a dense model; the agents' calls go to the other. Each has replicas of its own."""
+    (tmp_path / "s.toml").write_text(
+        '[targets.many]\nprofile = "qwen3-30b-a3b@h100"\n[targets.one]\nprofile = "qwen3-32b@h100"\n'
+        '[workload]\nsystem = 50\nanswer = 40\njudge_answer = 20\n[[arm]]\nname = "debate"\ntopology = "debate"\nbaseline = true\n'
+        'targets = { judge = "one", default = "many" }\n[objective]\nquery_seconds = 6.0\nattainment = 0.9\n'
+    )
+    flags = ["--rate", "4", "--seeds", "1", "--within", "0.3", "--burstiness", "1", "--quiet", "--json"]
+    code = app(["plan", str(tmp_path / "s.toml"), *flags, "--out", str(tmp_path / "p")], standalone_mode=False)
+    found = json.loads(capsys.readouterr().out)
+    assert code == 0
+    assert found["plan"]["profiles"] == {"many": "qwen3-30b-a3b@h100", "one": "qwen3-32b@h100"}
+    plan = found["arms"]["debate"]["plan"]
+    assert set(plan["at"]["by_target"]) == {"many", "one"} and min(plan["at"]["by_target"].values()) >= 1
+    assert sum(plan["at"]["by_target"].values()) == plan["at"]["replicas"] == plan["replicas"]
+    batch = {name: use["batch"] for name, use in plan["at"]["targets"].items()}
+    assert batch["many"] > batch["one"] >= 1
