@@ -26,7 +26,7 @@ from fanmark.servers.engine.routing import LEADING_TOKENS, Router
 from fanmark.servers.prompts import message_texts
 from fanmark.servers.stub import StubError, StubOptions, answer
 
-_GENERATION = frozenset(("/v1/chat/completions", "/v1/completions"))
+_GENERATION = frozenset(("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"))
 _OF_A_HOP = frozenset(("connection", "keep-alive", "transfer-encoding", "content-length", "host", "te", "upgrade"))
 _OURS = ("Accept", "Accept-Encoding", "User-Agent", "Content-Type")  # what the client would add
 _LEADING_CHARS = 4 * LEADING_TOKENS
@@ -120,9 +120,13 @@ def leading_pieces(body: bytes) -> list[int]:
     try:
         asked = json.loads(body)
         opening = str(asked.get("cache_salt", ""))
+        opening += "".join(json.dumps(asked.get(key, "")) for key in ("instructions", "system"))
         if "prompt" in asked:
             tokens = asked["prompt"]
             text, size = (tokens, _LEADING_CHARS) if isinstance(tokens, str) else (tokens, LEADING_TOKENS)
+        elif "input" in asked:
+            opening += json.dumps(asked.get("tools", ""))
+            text, size = json.dumps(asked["input"]).rstrip('"]}'), _LEADING_CHARS
         else:
             opening += json.dumps(asked.get("tools", ""))
             text = "\n".join(part for message in asked["messages"] for part in message_texts(message))

@@ -29,15 +29,22 @@ def routed() -> Iterator[Stub]:
         yield stub
 
 
-def test_sessions_stay_on_their_replica(routed: Stub) -> None:
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": HELLO, "max_tokens": 2, "ignore_eos": True}),
+        ("/v1/completions", {"prompt": "hello", "max_tokens": 2, "ignore_eos": True}),
+        ("/v1/responses", {"input": "hello", "max_output_tokens": 2, "ignore_eos": True}),
+        ("/v1/messages", {"messages": HELLO, "max_tokens": 2, "ignore_eos": True}),
+    ],
+)
+def test_sessions_stay_on_their_replica(routed: Stub, path: str, body: dict[str, object]) -> None:
     before = served(routed)
     for session in ("a", "a", "a", "d", "d"):
-        reply = routed.send(
-            "POST",
-            "/v1/chat/completions",
-            {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2, "ignore_eos": True},
-            {"X-Session-Id": session, "X-Request-Id": f"mine-{session}"},
-        )
+        reply = routed.send("POST", path, body, {"X-Session-Id": session, "X-Request-Id": f"mine-{session}"})
         assert reply.status == 200 and reply.headers["X-Request-ID"] == f"mine-{session}"
     told = [after - first for after, first in zip(served(routed), before, strict=True)]
     assert sorted(told) == [2.0, 3.0]
@@ -111,6 +118,10 @@ def test_leading_pieces_are_those_of_the_prompt() -> None:
     assert pieces("x" * 600, cache_salt="s") != a and pieces("x" * 255) == []
     ids = leading_pieces(json.dumps({"prompt": list(range(200))}).encode())
     assert len(ids) == 3 and leading_pieces(json.dumps({"prompt": list(range(128))}).encode()) == ids[:2]
+    turns = [{"role": "user", "content": "x" * 600}, {"role": "assistant", "content": "y" * 300}]
+    first, both = (leading_pieces(json.dumps({"input": turns[:n], "instructions": "i"}).encode()) for n in (1, 2))
+    assert (len(first), len(both)) == (2, 3) and first == both[:2]
+    assert leading_pieces(json.dumps({"input": turns, "instructions": "j"}).encode())[0] != first[0]
     assert leading_pieces(b"{") == leading_pieces(b"[]") == []
 
 
