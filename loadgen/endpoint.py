@@ -145,7 +145,7 @@ class Endpoint(ABC):
         own = role_key(role, self.config.roles)
         fields: dict[str, Any] = {"model": self.model_of(role)}
         if self.config.api == "completions":
-            fields["prompt"] = [i for _, part in parts for i in part.content]
+            fields["prompt"] = self.prompt_of([part.content for _, part in parts])  # type: ignore[misc]  # all are ids
             fields["return_token_ids"] = True
         else:
             fields["messages"] = [{"role": author, "content": part.content, **part.fields} for author, part in parts]
@@ -168,6 +168,10 @@ class Endpoint(ABC):
         if "max_tokens" in self.dropped:
             fields["max_completion_tokens"] = max_tokens
         return fields
+
+    def prompt_of(self, parts: Sequence[list[int]]) -> Any:
+        """The prompt of a completion, by the ids of its messages."""
+        return [i for ids in parts for i in ids]
 
     async def prompt_tokens(self, prompt: Sequence[tuple[Key, Author, Part]], body: Mapping[str, Any]) -> int:
         """How long a prompt is; where that is not known, a bound: a token is at least a byte of the request, or of a template."""

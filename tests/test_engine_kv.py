@@ -1,5 +1,6 @@
 """The KV cache in runs behaves as one kept block by block."""
 
+import sys
 from typing import Any
 
 import pytest
@@ -107,6 +108,16 @@ def test_remembered_chains_are_those_worked_out_anew(messages: list[list[int]], 
         for end in range(1, len(messages) + 1):
             prompt = Prompt(messages[:end])
             assert chains.of(prompt, salt) == expected[: len(prompt) // size]
+
+
+def test_what_is_remembered_has_a_bound() -> None:
+    """Long messages are given back as short ones are: it is their tokens that count."""
+    chains, messages = HashChains(16, remembered=1000), [[i] * 300 for i in range(20)]
+    before = [sys.getrefcount(message) for message in messages]
+    for message in messages:
+        chains.of(Prompt([message]), "")
+    kept = [sys.getrefcount(message) - count for message, count in zip(messages, before, strict=True)]
+    assert kept[-1] == 1 and 1 <= sum(kept) <= 3
 
 
 def test_another_salt_or_another_beginning_is_another_chain() -> None:

@@ -100,11 +100,21 @@ def test_prompts_and_answers_are_those_of_the_stub(tools: bool) -> None:
     assert usage(reply)[0] == len(ask.prompts[0])
     assert reply.text == said.content
 
-    ids = {"prompt": list(ask.prompts[0]), "max_tokens": 9, "ignore_eos": True, "return_token_ids": True}
+    ids: dict[str, Any] = {
+        "prompt": list(ask.prompts[0]),
+        "max_tokens": 9,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
     ask = parse_completions(ids, limits, tokenizer)
     said = Speaker(tokenizer, Lengths(), limits.max_model_len).answer(ask, ask.prompts[0], 0)
-    reply = in_virtual_time(lambda: endpoint(api="completions").send(ids, {}, Sent()))
-    assert reply.token_ids == said.ids
+
+    async def by_message() -> Reply:
+        at = endpoint(api="completions")
+        whole = ids["prompt"]
+        return await at.send(ids | {"prompt": at.prompt_of([whole[:5], whole[5:]])}, {}, Sent())
+
+    assert in_virtual_time(by_message).token_ids == said.ids
 
 
 def test_the_engine_is_configured_as_the_stub_s() -> None:

@@ -264,11 +264,14 @@ class VirtualEndpoint(Endpoint):
             self._asks[key] = ask
         return ask
 
+    def prompt_of(self, parts: Sequence[list[int]]) -> Any:
+        """See Endpoint. Message by message: the engine knows those again that it has had."""
+        return parts
+
     def _parts(self, body: Mapping[str, Any]) -> list[tuple[list[int], bytes]]:
         """The prompt's texts, in the order of servers.prompts.prompt_ids."""
         if "prompt" in body:
-            ids = body["prompt"]
-            return [(ids, prompt_data(ids))]
+            return [(ids, prompt_data(ids)) for ids in body["prompt"]]
         parts = [self._schemas()] if "tools" in body else []
         return parts + [self._encode(text) for message in body["messages"] for text in message_texts(message)]
 

@@ -93,7 +93,7 @@ class BareEndpoint(VirtualEndpoint):
 
     def _parts(self, body: Mapping[str, Any]) -> list[tuple[list[int], bytes]]:
         if "prompt" in body:
-            return [(body["prompt"], b"")]
+            return [(ids, b"") for ids in body["prompt"]]
         parts = [self._schemas()] if "tools" in body else []
         return parts + [(message["content"], b"") for message in body["messages"]]
 

@@ -47,13 +47,13 @@ class _Prefix:
 
 class HashChains:
     """Block hashes of prompts, remembered, since agents send the same prefixes again and again: by message where a prompt is in
-    parts (`prompt.Prompt`), which is fastest; else by pages of 64 blocks and of 8."""
+    parts (`prompt.Prompt`), which is fastest; else by pages of 64 blocks and of 8. Of so many tokens at most: then all are forgotten."""
 
-    def __init__(self, block_size: int, *, remembered: int = 50_000) -> None:
+    def __init__(self, block_size: int, *, remembered: int = 4_000_000) -> None:
         self._size = block_size
         self._pages: dict[int, list[int]] = {}
         self._prefixes: dict[str, _Prefix] = {}
-        self._known_prefixes = 0
+        self._known_tokens = 0
         self._limit = remembered
 
     def of(self, tokens: Sequence[int], salt: str) -> list[int]:
@@ -75,15 +75,18 @@ class HashChains:
         hashes = self._pages.get(key)
         if hashes is None:
             hashes = chained(parent, tokens, self._size)
-            if len(self._pages) >= self._limit:
-                self._pages.clear()
+            self._make_room(len(tokens))
             self._pages[key] = hashes
         return hashes
 
-    def _of_parts(self, parts: Sequence[Sequence[int]], salt: str) -> list[int]:
-        if self._known_prefixes > self._limit:
+    def _make_room(self, tokens: int) -> None:
+        self._known_tokens += tokens
+        if self._known_tokens > self._limit:
+            self._known_tokens = tokens
+            self._pages.clear()
             self._prefixes.clear()
-            self._known_prefixes = 0
+
+    def _of_parts(self, parts: Sequence[Sequence[int]], salt: str) -> list[int]:
         prefix = self._prefixes.get(salt)
         if prefix is None:
             prefix = self._prefixes[salt] = _Prefix(salt_root(salt), [])
@@ -94,8 +97,10 @@ class HashChains:
                 tokens = [*prefix.left, *part]
                 hashes = chained(prefix.parent, tokens, self._size)
                 longer = _Prefix(hashes[-1] if hashes else prefix.parent, tokens[len(hashes) * self._size :])
+                self._make_room(
+                    len(part)
+                )  # what is forgotten with it may be the prefix itself: then it is of no more use
                 known = prefix.next[id(part)] = (part, hashes, longer)
-                self._known_prefixes += 1
             chain += known[1]
             prefix = known[2]
         return chain
