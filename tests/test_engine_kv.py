@@ -113,10 +113,14 @@ def test_remembered_chains_are_those_worked_out_anew(messages: list[list[int]], 
 def test_what_is_remembered_has_a_bound() -> None:
     """Long messages are given back as short ones are: it is their tokens that count."""
     chains, messages = HashChains(16, remembered=1000), [[i] * 300 for i in range(20)]
-    before = [sys.getrefcount(message) for message in messages]
-    for message in messages:
-        chains.of(Prompt([message]), "")
-    kept = [sys.getrefcount(message) - count for message, count in zip(messages, before, strict=True)]
+
+    def counts() -> list[int]:
+        return [sys.getrefcount(message) for message in messages]
+
+    before = counts()
+    for i in range(len(messages)):
+        chains.of(Prompt([messages[i]]), "")
+    kept = [now - then for now, then in zip(counts(), before, strict=True)]
     assert kept[-1] == 1 and 1 <= sum(kept) <= 3
 
 
