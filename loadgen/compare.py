@@ -10,7 +10,7 @@ Rules of the file:
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -153,21 +153,32 @@ def lines(found: Found) -> list[str]:
         said.append(f"differs  {key}: {_shown(a)}, then {_shown(b)}")
     said.append("paired   query by query" if found["paired"] else "paired   no: the seed or the scenario differs")
     for name, arm in found["arms"].items():
-        rows = [[name, "first", "second", "second / first", "verdict"]]
-        for resource, each in arm["per_query"].items():
-            if each["first"] or each["second"]:
-                values = [number(each["first"]), number(each["second"])]
-                rows.append([resource, *values, ratio(each), each["verdict"]])
+        rows = [[name, "first", "second", "second / first", "verdict"], *_rows(arm["per_query"], number)]
         loads = arm["load"]
         rows.append(["queries/s", *(number(load.get("completed_qps")) for load in loads), "", ""])
         flights = [load.get("calls_in_flight", {}).get("mean") for load in loads]
         rows.append(["calls in flight", *map(number, flights), "", ""])
+        if arm["amplification"]:
+            rows += [["against the baseline", "", "", "", ""], *_rows(arm["amplification"], _times)]
         said += ["", *columns(rows)]
         times = [each for resource, each in arm["per_query"].items() if resource in TIMES and each["low"] is None]
         for why in dict.fromkeys(each["method"] for each in times if each["method"]):
             mend = f" (load.repeats = {LEAST_REPEATS} in both runs gives one)" if why == NO_INTERVAL else ""
             said.append(f"times: {why}{mend}")
     return said
+
+
+def _rows(figures: Mapping[str, Found], text: Callable[[float | None], str]) -> list[list[str]]:
+    """A row for each resource of which something is known."""
+    return [
+        [resource, text(each["first"]), text(each["second"]), ratio(each), each["verdict"]]
+        for resource, each in figures.items()
+        if each["first"] or each["second"]
+    ]
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
 
 
 def _figure(resource: str, values: Sequence[float | None], found: Mapping[str, Any] | None) -> Found:

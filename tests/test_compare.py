@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from fanmark.agents import topologies
 from fanmark.loadgen import scenario_check
 from fanmark.loadgen.cli import app
-from fanmark.loadgen.compare import Gate, RunRead, compare, gate_of, judge, read, verdict
+from fanmark.loadgen.compare import Gate, RunRead, compare, gate_of, judge, lines, read, verdict
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.junit import Case, document
 from fanmark.loadgen.simulate import Options, simulate, with_profile
@@ -81,6 +81,11 @@ def test_a_slower_server_is_worse_in_times_alone(runs: dict[str, RunRead]) -> No
     assert amplified["method"] == "t over 5 repeats" and amplified["low"] < amplified["ratio"] < amplified["high"]
     ratios = [debate["per_query"]["latency_s"]["ratio"], single["per_query"]["latency_s"]["ratio"]]
     assert amplified["ratio"] == pytest.approx(ratios[0] / ratios[1])
+    said = lines(found)
+    own = said[said.index("against the baseline") :]  # the debate alone has one
+    cells = next(line.split() for line in own if line.startswith("latency_s"))
+    was, now = (runs[run].summary["arms"]["debate"]["amplification"]["latency_s"]["ratio"] for run in ("first", "slow"))
+    assert cells[1:4] == [f"{was:.2f}x", f"{now:.2f}x", f"{amplified['ratio']:.2f}x"]
 
 
 def test_other_seeds_are_told_and_not_paired(runs: dict[str, RunRead]) -> None:
