@@ -50,6 +50,7 @@ PAGES = (
         (
             ("Amplification", panels.AMPLIFICATION),
             ("Expected against measured", panels.EXPECTED),
+            ("How queries are spread", panels.SPREAD),
             ("Traffic by arm", panels.TRAFFIC),
             ("Latency", panels.LATENCY),
             ("Tools", panels.TOOLS),

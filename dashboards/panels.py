@@ -128,6 +128,33 @@ EXPECTED = (
     ),
 )
 
+SPREAD = (
+    Panel(
+        "Calls a query: how they are spread",
+        "Of queries that ended in the last scrapes, estimated within the histogram's buckets. Far above the median: few queries cost most.",
+        "none",
+        quantiles("fanmark_query_calls", "arm", ARM, "{{arm}}"),
+    ),
+    Panel(
+        "Tool calls a query: how they are spread",
+        "As before, for tool calls.",
+        "none",
+        quantiles("fanmark_query_tool_calls", "arm", ARM, "{{arm}}"),
+    ),
+    Panel(
+        "Depth of a query: how it is spread",
+        "Calls on the longest chain that waited for each other: what no further replica shortens. As before.",
+        "none",
+        quantiles("fanmark_query_depth", "arm", ARM, "{{arm}}"),
+    ),
+    Panel(
+        "Tokens a query: how they are spread",
+        "By kind; cached and fresh are parts of the input. As before.",
+        "none",
+        quantiles("fanmark_query_tokens", "arm, kind", ARM, "{{arm}} {{kind}}"),
+    ),
+)
+
 TRAFFIC = (
     Panel(
         "Queries started and completed",

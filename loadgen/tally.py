@@ -19,7 +19,7 @@ from fanmark.loadgen.statistics import ratio_interval
 
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)
 GAPS_S = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 60, 600)
-CALLS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+CALLS = (0, 1, 2, 3, 4, 6, 10, 16, 25, 50, 100, 200, 500)
 TOKENS = (100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5, 1e6, 1e7)
 MOST_PENDING = 100  # calls: adding them takes less than a millisecond
 LEAST_QUERIES = 10  # of an arm, for an interval while the run goes on

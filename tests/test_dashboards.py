@@ -87,6 +87,13 @@ def test_variables_that_are_used_are_defined_and_the_reverse(board: str) -> None
     assert len({b["uid"] for b in BOARDS.values()}) == len(BOARDS)
 
 
+@pytest.mark.parametrize("what", ["calls", "tool_calls", "depth", "tokens"])
+def test_how_queries_are_spread_has_a_panel(what: str) -> None:
+    assert any(
+        e.startswith("histogram_quantile") and f"fanmark_query_{what}_bucket" in e for e in exprs(BOARDS["fan-out"])
+    )
+
+
 def declared() -> set[str]:
     """Names of all metrics that a run, its stub and its tool server tell."""
     names = set()

@@ -3,6 +3,7 @@
 import http.client
 import io
 import math
+import re
 from itertools import pairwise
 
 from rich.console import Console
@@ -140,3 +141,19 @@ def test_the_port_tells_a_browser_nothing_that_came_by_a_foreign_name() -> None:
             connection.close()
     finally:
         stop()
+
+
+def test_the_page_of_a_tap_shows_how_queries_are_spread() -> None:
+    """Three queries of 9 calls and one of 30, each as deep as wide; nobody told of cached tokens."""
+    tally = Tally({"tapped": "replay", "unattributed": "replay"}, "tapped", compared=False)
+    for calls in (9, 9, 9, 30):
+        _query(tally, "tapped", calls, 700, latency_s=1.0)
+    page = LivePage(Course(tally, None, lambda: 1.0), "tap").body()
+    for title, rows in (
+        ("calls", ["up to 10: queries 3", "up to 16: none", "up to 25: none", "up to 50: queries 1"]),
+        ("tool calls", ["up to 0: queries 4"]),
+        ("output tokens", ["up to 10,000: queries 3", "up to 20,000: none", "up to 50,000: queries 1"]),
+    ):
+        figure = page.split(f"<figcaption>Queries by {title}</figcaption>")[1].split("</figure>")[0]
+        assert re.findall(r'class="label">([^<]*)<', figure) == rows
+    assert "Queries by cached tokens" not in page

@@ -205,7 +205,7 @@ def test_histograms(tally: Tally) -> None:
     found = scrape(tally)
     assert histogram(found, "fanmark_query_duration_seconds", arm="single") == {2: 2, 5: 1}  # 2, 1.5 and 4 s
     assert value(found, "fanmark_query_duration_seconds_sum", arm="single") == 7.5
-    assert histogram(found, "fanmark_query_calls", arm="debate") == {4: 2}
+    assert histogram(found, "fanmark_query_calls", arm="debate") == {3: 2}
     assert histogram(found, "fanmark_query_tokens", arm="debate", kind="input") == {500: 2}
     assert histogram(found, "fanmark_query_tokens", arm="debate", kind="output") == {100: 2}
     assert value(found, "fanmark_query_tokens_sum", arm="debate", kind="fresh") == 480

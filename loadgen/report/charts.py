@@ -11,6 +11,7 @@ from fanmark.loadgen.records import bucket_gap_s
 from fanmark.loadgen.report import svg
 from fanmark.loadgen.report.svg import Scale, axis, esc, figure, key, line, picture, rect, text
 from fanmark.loadgen.table import group_rows, number, short
+from fanmark.loadgen.tally import Histogram
 
 _MOST_POINTS = 250  # of a curve
 _MOST_ROWS = 40  # of a picture
@@ -129,6 +130,20 @@ def stacked(label: str, rows: Sequence[tuple[str, Sequence[float]]], kinds: Mapp
         parts.append(text(0, 32 * i + 12, f"{title}: {', '.join(told) or 'none'}", "label"))
     more = f"<p>{len(rows) - len(shown)} more are in the table.</p>" if len(rows) > len(shown) else ""
     return key(kinds) + picture(label, bottom + 18, parts) + more
+
+
+def spread(title: str, histogram: Histogram, name: str) -> str:
+    """A bar for each bucket from the least that holds something to the greatest: how many queries had so much."""
+    filled = [i for i, count in enumerate(histogram.counts) if count]
+    if not filled:
+        return ""
+    ends = ["", *(short(bound) for bound in histogram.bounds)]
+    rows = [
+        (f"up to {ends[i + 1]}" if i < len(histogram.bounds) else f"above {ends[i]}", [float(histogram.counts[i])])
+        for i in range(filled[0], filled[-1] + 1)
+    ]
+    picture_ = stacked(f"{title}. The table below has the numbers", rows, {"queries": "c0"}, "")
+    return figure(title, picture_, svg.numbers(name, [["", "queries"], *([row, number(n)] for row, (n,) in rows)]))
 
 
 def spent(arms: Mapping[str, Any], name: str) -> str:

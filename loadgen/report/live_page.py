@@ -9,6 +9,7 @@ from fanmark.loadgen.course import Course, of_arm
 from fanmark.loadgen.report import charts, page, svg, timeline, words
 from fanmark.loadgen.report.svg import esc
 from fanmark.loadgen.table import number, short
+from fanmark.loadgen.tally import Histogram
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'self'; connect-src 'self'"
 _SCRIPT = (
@@ -91,7 +92,7 @@ class LivePage:
         return rows
 
     def _costs(self) -> str:
-        """Ratios to the baseline; of what passes a tap, which has none, what a query took so far."""
+        """Ratios to the baseline; of what passes a tap, which has none, what a query took so far, and how queries are spread."""
         if self._course.tally.compared:
             return charts.amplification(self._arms(), "cost") + _NOTE
         rows = [["mean per query", *(title.strip() for _, title in table.ROWS)]]
@@ -100,7 +101,16 @@ class LivePage:
                 arm.sums[key] / arm.completed if key in arm.sums and arm.completed else None for key, _ in table.ROWS
             ]
             rows.append([name, *map(number, means)])
-        return svg.table(rows)
+        return svg.table(rows) + svg.grid(
+            charts.spread(title, histogram, f"spread-{i}") for i, (title, histogram) in enumerate(self._spreads())
+        )
+
+    def _spreads(self) -> list[tuple[str, Histogram]]:
+        """How the queries that passed a tap are spread, those left out that could not be told to be queries."""
+        arm = self._course.tally.arms[self._course.tally.baseline]
+        counts = {"calls": arm.query_calls, "tool calls": arm.query_tool_calls, "depth": arm.query_depth}
+        tokens = {f"{kind} tokens": histogram for kind, histogram in arm.query_tokens.items()}
+        return [(f"Queries by {title}", histogram) for title, histogram in (counts | tokens).items()]
 
     def _arms(self) -> Mapping[str, Any]:
         """The ratios so far, as a summary has them."""
