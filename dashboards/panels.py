@@ -187,7 +187,7 @@ TRAFFIC = (
     ),
     Panel(
         "Calls that failed",
-        "Of the chosen arms, by class: connect, timeout, http_429, http_4xx, http_5xx, stream_cut, bad_reply, budget, cancelled.",
+        "Of the chosen arms, by class: connect, timeout, http_429, http_4xx, http_5xx, stream_cut, bad_reply, budget, cancelled, untold.",
         "reqps",
         ((rate("fanmark_calls_total", "outcome", f'{CALL}, outcome!="completed"'), "{{outcome}}"),),
     ),

@@ -68,4 +68,4 @@ def tap(
         print(msgspec.json.format(msgspec.json.encode(found), indent=1).decode())
     else:
         results.print_result(found, options.out)
-    return 0
+    return 1 if found["tap"]["untold"] else 0

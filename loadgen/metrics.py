@@ -27,9 +27,20 @@ EXPECTED = ("calls", "tool_calls", "input_tokens", "output_tokens")
 QUERY_OUTCOMES = ("completed", "failed", "abandoned")
 CALL_OUTCOMES = (
     "completed",
-    *("connect", "timeout", "http_429", "http_4xx", "http_5xx", "stream_cut", "bad_reply", "budget", "cancelled"),
+    *(
+        "connect",
+        "timeout",
+        "http_429",
+        "http_4xx",
+        "http_5xx",
+        "stream_cut",
+        "bad_reply",
+        "budget",
+        "cancelled",
+        "untold",
+    ),
 )
-TOOL_OUTCOMES = ("completed", "tool_error", "tool_transport", "tool_protocol", "budget", "cancelled")
+TOOL_OUTCOMES = ("completed", "tool_error", "tool_transport", "tool_protocol", "budget", "cancelled", "untold")
 MOST_VALUES = 32  # of roles, and of tools, of an arm: what comes after them is "other"
 
 

@@ -34,7 +34,7 @@ _TOLD = (  # by the server alone
 )
 _LATE_SHARE = 0.03
 # how a call ends that the server may have worked on; one that it refused (4xx, 429) or never got is in nobody's sums
-_UNHEARD = ("timeout", "http_5xx", "stream_cut", "bad_reply", "cancelled")
+_UNHEARD = ("timeout", "http_5xx", "stream_cut", "bad_reply", "cancelled", "untold")
 
 
 def stub_on_time(

@@ -6,7 +6,7 @@ from typing import Any
 from fanmark.loadgen.reduced import Reduced, seconds
 
 # how an attempt ends whose server did not say what it cost, though it may have worked on it
-_UNTOLD = ("timeout", "http_5xx", "stream_cut", "bad_reply", "cancelled")
+_UNTOLD = ("timeout", "http_5xx", "stream_cut", "bad_reply", "cancelled", "untold")
 
 
 def waste(counted: Reduced, lost_s: float) -> dict[str, Any]:

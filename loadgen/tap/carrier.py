@@ -14,22 +14,27 @@ import msgspec
 
 from fanmark.loadgen.execute import allow_connections
 from fanmark.loadgen.health import Health
-from fanmark.loadgen.tap.frames import GROUPING, Beat, Began, Ended, More, beat, packed
+from fanmark.loadgen.tap.frames import GROUPING, UNTOLD, Beat, Began, Ended, More, Reads, beat, packed
 from fanmark.loadgen.tap.heads import Upstream
 from fanmark.loadgen.tap.wire import Client, Exchange, Wire
 
 CONNECTIONS = 8_192
+MOST_WAITING_BYTES = 1 << 28  # of what the tap has not taken yet
 _TELL_S = 0.005  # what passes is told so often, many messages at once
 _BEAT_S = 1.0
 
 
 class Teller(asyncio.Protocol):
-    """Tells the tap of every exchange. What it does not take yet waits in memory."""
+    """Tells the tap of every exchange. What it does not take yet waits in memory, up to `most_bytes`: beyond that a request is not told of,
+    nor the rest of a reply, and `untold` counts the requests of which the tap does not know all."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_bytes: int = MOST_WAITING_BYTES) -> None:
         self.over = asyncio.Event()  # the tap wants no more, or is gone
+        self.untold = 0
+        self._most_bytes = most_bytes
         self._transport: Any = None
         self._waiting: list[bytes] = []
+        self._waiting_bytes = 0
         self._n = 0
 
     def connection_made(self, transport: Any) -> None:
@@ -47,12 +52,14 @@ class Teller(asyncio.Protocol):
         if not self._waiting:
             asyncio.get_running_loop().call_later(_TELL_S, self.flush)
         self._waiting.append(packed(frame))
+        self._waiting_bytes += len(self._waiting[-1])
 
     def flush(self) -> None:
         """Tells what waits."""
         if self._waiting and not self._transport.is_closing():
             self._transport.write(b"".join(self._waiting))
         self._waiting.clear()
+        self._waiting_bytes = 0
 
     async def close(self) -> None:
         """Waits until all is told, or nobody listens."""
@@ -61,22 +68,41 @@ class Teller(asyncio.Protocol):
         while not self._transport.is_closing() or self._transport.get_write_buffer_size():  # noqa: ASYNC110  # a transport tells nobody
             await asyncio.sleep(0.005)
 
+    def _has_room(self, n_bytes: int) -> bool:
+        waiting: int = self._waiting_bytes + self._transport.get_write_buffer_size()
+        return waiting + n_bytes <= self._most_bytes
+
+    def _reads(self, exchange: Exchange) -> Reads:
+        """What is to be told of the reply; nothing more once there was no room."""
+        reads, exchange.reads = exchange.reads, []
+        if exchange.number and not exchange.untold and not self._has_room(sum(len(data) for _, data in reads)):
+            exchange.untold = True
+            self.untold += 1
+        return [] if exchange.untold else reads
+
     def began(self, exchange: Exchange) -> None:
+        headers = {name: value for name, value in exchange.headers.items() if name in GROUPING}
+        exchange.headers = {}
+        if not self._has_room(len(exchange.body)):
+            exchange.untold = True
+            self.untold += 1
+            return
         self._n += 1
         exchange.number = self._n
-        headers = {name: value for name, value in exchange.headers.items() if name in GROUPING}
         self.put(Began(self._n, exchange.api, headers, exchange.body, exchange.came_at))
-        exchange.headers = {}
 
     def read(self, exchange: Exchange) -> None:
-        self.put(More(exchange.number, exchange.status, exchange.content_type, exchange.reads))
-        exchange.reads = []
+        if reads := self._reads(exchange):
+            self.put(More(exchange.number, exchange.status, exchange.content_type, reads))
 
     def ended(self, exchange: Exchange) -> None:
+        reads = self._reads(exchange)
+        if not exchange.number:
+            return
         self.put(
             Ended(
-                exchange.number, exchange.status, exchange.content_type, exchange.reads, exchange.sent_at, exchange.connect_s,
-                exchange.done_at or time.monotonic(), exchange.error,
+                exchange.number, exchange.status, exchange.content_type, reads, exchange.sent_at, exchange.connect_s,
+                exchange.done_at or time.monotonic(), UNTOLD if exchange.untold else exchange.error,
             )
         )  # fmt: skip
 
@@ -102,7 +128,7 @@ async def carry(listener: socket.socket, link: socket.socket, upstreams: list[Up
     gc.freeze()
     gc.set_threshold(20_000, 50, 1_000)
     while not teller.over.is_set():
-        teller.put(beat(health.look(), wire.passed))
+        teller.put(beat(health.look(), wire.passed, teller.untold))
         try:
             async with asyncio.timeout(_BEAT_S):
                 await teller.over.wait()
@@ -112,7 +138,7 @@ async def carry(listener: socket.socket, link: socket.socket, upstreams: list[Up
     wire.close()
     await asyncio.sleep(0)
     watching.cancel()
-    teller.put(beat(health.look(), wire.passed))
+    teller.put(beat(health.look(), wire.passed, teller.untold))
     await teller.close()
 
 

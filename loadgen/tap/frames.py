@@ -13,6 +13,7 @@ from fanmark.loadgen.health import ClientState
 from fanmark.loadgen.tap.ids import OWN_HEADER, RETRY_HEADER, SESSION_HEADERS
 
 GROUPING = frozenset((OWN_HEADER, "baggage", "traceparent", RETRY_HEADER, *SESSION_HEADERS))
+UNTOLD = "untold"  # the error of a request whose reply was not told of: whoever records was late
 _HEAD_BYTES = 4
 
 Reads = list[tuple[float, bytes]]
@@ -51,7 +52,7 @@ class Ended(msgspec.Struct, array_like=True, tag="ended"):
 
 
 class Beat(msgspec.Struct, array_like=True, tag="beat"):
-    """Each second: how the process fares, and how many requests have passed that are not measured."""
+    """Each second: how the process fares, how many requests passed that are not measured, and of how many that are not all is told."""
 
     loop_lag: dict[int, int]
     busy_seconds: int
@@ -59,15 +60,16 @@ class Beat(msgspec.Struct, array_like=True, tag="beat"):
     rss_mb: float
     verdict: str
     passed: int
+    untold: int
 
     @property
     def state(self) -> ClientState:
         return ClientState(Counter(self.loop_lag), self.busy_seconds, self.cpu_s, self.rss_mb, verdict=self.verdict)
 
 
-def beat(state: ClientState, passed: int) -> Beat:
+def beat(state: ClientState, passed: int, untold: int = 0) -> Beat:
     """The process as it is now."""
-    return Beat(state.loop_lag, state.busy_seconds, state.cpu_s, state.rss_mb, state.verdict, passed)
+    return Beat(state.loop_lag, state.busy_seconds, state.cpu_s, state.rss_mb, state.verdict, passed, untold)
 
 
 Frame = Began | More | Ended | Beat

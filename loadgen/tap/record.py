@@ -16,6 +16,7 @@ from fanmark.loadgen.recording import RecordedCall, text_id
 from fanmark.loadgen.recording import Said as Told
 from fanmark.loadgen.records import Call, Query
 from fanmark.loadgen.tap.asked import Said
+from fanmark.loadgen.tap.frames import UNTOLD
 from fanmark.loadgen.tap.seen import Group, Seen
 
 BYTES_A_TOKEN = 4
@@ -138,7 +139,9 @@ def of_query(group: Group, number: int, arm: str, salt: bytes, calls: Sequence[C
     last = [call for call in calls if call.retry_at is None]
     final = max(last, key=lambda call: call.done_at or 0.0)
     started_at = min(call.due_at for call in calls)
-    failed = final.error not in (None, "cancelled")
+    untold = any(call.error == UNTOLD for call in calls)  # what it took is not known
+    last_error = UNTOLD if untold else final.error
+    failed = last_error not in (None, "cancelled")
     return TappedQuery(
         query=number,
         arm=arm,
@@ -151,7 +154,7 @@ def of_query(group: Group, number: int, arm: str, salt: bytes, calls: Sequence[C
         expected={},
         mismatches=[],
         seed=text_id(salt, group.name.key),
-        error=final.error if failed else None,
+        error=last_error if failed else None,
         calls=sorted(last, key=lambda call: call.call),
         retried=[call for call in calls if call.retry_at is not None],
         session=group.session,

@@ -21,7 +21,7 @@ from fanmark.loadgen.records import Journal
 from fanmark.loadgen.run_clock import RunClock
 from fanmark.loadgen.tally import Tally
 from fanmark.loadgen.tap.asked import Asked, asked_of, ids_text
-from fanmark.loadgen.tap.frames import Beat, Began, Ended, Frame, More
+from fanmark.loadgen.tap.frames import UNTOLD, Beat, Began, Ended, Frame, More
 from fanmark.loadgen.tap.grouping import Grouping
 from fanmark.loadgen.tap.ids import METHODS
 from fanmark.loadgen.tap.record import Sizes, TappedCall, blocks, of_query, settle, told_of
@@ -49,7 +49,8 @@ class _Under:
 
 class Recorder:
     """Takes in what the carrier tells, and writes each query down as it ends. `carrier` is how that last fared. `models` counts what models
-    were asked for, `unread` requests that could not be read, `others` MCP messages that are no tool calls."""
+    were asked for, `unread` requests that could not be read, `untold` those that the carrier did not tell all of, `others` MCP messages
+    that are no tool calls."""
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class Recorder:
         self.grouping = grouping
         self.models: Counter[str] = Counter()
         self.attributed: Counter[tuple[str, str]] = Counter()  # calls, by kind and method
-        self.unread = self.others = self.passed = self.by_time = 0
+        self.unread = self.others = self.passed = self.untold = self.by_time = 0
         self.written: Counter[str] = Counter()  # queries, by arm
         self.sizes = Sizes()
         self.carrier = ClientState()
@@ -87,7 +88,7 @@ class Recorder:
             case Ended():
                 self._ended(frame)
             case Beat():
-                self.carrier, self.passed = frame.state, frame.passed
+                self.carrier, self.passed, self.untold = frame.state, frame.passed, frame.untold
                 self._tally.clients[0] = frame.state
 
     def _began(self, began: Began) -> None:
@@ -269,6 +270,6 @@ def _result(call: TappedCall, content_type: str, under: _Under) -> str:
 
 
 def _tool_error(error: CallError) -> str:
-    if isinstance(error, ToolProtocolError) or error.kind == "cancelled":
+    if isinstance(error, ToolProtocolError) or error.kind in ("cancelled", UNTOLD):
         return error.kind
     return "tool_transport"

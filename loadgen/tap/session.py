@@ -255,6 +255,7 @@ def told_of(on: _Standing) -> dict[str, Any]:
         "by_time": recorder.by_time,
         "passed": recorder.passed,
         "unread": recorder.unread,
+        "untold": recorder.untold,
         "mcp_other": recorder.others,
         "models": dict(recorder.models),
         "idle_s": on.options.idle_s,

@@ -33,12 +33,13 @@ class Exchange:
 
     __slots__ = (
         "api", "asked_usage", "begun", "body", "came_at", "connect_s", "content_type", "done_at", "error", "headers", "number", "reads",
-        "sent_at", "status",
+        "sent_at", "status", "untold",
     )  # fmt: skip
 
     def __init__(self, api: str, head: RequestHead) -> None:
         self.api = api
-        self.number = 0  # the sink's
+        self.number = 0  # the sink's, as the next
+        self.untold = False
         self.headers = head.values()
         self.came_at = 0.0
         self.body = b""

@@ -67,5 +67,7 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
             "reopened"
         ],
         f"{tap['unread']} requests could not be read: they passed, and are in no count": tap["unread"],
+        f"{tap['untold']} requests passed while the recording was late, and were not recorded, or not their "
+        "replies: true figures are higher, and queries with such a call count as failed (untold)": tap["untold"],
     }
     return [text for text, count in found.items() if count]
