@@ -1,19 +1,24 @@
 """What the process that passes bytes on tells of them, and what it does when nobody takes it."""
 
 import asyncio
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fanmark.loadgen.records import Journal, read_queries
+from fanmark.loadgen.clock import run_virtually
+from fanmark.loadgen.records import Journal, Query, read_queries
 from fanmark.loadgen.run_clock import RunClock
 from fanmark.loadgen.tally import Tally
 from fanmark.loadgen.tap.carrier import Teller
 from fanmark.loadgen.tap.frames import UNTOLD, Began, Ended, Frame, More, Unpacker
 from fanmark.loadgen.tap.grouping import Grouping
 from fanmark.loadgen.tap.heads import RequestHead
+from fanmark.loadgen.tap.lengths import Lengths
 from fanmark.loadgen.tap.recorder import Recorder
 from fanmark.loadgen.tap.wire import Exchange
 
@@ -126,23 +131,68 @@ def test_recording_goes_on_once_there_is_room_again() -> None:
     assert [frame.n for frame in late.taken if isinstance(frame, Began)] == [1, 2] and teller.untold == 1
 
 
-def test_a_call_of_which_not_all_was_told_fails_its_query(tmp_path: Path) -> None:
-    grouping, clock = Grouping(1.0), RunClock(1.0)
+OK = b'{"choices":[{"message":{"content":"yes"},"finish_reason":"stop"}],"usage":{"prompt_tokens":60,"completion_tokens":1}}'
+
+
+def recorder_in(folder: Path) -> tuple[Recorder, Journal]:
+    clock, journal = RunClock(1.0), Journal(folder)
     clock.start(0.0)
-    journal = Journal(tmp_path)
-    recorder = Recorder(
-        grouping, Tally({"tapped": "replay", "unattributed": "replay"}, "tapped"), journal, clock, b"salt"
-    )
-    ok = b'{"choices":[{"message":{"content":"yes"},"finish_reason":"stop"}],"usage":{"prompt_tokens":5,"completion_tokens":1}}'
-    for n, error in ((1, UNTOLD), (2, None)):
-        recorder.take(
-            Began(n, "chat", {"x-fanmark-query": "one"}, b'{"messages":[{"role":"user","content":"%d"}]}' % n, n)
-        )
-        recorder.take(Ended(n, 200, "application/json", [] if error else [(n + 0.5, ok)], n, None, n + 0.5, error))
-    grouping.close()
-    recorder.write(list(grouping.closed))
+    tally = Tally({"tapped": "replay", "unattributed": "replay"}, "tapped")
+    return Recorder(Grouping(1.0), tally, journal, clock, b"salt"), journal
+
+
+def record(recorder: Recorder, n: int, text: str, error: str | None = None) -> None:
+    """One call of the query, told as the carrier does."""
+    body = json.dumps({"messages": [{"role": "user", "content": text}]}).encode()
+    recorder.take(Began(n, "chat", {"x-fanmark-query": "one"}, body, n))
+    reads = [] if error else [(n + 0.5, OK)]
+    recorder.take(Ended(n, 200, "application/json", reads, n, None, n + 0.5, error))
+
+
+def written(recorder: Recorder, journal: Journal, folder: Path) -> Query:
+    recorder.grouping.close()
+    recorder.write(list(recorder.grouping.closed))
     journal.flush()
     journal.close()
-    (query,) = read_queries(tmp_path)
+    (query,) = read_queries(folder)
+    return query
+
+
+def test_a_call_of_which_not_all_was_told_fails_its_query(tmp_path: Path) -> None:
+    recorder, journal = recorder_in(tmp_path)
+    record(recorder, 1, "one", UNTOLD)
+    record(recorder, 2, "two")
+    query = written(recorder, journal, tmp_path)
     assert (query.outcome, query.error) == ("failed", UNTOLD)
     assert [(call.error, call.output_tokens) for call in query.calls] == [(UNTOLD, None), (None, 1)]
+
+
+class Counting:
+    """A target that counts each text as 7 tokens, but never comes back from a slow one."""
+
+    model, root, headers = "m", "http://none", dict[str, str]()
+
+    @property
+    def lane(self) -> "Counting":
+        return self
+
+    async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> tuple[int, bytes]:
+        if b"slow" in body:
+            await asyncio.Event().wait()
+        return 200, b'{"tokens": [1, 2, 3, 4, 5, 6, 7]}'
+
+
+@pytest.mark.parametrize(
+    ("second", "known", "by_size"), [("quick again", "counted", 0), ("a slow one", "counted in part", 1)]
+)
+def test_a_slow_tokenizer_holds_nobody_up_and_is_told_of(second: str, known: str, by_size: int, tmp_path: Path) -> None:
+    recorder, journal = recorder_in(tmp_path)
+    lengths = Lengths(Counting(), wait_s=1.0)  # type: ignore[arg-type]
+    record(recorder, 1, "quick")
+    record(recorder, 2, second)
+    recorder.grouping.close()
+    run_virtually(lengths.count(recorder.grouping.closed, recorder.sizes))
+    assert (lengths.known, lengths.by_size) == (known, by_size)
+    (group,) = recorder.grouping.closed
+    assert [call.record.messages[0].tokens for call in group.calls] == [7, 3 if by_size else 7]
+    journal.close()

@@ -3,6 +3,7 @@ target has no /tokenize, or wants a key for it, lengths are shared out by the si
 
 import asyncio
 from collections.abc import Iterable
+from contextlib import suppress
 
 from msgspec.structs import replace
 
@@ -16,13 +17,20 @@ _AT_ONCE = 4
 
 
 class Lengths:
-    """Counts texts. `counted`: whether the target has counted one; it is not asked again once it did not."""
+    """Counts texts. `counted` and `by_size`: how many messages' lengths the target counted, and did not; it is not asked again once it
+    refused. `wait_s` is the longest that the queries which have ended wait for it, for their texts wait in memory."""
 
-    def __init__(self, endpoint: HttpEndpoint) -> None:
-        self.counted = False
+    def __init__(self, endpoint: HttpEndpoint, wait_s: float = 10.0) -> None:
+        self.counted = self.by_size = 0
         self._endpoint = endpoint
+        self._wait_s = wait_s
         self._silent = False
         self._slots = asyncio.Semaphore(_AT_ONCE)
+
+    @property
+    def known(self) -> str:
+        """How lengths are known."""
+        return "by size" if not self.counted else "counted in part" if self.by_size else "counted"
 
     async def count(self, groups: Iterable[Group], sizes: Sizes) -> None:
         """Puts counted lengths in place of near ones, in messages that are neither known nor replies."""
@@ -34,8 +42,17 @@ class Lengths:
                 if told.id not in sizes and (source is None or source.tool is not None) and told.tokens:
                     wanted[told.id] = said.content
         tokenizer = RemoteTokenizer(self._endpoint.lane, self._endpoint.root, model, self._endpoint.headers)
-        found = await asyncio.gather(*(self._count(tokenizer, text) for text in wanted.values()))
-        counts = {id: count for id, count in zip(wanted, found, strict=True) if count is not None}
+        counts: dict[str, int] = {}
+
+        async def one(id: str, text: str) -> None:
+            count = await self._count(tokenizer, text)
+            if count is not None:
+                counts[id] = count
+
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._wait_s):
+                await asyncio.gather(*(one(id, text) for id, text in wanted.items()))
+        self.counted, self.by_size = self.counted + len(counts), self.by_size + len(wanted) - len(counts)
         for seen in [seen for group in groups for seen in group.calls if counts]:
             if seen.record.messages is not None:
                 seen.record.messages = [replace(m, tokens=counts.get(m.id, m.tokens)) for m in seen.record.messages]
@@ -45,9 +62,7 @@ class Lengths:
             if self._silent:
                 return None
             try:
-                count = len(await tokenizer.encode(text))
+                return len(await tokenizer.encode(text))
             except (CallError, ValueError, KeyError, TypeError):
                 self._silent = True
                 return None
-            self.counted = True
-            return count

@@ -6,7 +6,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -50,7 +50,6 @@ from fanmark.loadgen.target import HttpEndpoint
 _LOOK_S = 0.25
 _LINE_S = 5.0
 _READY_S = 5.0
-_COUNT_S = 10.0  # for the texts of the queries that ended last
 
 
 @dataclass(frozen=True)
@@ -168,9 +167,7 @@ async def tap(options: Options, opened: Callable[[Tap], None] = lambda _: None) 
             "version": options.version, "command": list(options.command), "clock": "real", "time_scale": 1.0,
         }  # fmt: skip
         on.recorder.grouping.close()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_COUNT_S):
-                await on.lengths.count(on.recorder.grouping.closed, on.recorder.sizes)
+        await on.lengths.count(on.recorder.grouping.closed, on.recorder.sizes)
         on.recorder.write(list(on.recorder.grouping.closed))
         on.journal.flush()
         found = await _summary(on, run_part, samples)
@@ -251,7 +248,8 @@ def told_of(on: _Standing) -> dict[str, Any]:
         "queries": recorder.written[TAPPED],
         "unattributed": recorder.written[UNATTRIBUTED],
         "reopened": recorder.grouping.reopened,
-        "lengths": "counted" if on.lengths.counted else "by size",
+        "lengths": on.lengths.known,
+        "by_size": on.lengths.by_size,
         "by_time": recorder.by_time,
         "passed": recorder.passed,
         "unread": recorder.unread,

@@ -70,4 +70,8 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
         f"{tap['untold']} requests passed while the recording was late, and were not recorded, or not their "
         "replies: true figures are higher, and queries with such a call count as failed (untold)": tap["untold"],
     }
+    if tap["lengths"] == "counted in part":
+        found[
+            f"the target did not count {tap['by_size']} messages in time: their lengths are shared out by their size"
+        ] = True
     return [text for text, count in found.items() if count]
