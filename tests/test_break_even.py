@@ -60,11 +60,12 @@ def test_five_times_as_efficient_and_as_many_sub_queries_cross_at_five() -> None
     assert [word for word in drawn if not re.search(rf"\.{word}\b", style)] == ["d0"]  # the first curve has no dashes
 
 
+@pytest.mark.slow
 def test_a_model_against_itself_is_as_efficient_and_twice_the_answer_costs_more(tmp_path: Path) -> None:
     scenario = tmp_path / "small.toml"
     scenario.write_text(
-        '[workload]\nsystem = 0\nquestion = 50\nanswer = 20\n[[arm]]\nname = "single"\ntopology = "single"\nbaseline = true\n'
-        '[[arm]]\nname = "many"\ntopology = "self-consistency"\n[objective]\nquery_seconds = 2\n'
+        '[workload]\nsystem = 0\nquestion = 2000\nanswer = 100\n[[arm]]\nname = "single"\ntopology = "single"\nbaseline = true\n'
+        '[[arm]]\nname = "many"\ntopology = "self-consistency"\n[objective]\nquery_seconds = 6\n'
     )
     flags = ["break-even", str(scenario), "--old", "qwen3-32b@h100", "--new", "qwen3-32b@h100", "--seeds", "2"]
     flags += ["--over", "arm.many.samples=1,4", "--json", "--out", str(tmp_path / "page.html")]
@@ -74,7 +75,7 @@ def test_a_model_against_itself_is_as_efficient_and_twice_the_answer_costs_more(
     one, four = found["points"]
     assert one["efficiency"] == four["efficiency"] == 1.0
     assert one["demand"] == pytest.approx(1.0, rel=0.05)  # one sample is a single pass
-    assert 1.5 < four["demand"] < 4  # the prompt is read once, and decoding four at once is not four times the work
+    assert 1.3 < four["demand"] < 4  # the prompt is read once, and decoding four at once is not four times the work
     assert math.isclose(four["demand"], four["multiplier"], rel_tol=1e-9)
     assert "Net demand D" in (tmp_path / "page.html").read_text()
 

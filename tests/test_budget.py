@@ -205,6 +205,7 @@ def simulated(given: Scenario, out: Path) -> dict[str, Any]:
     return simulate(given, TABLE, Options(out, "test", [])).summary
 
 
+@pytest.mark.slow
 def test_dollars_hold_at_two_hundred_calls_in_flight_with_limits_beside_them(tmp_path: Path) -> None:
     cap, minute = 0.2, 500_000
     given = scenario(

@@ -137,6 +137,7 @@ def planner(scenario: Scenario, **options: Any) -> plan.Planner:
     return plan.Planner(scenario, scenario.arms[0], topologies(), services_of(scenario), chosen, lambda line: None)
 
 
+@pytest.mark.slow
 def test_the_same_seed_is_the_same_plan_and_more_load_is_more_replicas(tmp_path: Path) -> None:
     scenario = scenario_of(tmp_path)
     first, again = (plan.finished(planner(scenario), 1, 2.0) for _ in range(2))
@@ -196,6 +197,7 @@ def test_what_takes_most_beyond_the_time_alone_binds(
     assert what == expected and said.startswith(expected)
 
 
+@pytest.mark.slow
 def test_the_command_leaves_json_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "s.toml").write_text(MIX)
     flags = ["--rate", "2", "--seeds", "1", "--within", "0.3", "--burstiness", "1", "--quiet", "--gpu-hour", "3"]
@@ -229,6 +231,7 @@ def test_what_cannot_be_planned_is_refused(tmp_path: Path, flags: list[str], sai
     assert not (tmp_path / "p").exists()
 
 
+@pytest.mark.slow
 def test_a_role_may_have_a_model_and_a_chip_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The judge's 20 tokens a query are asked of a dense model; the agents' calls go to the other. Each has replicas of its own."""
     (tmp_path / "s.toml").write_text(

@@ -42,6 +42,7 @@ def swept(tmp_path: Path, arm: str = "single") -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_load_over_what_one_server_carried_at_the_peak(tmp_path: Path) -> None:
     told = planned(tmp_path, swept(tmp_path), "--rate", "20", "--peak", "1.5", "--burstiness", "1")
     assert (told["servers"], told["servers_low"], told["servers_high"]) == (3, None, 4)  # 30 queries/s

@@ -110,15 +110,6 @@ def test_a_run_of_decode_steps_is_the_sum_of_its_steps(seqs: int, context: int, 
     assert law.decode_run_joules(shape, steps, seconds) == pytest.approx(joules, rel=1e-9, abs=1e-9)
 
 
-@given(seqs=st.integers(1, 300), context=st.integers(1, 4000), steps=st.integers(1, 300), share=st.floats(0.0, 1.2))
-def test_steps_within_a_horizon(seqs: int, context: int, steps: int, share: float) -> None:
-    shape = BatchShape(0, seqs, seqs * context, 0.0, seqs)
-    horizon = LAW.decode_run_seconds(shape, steps) * share
-    n = LAW.steps_within(shape, steps, horizon)
-    assert LAW.decode_run_seconds(shape, n) <= horizon
-    assert n == steps or LAW.decode_run_seconds(shape, n + 1) > horizon
-
-
 @given(
     prefill=st.integers(0, 8000),
     seqs=st.integers(1, 256),

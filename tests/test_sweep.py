@@ -96,6 +96,7 @@ def in_time(qps: float, service_s: float, within_s: float, servers: int = 1) -> 
 
 
 @pytest.mark.parametrize("arm", ["single", "two-steps"])
+@pytest.mark.slow
 def test_the_capacity_is_that_of_the_queue(swept: Path, arm: str) -> None:
     """A guard of one query at a time makes the system an M/D/1, whose capacity is found by bisection."""
     found = read(swept)
@@ -218,6 +219,7 @@ def test_a_crossing_is_found_where_the_closed_form_has_it(file: Path, tmp_path: 
     assert done.stdout.startswith(said)
 
 
+@pytest.mark.slow
 def test_arms_are_matched_by_a_fraction_of_their_own_capacity(swept: Path, tmp_path: Path) -> None:
     matched = tmp_path / "matched.toml"
     text = f'duration = 60\nmatch = "capacity"\ncapacity = "{swept}"\nfraction = 0.5\n'
@@ -236,6 +238,7 @@ def test_arms_are_matched_by_a_fraction_of_their_own_capacity(swept: Path, tmp_p
     assert json.loads(free.stdout)["arms"]["single"]["load"]["offered_qps"] == 0.1
 
 
+@pytest.mark.slow
 def test_users_are_swept_in_a_closed_loop(file: Path, tmp_path: Path) -> None:
     """Behind a guard of one, users wait for each other: n of them take n services each, and the deadline of 4 s holds 6."""
     out = tmp_path / "out"

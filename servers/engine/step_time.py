@@ -153,17 +153,6 @@ class StepLaw:
         base = fixed + self.window_context_s * cap + self.context_s * context
         return total + _ramp(base, self.context_s * seqs, left, launch)
 
-    def steps_within(self, shape: BatchShape, limit: int, horizon_s: float) -> int:
-        """How many steps, `limit` at most, of a pure-decode run from `shape` on end at or before `horizon_s` from its start."""
-        low, high = 0, limit
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.decode_run_seconds(shape, middle) <= horizon_s:
-                low = middle
-            else:
-                high = middle - 1
-        return low
-
     def joules(self, shape: BatchShape, seconds: float) -> float:
         """Energy of a step of `seconds`: idle power all the time, and the powers of memory and arithmetic while each is at work."""
         tokens = padded_tokens(shape.prefill_tokens + shape.decode_seqs, self.graph_limit_tokens)
