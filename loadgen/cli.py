@@ -11,14 +11,16 @@ import typer
 
 from fanmark.loadgen import cli_cost, cli_engine, cli_plan, cli_replay, cli_runs, cli_sweep, cli_tap
 from fanmark.loadgen.cli_common import (
+    ProcessorsOpt,
+    SimulatorsOpt,
     checked_scenario,
     json_text,
     run_async,
     served_on_ray,
     shared_out,
+    simulators,
     split_flag,
     version,
-    workers_of,
 )
 from fanmark.loadgen.errors import FanmarkError
 
@@ -213,8 +215,8 @@ def simulate(
     strict: StrictOpt = False,
     junit: JunitOpt = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs with so many seeds, and prints how far they lie apart.")] = 1,
-    workers: WorkersOpt = None,
-    ray: RayOpt = None,
+    workers: SimulatorsOpt = None,
+    ray: ProcessorsOpt = None,
 ) -> int:
     """Runs a scenario in virtual time against the engine model: nothing is contacted, the same seed gives the same bytes."""
     from fanmark.loadgen import scenario_check
@@ -231,23 +233,22 @@ def simulate(
     folder = _folder(out, checked.name)
     options = simulation.Options(folder, version(), simulation.repeatable(sys.argv[1:]), labels_of(label or []))
     if seeds > 1:
-        return _spread(checked, options, seeds, json, workers_of(workers or "1"), ray)
+        return _spread(checked, options, seeds, json, workers, ray)
     if workers is not None or ray is not None:
         raise FanmarkError("--workers and --ray share out seeds, and there is one: give --seeds N")
     return _told(simulation.simulate(checked, table, options), folder, json, strict, junit)
 
 
-def _spread(checked: Any, options: Any, count: int, json: bool, workers: int, ray: str | None) -> int:
-    from fanmark.loadgen import shared_out as work
+def _spread(checked: Any, options: Any, count: int, json: bool, workers: str | None, ray: str | None) -> int:
+    from fanmark.loadgen import simulated as work
     from fanmark.loadgen import spread
+    from fanmark.loadgen.shared_out import each
 
     tasks = work.seeds(checked, options, count)
     folders = [options.out / f"seed-{scenario.seed}" for scenario, _ in tasks]
     work.check_free(folders)
-    if ray is not None:
-        found = run_async(work.each_on_ray(work.simulated, tasks, ray, version()))
-    else:
-        found = work.each(work.simulated, tasks, workers)
+    with simulators(workers, ray) as shared:
+        found = each(work.simulated, tasks, shared)
     for folder, (_, files) in zip(folders, found, strict=True):
         work.leave(folder, files)
     summaries = [summary for summary, _ in found]

@@ -3,10 +3,22 @@
 import argparse
 import asyncio
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
 
 from fanmark.loadgen.errors import FanmarkError
+
+SimulatorsOpt = Annotated[
+    str | None,
+    typer.Option(metavar="N|auto", help="Processes that share the simulations out; auto: one per core less one."),
+]
+ProcessorsOpt = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS|auto", help="Share them out over this Ray cluster's processors, or --workers N."),
+]
 
 
 def checked_scenario(raw: dict[str, Any], source: str, settings: list[str]) -> tuple[Any, Any]:
@@ -41,6 +53,20 @@ def shared_out(workers: str | None, ray: str | None, on_loss: str, journals: str
     one_a_node = ray is not None and workers in (None, "auto")
     count = 0 if one_a_node else workers_of(workers or "1")
     return {"workers": count, "ray": ray, "stop_on_loss": on_loss == "stop", "keep_journals": journals == "keep"}
+
+
+@contextmanager
+def simulators(workers: str | None, ray: str | None) -> Iterator[Any]:
+    """Those that simulations are shared out over; None: this process does them all. Nothing is started before it is needed."""
+    auto = ray is not None and workers in (None, "auto")
+    count = None if auto else workers_of(workers or "1")
+    if ray is None and count == 1:
+        yield None
+        return
+    from fanmark.loadgen.shared_out import shared_by
+
+    with shared_by(count, ray, version()) as shared:
+        yield shared
 
 
 def split_flag(argv: Sequence[str], flag: str) -> tuple[str | None, list[str]]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fanmark.loadgen.cli_common import checked_scenario, json_text, version
+from fanmark.loadgen.cli_common import ProcessorsOpt, SimulatorsOpt, checked_scenario, json_text, simulators, version
 from fanmark.loadgen.errors import ScenarioError
 
 DEFINITIONS = {
@@ -17,25 +17,27 @@ DEFINITIONS = {
     "per_1000_queries": "per_hour over the queries of an hour at the rate after growth, without the peak",
 }
 
+ThinkOpt = Annotated[float | None, typer.Option(metavar="S", min=0, help="... who pause so long between queries.")]
+RouterOpt = Annotated[str | None, typer.Option(help="round_robin, least_loaded, session_affinity or prefix_affinity.")]
+BurstOpt = Annotated[list[float] | None, typer.Option(min=0.01, help="Variance of arrivals over their mean; 1 and 2.")]
+MeasuredOpt = Annotated[
+    Path | None,
+    typer.Option(metavar="SWEEP", help="Folder of a fanmark sweep of one server: what it says, beside the plan."),
+]
+
 
 def plan(
     scenario: Annotated[str, typer.Argument(help="A TOML file, or the name of a bundled scenario.")] = "quickstart",
     rate: Annotated[float | None, typer.Option(metavar="QPS", min=1e-6, help="Queries per second.")] = None,
     users: Annotated[int | None, typer.Option(min=1, help="Users at a time, in place of a rate ...")] = None,
-    think: Annotated[
-        float | None, typer.Option(metavar="S", min=0, help="... who pause so long between queries.")
-    ] = None,
+    think: ThinkOpt = None,
     arm: Annotated[list[str] | None, typer.Option(help="Plan this arm (again for more); all, each by itself.")] = None,
-    router: Annotated[
-        str | None, typer.Option(help="round_robin, least_loaded, session_affinity or prefix_affinity.")
-    ] = None,
+    router: RouterOpt = None,
     profile: Annotated[str | None, typer.Option(metavar="NAME|FILE", help="Model and chip; [stub] profile.")] = None,
     peak: Annotated[float, typer.Option(min=1, help="The peak's load over the mean.")] = 1.0,
     growth: Annotated[float, typer.Option(min=0, help="Share by which the load will have grown.")] = 0.0,
     spare: Annotated[int, typer.Option(min=0, help="Replicas on top, for a failure.")] = 1,
-    burstiness: Annotated[
-        list[float] | None, typer.Option(min=0.01, help="Variance of arrivals over their mean; 1 and 2.")
-    ] = None,
+    burstiness: BurstOpt = None,
     gpu_hour: Annotated[
         float | None, typer.Option(min=0, metavar="DOLLARS", help="Of a GPU, where the target has no price.")
     ] = None,
@@ -43,13 +45,12 @@ def plan(
     within: Annotated[float, typer.Option(min=0.0, max=1, help="Answer and failure are as near as this share.")] = 0.05,
     cell: Annotated[int, typer.Option(min=1, help="Replicas of a large fleet that are looked at, at most.")] = 4,
     most: Annotated[int, typer.Option("--most-replicas", min=1, help="No more are tried.")] = 1000,
-    measured: Annotated[
-        Path | None,
-        typer.Option(metavar="SWEEP", help="Folder of a fanmark sweep of one server: what it says, beside the plan."),
-    ] = None,
+    measured: MeasuredOpt = None,
     seed: Annotated[int | None, typer.Option(help="Seed of lengths, texts and arrivals.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the result; runs/NAME-plan-TIME.")] = None,
+    workers: SimulatorsOpt = None,
+    ray: ProcessorsOpt = None,
     json: Annotated[bool, typer.Option("--json", help="Print plan.json, and nothing else.")] = False,
     quiet: Annotated[bool, typer.Option(help="No progress.")] = False,
 ) -> int:
@@ -75,7 +76,8 @@ def plan(
     folder = out or Path("runs") / f"{base.name}-plan-{time.strftime('%Y%m%d-%H%M%S')}"
     _open(folder, base)
     tell: Callable[[str], None] = (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr))
-    found = _carry_out(base, arms, table, services, options, spare, gpu_hour, tell)
+    with simulators(workers, ray) as shared:
+        found = _carry_out(base, arms, table, services, options, spare, gpu_hour, tell, shared)
     return _leave(found, beside, folder, json)
 
 
@@ -161,16 +163,18 @@ def _carry_out(
     spare: int,
     gpu_hour: float | None,
     tell: Callable[[str], None],
+    shared: Any,
 ) -> dict[str, Any]:
     from fanmark.loadgen.capacity import SCHEMA, objectives_of
     from fanmark.loadgen.plan import Planner, finished
+    from fanmark.loadgen.shared_out import carried_out
     from fanmark.loadgen.simulate import repeatable
 
     demand, objectives = options.demand, objectives_of(base.objective)
-    told = {}
-    for arm in arms:
-        planner = Planner(base, arm, table, services, options, tell)
-        told[arm.name] = finished(planner, spare, gpu_hour) | {"baseline": arm.baseline}
+    known = table if shared is None else None
+    planners = [Planner(base, arm, known, services, options, tell) for arm in arms]
+    plans = carried_out([finished(planner, spare, gpu_hour) for planner in planners], shared)
+    told = {arm.name: found | {"baseline": arm.baseline} for arm, found in zip(arms, plans, strict=True)}
     notes = [note for service in services.values() for note in service.profile.caveats()]
     return {
         "schema": SCHEMA,

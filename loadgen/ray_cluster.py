@@ -1,7 +1,7 @@
 """Workers on the nodes of a Ray cluster. Each is the very process that a local run starts; an actor on its node passes messages on.
 
 Rules of the file:
-1. Nothing but this file imports Ray, and only when a cluster is asked for.
+1. Nothing but this file and ray_tasks.py imports Ray, and only when a cluster is asked for.
 2. The actor has no part in the run: it holds no clock, no records and no decision, and its threads do not disturb the worker's.
 3. A call to the cluster may hang: whatever the run's start or end waits for has a limit.
 """
@@ -208,23 +208,8 @@ class Cluster:
         host = node.actor()
         out, version = await _answer(host.open.remote(), _ANSWER_TIMEOUT_S)
         if version != self._version:
-            raise ScenarioError(
-                f"node {node.address} has fanmark {version}, and this is {self._version}: install the same"
-            )
+            raise other_version(node.address, version, self._version)
         return RayStation(node, host, out, await _clocks(host), here)
-
-    async def each(self, function: Callable[[Any], Any], given: Sequence[Any]) -> list[Any]:
-        """What a function makes of each, in their order, on a processor each as they become free. Raises UnreachableError."""
-        import ray
-        from ray.exceptions import RayTaskError
-
-        refs = [ray.remote(function).options(num_cpus=1).remote(one) for one in given]
-        try:
-            return list(await asyncio.gather(*refs))
-        except RayTaskError as e:
-            if isinstance(e.cause, FanmarkError):
-                raise e.cause from None
-            raise UnreachableError(f"a node of the Ray cluster: {_line(e)}") from None
 
     async def serve(self, index: int, module: str, flags: Sequence[str]) -> tuple[Any, str]:
         """Starts the server with this number on a node, where nodes take turns: its actor, with which it ends, and its address. It listens
@@ -261,7 +246,23 @@ async def _answer(ref: Any, timeout_s: float) -> Any:
             f"a node of the Ray cluster did not answer within {timeout_s:g} s: has it a free CPU?"
         ) from None
     except RayError as e:
-        raise UnreachableError(f"a node of the Ray cluster: {_line(e)}") from None
+        raise lost(e) from None
+
+
+def lost(error: Exception) -> UnreachableError:
+    """What a node did not do, as ours."""
+    return UnreachableError(f"a node of the Ray cluster: {_line(error)}")
+
+
+def other_version(node: str, theirs: str, ours: str) -> ScenarioError:
+    return ScenarioError(f"node {node} has fanmark {theirs}, and this is {ours}: install the same")
+
+
+def usable() -> list[dict[str, Any]]:
+    """What Ray knows of the nodes that live and have a processor."""
+    import ray
+
+    return [each for each in ray.nodes() if each["Alive"] and each["Resources"].get("CPU", 0) >= 1]
 
 
 def _line(error: Exception) -> str:
@@ -285,8 +286,7 @@ async def connected(address: str, version: str, *, mute: bool = True) -> AsyncIt
         try:
             nodes = [
                 Node(each["NodeID"], each["NodeManagerAddress"])
-                for each in sorted(ray.nodes(), key=lambda each: str(each["NodeID"]))
-                if each["Alive"] and each["Resources"].get("CPU", 0) >= 1
+                for each in sorted(usable(), key=lambda each: str(each["NodeID"]))
             ]
             if not nodes:
                 raise UnreachableError(f"--ray {address}: no node of the cluster has a CPU for a worker")

@@ -12,13 +12,16 @@ Rules of the file:
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from fanmark.loadgen.statistics import Z_95, wilson
 
 Verdict = Literal["pass", "fail", "undecided"]
+
+_AHEAD = 1 + 3 + 9  # looks of which is thought what they may show: three deep
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,23 @@ def next_ask(search: Search, points: Iterable[Point]) -> Ask | None:
         if end is not None and seen[end].looks < search.looks:
             return Ask(end, search.first)
     return None
+
+
+def may_follow(
+    next_: Callable[[Sequence[Point]], Ask | None], points: Sequence[Point], ask: Ask, target: float
+) -> Iterator[tuple[Ask, int]]:
+    """What a search may ask for after this, whatever it shows, and after that; each with how many looks there have been at its x. The
+    nearest first, and before what passes or fails what stays undecided, which is looked at again where it is."""
+    ways = deque([([*points], ask)])
+    for _ in range(_AHEAD):
+        if not ways:
+            return
+        seen, ask = ways.popleft()
+        for good in (round(target * ask.queries), ask.queries, 0):
+            after = [*seen, Point(ask.x, ask.queries, good, refused=good == 0)]
+            if (then := next_(after)) is not None:
+                yield then, sum(point.x == then.x for point in after)
+                ways.append((after, then))
 
 
 def bracket(search: Search, points: Sequence[Point]) -> Bracket:

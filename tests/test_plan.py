@@ -18,6 +18,7 @@ from fanmark.loadgen.planned import Demand, Knobs, fleet, offered
 from fanmark.loadgen.records import Query
 from fanmark.loadgen.scenario import Scenario
 from fanmark.loadgen.search import Point, Search, bracket, pooled
+from fanmark.loadgen.shared_out import carried_out
 from fanmark.loadgen.simulate import services_of
 from fanmark.loadgen.statistics import occupancy
 from fanmark.loadgen.trial import Trial, try_out
@@ -37,6 +38,23 @@ mix = [ { name = "single", topology = "single" }, { name = "debate", topology = 
 [objective]
 query_seconds = 3.0
 attainment = 0.9
+"""
+TWO_ARMS = """
+name = "two"
+[workload]
+answer = 20
+system = 100
+[[arm]]
+name = "short"
+topology = "single"
+baseline = true
+[[arm]]
+name = "long"
+topology = "single"
+workload = { answer = 25 }
+[objective]
+query_seconds = 0.6
+attainment = 0.8
 """
 
 
@@ -137,10 +155,15 @@ def planner(scenario: Scenario, **options: Any) -> plan.Planner:
     return plan.Planner(scenario, scenario.arms[0], topologies(), services_of(scenario), chosen, lambda line: None)
 
 
+def finished(one: plan.Planner, spare: int, gpu_hour: float | None) -> Any:
+    (found,) = carried_out([plan.finished(one, spare, gpu_hour)], None)
+    return found
+
+
 @pytest.mark.slow
 def test_the_same_seed_is_the_same_plan_and_more_load_is_more_replicas(tmp_path: Path) -> None:
     scenario = scenario_of(tmp_path)
-    first, again = (plan.finished(planner(scenario), 1, 2.0) for _ in range(2))
+    first, again = (finished(planner(scenario), 1, 2.0) for _ in range(2))
     assert json.dumps(first) == json.dumps(again)
     told = first["plan"]
     n = told["replicas"]
@@ -148,20 +171,20 @@ def test_the_same_seed_is_the_same_plan_and_more_load_is_more_replicas(tmp_path:
     assert told["cost"]["per_1000_queries"] == pytest.approx(2.0 * (n + 1) / (5.0 * 3.6))
     assert told["missed"]["replicas"] == told["burstiness"]["1"]["fails_at"] < n
     assert told["what_if"] and all(each["replicas"] == told["missed"]["replicas"] for each in told["what_if"])
-    more = plan.finished(planner(scenario, demand=Demand(5.0, None, peak=2.0, growth=0.5)), 0, None)["plan"]
+    more = finished(planner(scenario, demand=Demand(5.0, None, peak=2.0, growth=0.5)), 0, None)["plan"]
     assert 2 * n <= more["replicas"] <= 4 * n and more["cost"]["per_hour"] is None
 
 
 def test_users_are_planned_for_too(tmp_path: Path) -> None:
     text = MIX + '[load]\nmode = "closed"\nusers = 20\nthink_s = 4.0\n'
-    found = plan.finished(planner(scenario_of(tmp_path, text), demand=Demand(None, 20)), 0, None)
+    found = finished(planner(scenario_of(tmp_path, text), demand=Demand(None, 20)), 0, None)
     assert found["plan"]["replicas"] >= 1
     assert found["plan"]["at"]["queries_per_s"] < 20 / 4.0
 
 
 def test_a_deadline_below_what_a_query_takes_is_the_critical_path(tmp_path: Path) -> None:
     scenario = scenario_of(tmp_path, MIX.replace("query_seconds = 3.0", "query_seconds = 0.4"))
-    found = plan.finished(planner(scenario, most_replicas=16), 1, None)
+    found = finished(planner(scenario, most_replicas=16), 1, None)
     assert found["on"][QUERY]["knee"] is None and found["plan"]["replicas"] is None
     assert found["plan"]["binds"]["what"] == "critical path"
 
@@ -209,6 +232,21 @@ def test_the_command_leaves_json_and_a_page(tmp_path: Path, capsys: pytest.Captu
     assert f"mix: {n} replica" in shown and "binds    " in shown and "what if" in shown
     page = (tmp_path / "p" / "report.html").read_text()
     assert f"mix: {n} replica" in page and "what binds" in page and "Share in time" in page
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_plan_that_one_makes(tmp_path: Path) -> None:
+    """Both arms' figures, bit for bit, whoever simulated what and in whatever order."""
+    (tmp_path / "s.toml").write_text(TWO_ARMS)
+    made = []
+    for workers in ("1", "2"):
+        flags = ["--rate", "40", "--seeds", "1", "--within", "0.5", "--burstiness", "1", "--cell", "1", "--quiet"]
+        where = ["--workers", workers, "--out", str(tmp_path / workers)]
+        app(["plan", str(tmp_path / "s.toml"), *flags, *where], standalone_mode=False)
+        made.append({path.name: path.read_bytes() for path in (tmp_path / workers).iterdir()})
+    assert made[0] == made[1] and set(made[0]) == {"plan.json", "report.html", "scenario.toml"}
+    told = json.loads(made[0]["plan.json"])["arms"]
+    assert set(told) == {"short", "long"} and all(len(arm["plan"]["what_if"]) == 4 for arm in told.values())
 
 
 @pytest.mark.parametrize(

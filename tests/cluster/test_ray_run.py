@@ -259,6 +259,20 @@ def test_seeds_of_a_simulation_are_shared_out(nodes: Nodes, tmp_path: Path) -> N
     assert made[0] == made[1] and len({name.split("/")[0] for name in made[0]}) == 3
 
 
+def test_a_plans_simulations_are_shared_out(nodes: Nodes, tmp_path: Path) -> None:
+    """The nodes' plan is that of one process, byte for byte, two of their processors or all."""
+    (tmp_path / "s.toml").write_text(SCENARIO + "[objective]\nquery_seconds = 0.5\nattainment = 0.8\n")
+    made = []
+    ways = {"here": [], "there": ["--ray", nodes.address], "two": ["--ray", nodes.address, "--workers", "2"]}
+    for name, where in ways.items():
+        flags = ["--rate", "40", "--seeds", "1", "--within", "0.5", "--burstiness", "1", "--cell", "1", "--quiet"]
+        command = [VENV / "fanmark", "plan", tmp_path / "s.toml", *flags, *where, "--out", tmp_path / name]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 and "replicas carry 40 queries/s" in done.stdout, done.stderr
+        made.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
+    assert made[0] == made[1] == made[2] and len(made[0]) == 3
+
+
 def test_a_fleet_of_stubs_on_the_nodes_is_one_target(nodes: Nodes, tmp_path: Path) -> None:
     command = [
         VENV / "fanmark",
