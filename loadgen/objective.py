@@ -35,15 +35,16 @@ def _call_good(call: Call, objective: Objective) -> bool:
 
 
 def objective_part(
-    started: int, latencies_s: Iterable[float], in_time: int, objective: Objective | None
+    started: int, latencies_s: Iterable[float], in_time: int | None, objective: Objective | None, more: int = 0
 ) -> dict[str, Any] | None:
-    """`objective` of an arm in summary.json, over all queries that were started; latencies are those of the completed ones. `per_call`:
-    how many had all their calls `in_time`; None where the scenario says nothing of calls."""
+    """`objective` of an arm in summary.json, over all queries that were started; latencies are those of the completed ones that are
+    recorded, `more` are good besides. `per_call`: how many had all their calls `in_time`; None where that is not known, or the scenario
+    says nothing of calls."""
     if objective is None:
         return None
     of_calls = objective.ttft_s is not None or objective.tpot_s is not None
-    return _share(good(latencies_s, objective), started, objective) | {
-        "per_call": _share(in_time, started, objective) if of_calls else None
+    return _share(good(latencies_s, objective) + more, started, objective) | {
+        "per_call": _share(in_time, started, objective) if of_calls and in_time is not None else None
     }
 
 

@@ -60,14 +60,30 @@ def operating_point(load: Load, objective: Objective | None, arm: Reduced, windo
     }
 
 
+def unknown(load: Load) -> dict[str, Any]:
+    """The same of an arm that is not recorded as a whole: of what ran nothing is known, but for the rate that was set."""
+    return {
+        "offered_qps": load.rate if _even(load) else None,
+        "start_delay_s": None,
+        "held_back": None,
+        **dict.fromkeys(("completed_qps", "good_qps", "calls_per_s", "input_tokens_per_s", "output_tokens_per_s")),
+        "queries_in_flight": {"mean": None, "max": None},
+        "calls_in_flight": {"mean": None, "max": None},
+    }
+
+
 def _offered(load: Load, counted: Rows[QueryKind], seconds: float, windows: Sequence[Window]) -> float:
     """Of an open loop what was set, of all others what came."""
     arm = next(kind.arm for kind, _ in counted.kinds())
     set_qps = [rate for window in windows if (rate := window.rates.get(arm)) is not None]
     if set_qps:
         return sum(set_qps) / len(set_qps)
-    even = load.mode == "open" and load.process != "replay" and not load.stages
-    return load.rate if even else len(counted) / seconds
+    return load.rate if _even(load) else len(counted) / seconds
+
+
+def _even(load: Load) -> bool:
+    """Whether one rate was set."""
+    return load.mode == "open" and load.process != "replay" and not load.stages
 
 
 def _in_flight(

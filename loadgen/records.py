@@ -25,9 +25,9 @@ Phase = Literal["lead-in", "window", "lead-out"]  # only the queries of the wind
 
 R = TypeVar("R")
 
-WINDOWS = "windows.jsonl"
+WINDOWS, SNAPSHOTS = "windows.jsonl", "snapshots.jsonl"
 # what summary.json rests on
-KEPT = ("queries.jsonl", "calls.jsonl", WINDOWS, "samples.jsonl", "scenario.toml", "questions.jsonl")
+KEPT = ("queries.jsonl", "calls.jsonl", WINDOWS, SNAPSHOTS, "samples.jsonl", "scenario.toml", "questions.jsonl")
 _COPIED_BYTES = 1 << 20
 _encoder = msgspec.json.Encoder()
 

@@ -12,7 +12,7 @@ Rules of the file:
 import math
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from itertools import chain
@@ -25,6 +25,7 @@ from fanmark.loadgen.objective import calls_good
 from fanmark.loadgen.records import Call, Outcome, Query, critical_path
 from fanmark.loadgen.retries import lost_s
 from fanmark.loadgen.scenario import Objective
+from fanmark.loadgen.unrecorded import LastSnapshot, Unrecorded, by_arm
 
 _WIDER = dict(zip("bhiq", "hiqd", strict=True))
 _NONE: dict[str, float] = {code: -(1 << (8 * array(code).itemsize - 1)) for code in _WIDER} | {"d": math.nan}
@@ -279,13 +280,15 @@ class Sums:
 
 class Reduced:
     """All queries of a run with their calls. Of queries that did not complete, resources are what they are known to have spent. `objective`
-    says when calls were in time; `asked` counts queries by the targets of their calls."""
+    says when calls were in time; `asked` counts queries by the targets of their calls; `unrecorded` are by arm the queries whose records
+    are not here: they have no row."""
 
     def __init__(self, objective: Objective | None = None) -> None:
         self.queries: Rows[QueryKind] = Rows(_QUERY)
         self.calls: Rows[CallKind] = Rows(_CALL)
         self.sums: dict[str, Sums] = {}
         self.asked: Counter[frozenset[str | None]] = Counter()
+        self.unrecorded: Mapping[str, Unrecorded] = {}
         self.written_tokens = self.reread_tokens = self.unexplained_tokens = 0
         self._objective = objective
 
@@ -350,9 +353,10 @@ def _call_row(call: Call, critical: bool) -> list[float | None]:
     ]  # fmt: skip
 
 
-def reduced(queries: Iterable[Query], objective: Objective | None = None) -> Reduced:
-    """All of them."""
+def reduced(queries: Iterable[Query], objective: Objective | None = None, told: Iterable[LastSnapshot] = ()) -> Reduced:
+    """All of them, and what last snapshots tell of others."""
     found = Reduced(objective)
+    found.unrecorded = by_arm(told)
     for query in queries:
         found.add(query)
     return found

@@ -42,6 +42,7 @@ from fanmark.loadgen.stations import Opening, open_local
 from fanmark.loadgen.tally import Tally
 from fanmark.loadgen.target import HttpEndpoint
 from fanmark.loadgen.toolset import listing
+from fanmark.loadgen.unrecorded import read_snapshots
 from fanmark.loadgen.watched import own_metrics, told_of
 from fanmark.loadgen.workers import Workers
 
@@ -113,7 +114,7 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
             journal.flush()
         except LostError as e:
             raise LostError(f"{e}: the run ended with it; until then {so_far(tally)}") from None
-        records = reduced(read_queries(options.out), scenario.objective)
+        records = reduced(read_queries(options.out), scenario.objective, read_snapshots(options.out))
         server = await server_side.reconciled(endpoints, before, records)
         sampler.tell_idle(server)
         if any(state.lost_at is not None for state in ended.states.values()):
@@ -250,7 +251,7 @@ async def _crew(
     await last.enter_async_context(signals(crew.ask, options.progress))
     async with going_on([*_progress(course, options), sampler.watch(crew.states, course.add)]):
         ended = await crew.carry_out(stop_on_loss=options.stop_on_loss)
-    await crew.join(journal, ended, keep=options.keep_journals)
+    await crew.join(journal, options.out, ended, keep=options.keep_journals)
     return ended
 
 

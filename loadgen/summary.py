@@ -2,7 +2,7 @@
 or of a call comes from reduced.py."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from fanmark.loadgen.cost_part import cost_part
 from fanmark.loadgen.costs import COUNTS, EXPECTED, TIMES
 from fanmark.loadgen.fidelity import MEASURES
 from fanmark.loadgen.objective import objective_part
-from fanmark.loadgen.operating_point import operating_point, spans
+from fanmark.loadgen.operating_point import operating_point, spans, unknown
 from fanmark.loadgen.quality import quality
 from fanmark.loadgen.records import Window
 from fanmark.loadgen.reduced import (
@@ -30,14 +30,21 @@ from fanmark.loadgen.reduced import (
 )
 from fanmark.loadgen.samples import Sample, kv_use
 from fanmark.loadgen.saturation import saturation
-from fanmark.loadgen.scenario import Arm, Load, Scenario
+from fanmark.loadgen.scenario import Arm, Load, Objective, Scenario
 from fanmark.loadgen.statistics import distribution, gap_distribution
 from fanmark.loadgen.steadiness import Verdict, judge
 from fanmark.loadgen.tool_report import by_tool
+from fanmark.loadgen.unrecorded import Unrecorded
 from fanmark.loadgen.waste import waste
 
 SCHEMA = "fanmark.summary/1"
 NO_WINDOW = "all queries are counted, no window is set"
+UNRECORDED = {
+    "steady": None,
+    "reason": "the records of some queries are not here",
+    "littles_law_off_pct": None,
+    "over_capacity": None,
+}
 NO_WINDOW_YET = "the run was ended before its window began"
 CENSORED = 0.01  # of the started queries; if more did not complete, the latencies of those that did are too good
 
@@ -55,23 +62,26 @@ def summarise_arms(
     found: dict[str, Any] = {}
     for arm in scenario.arms:
         mine, counted = run.where(partial(_of_arm, name=arm.name)), by_arm[arm.name]
-        load = operating_point(scenario.load_of(arm), scenario.objective, mine, counted.windows)
-        own = mine.where(lambda kind: not kind.warmup)
+        own, set_load = mine.where(lambda kind: not kind.warmup), scenario.load_of(arm)
+        partly = arm.name in run.unrecorded
+        load = unknown(set_load) if partly else operating_point(set_load, scenario.objective, mine, counted.windows)
         found[arm.name] = _arm(arm, scenario, own) | {
             "load": load,
-            "window": _window(scenario.load_of(arm), counted, cut_at is not None),
+            "window": _window(set_load, counted, cut_at is not None) | (UNRECORDED if partly else {}),
             "saturation": saturation(scenario, arm, run, counted.windows, load["offered_qps"], samples)
-            if load and load["offered_qps"]
+            if load and load["offered_qps"] and not partly
             else None,
         }
         met = found[arm.name]["objective"] or {"good": found[arm.name]["queries"]["completed"]}
-        found[arm.name]["cost"] = cost_part(arm, scenario, own, met["good"], counted.windows, samples)
+        good, metered = (0, ()) if partly else (met["good"], samples)  # what servers took was for all queries
+        found[arm.name]["cost"] = cost_part(arm, scenario, own, good, counted.windows, metered)
     run.calls.clear()
     base, interleaved = by_arm[scenario.baseline.name], scenario.load.arms == "interleaved"
     for arm in scenario.arms:
         found[arm.name]["amplification"] |= {
             name: None
             if scenario.tapped
+            or (name in TIMES and not run.unrecorded.keys().isdisjoint((arm.name, scenario.baseline.name)))
             else amplification(by_arm[arm.name], base, name, scenario.seed, interleaved=interleaved)
             for name in (*COUNTS, *TIMES)
         }
@@ -156,27 +166,32 @@ def _arm(arm: Arm, scenario: Scenario, counted: Reduced) -> dict[str, Any]:
     in_time = len(completed.where(lambda kind: kind.in_time))
     turns = completed.where(lambda kind: kind.turn is not None)
     forced = scenario.workload.lengths == "forced"
+    more = counted.unrecorded.get(arm.name)
+    queries_told = {
+        "started": len(queries),
+        "completed": outcomes["completed"],
+        "failed": outcomes["failed"],
+        "abandoned": outcomes["abandoned"],
+    }
+    if more is not None:
+        queries_told = {name: n + more.queries[name] for name, n in queries_told.items()}
     found: dict[str, Any] = {
         "topology": arm.topology,
         "params": arm.params,
         "baseline": arm.baseline,
-        "queries": {
-            "started": len(queries),
-            "completed": outcomes["completed"],
-            "failed": outcomes["failed"],
-            "abandoned": outcomes["abandoned"],
-        },
-        "censored": outcomes["completed"] < (1 - CENSORED) * len(queries),
+        "queries": queries_told,
+        "unrecorded": None if more is None else {**more.queries, "per_query": more.means},
+        "censored": queries_told["completed"] < (1 - CENSORED) * queries_told["started"],
         "load": {},
         "window": {},
         "per_query": {name: _of(completed, name) for name in (*COUNTS, *TIMES)},
         "per_call": _per_call(needed.where(lambda kind: kind.ended), sums.gaps),
-        "expected": _expected(completed),
+        "expected": _expected(completed, 0 if more is None else more.mismatched),
         "amplification": {},
         **_groups(needed, critical_s),
         "by_tool": by_tool(calls, critical_s),
-        "objective": objective_part(len(queries), latencies_s, in_time, scenario.objective),
-        "errors": _errors(calls),
+        "objective": _objective(queries_told["started"], latencies_s, in_time, scenario.objective, more),
+        "errors": _errors(calls, {} if more is None else more.errors),
         "quality": quality(queries, scenario.questions, forced=forced),
         "fidelity": _fidelity(completed.where(lambda kind: kind.replayed)),
         "stopped": dict(completed.where(lambda kind: kind.stopped is not None).counts(lambda kind: kind.stopped)),
@@ -190,11 +205,22 @@ def _arm(arm: Arm, scenario: Scenario, counted: Reduced) -> dict[str, Any]:
     return found
 
 
-def _errors(calls: Rows[CallKind]) -> dict[str | None, int]:
+def _objective(
+    started: int, latencies_s: Iterable[float], in_time: int, objective: Objective | None, more: Unrecorded | None
+) -> dict[str, Any] | None:
+    if more is None or objective is None:
+        return objective_part(started, latencies_s, in_time, objective)
+    return objective_part(started, latencies_s, None, objective, more.good(objective.query_seconds))
+
+
+def _errors(calls: Rows[CallKind], more: Mapping[str, int]) -> dict[str | None, int]:
     """How many calls and tool calls failed, by class; what was given up did not."""
     failed = calls.where(lambda kind: kind.error not in (None, "cancelled"))
     own = len(calls.where(lambda kind: kind.tool_error))
-    return dict(failed.counts(lambda kind: kind.error)) | ({"tool_error": own} if own else {})
+    found = failed.counts(lambda kind: kind.error)
+    found["tool_error"] += own
+    found.update(more)
+    return {name: n for name, n in found.items() if n}
 
 
 def _claimed(found: Mapping[str, Any], unit: str, resource: str) -> float | None:
@@ -226,11 +252,11 @@ def _per_call(ended: Rows[CallKind], gaps: Mapping[int, int]) -> dict[str, Any]:
     }
 
 
-def _expected(queries: Rows[QueryKind]) -> dict[str, Any]:
+def _expected(queries: Rows[QueryKind], differ_besides: int) -> dict[str, Any]:
     """Means of the closed form over completed queries; an unknown one is None and `approximate` is then true. `at_most`: it is a bound,
     with `output_at_most` of output tokens alone."""
     found: dict[str, Any] = {name: queries.mean(f"expected_{name}") for name in EXPECTED}
-    found["mismatches"] = len(queries.where(lambda kind: kind.differs))
+    found["mismatches"] = len(queries.where(lambda kind: kind.differs)) + differ_besides
     found["at_most"] = any(kind.bound for kind, _ in queries.kinds())
     found["output_at_most"] = found["at_most"] or any(kind.output_bound for kind, _ in queries.kinds())
     found["approximate"] = len(queries) > 0 and found["input_tokens"] is None

@@ -82,6 +82,7 @@ class ArmTally:
     tokens: Counter[str] = field(default_factory=Counter)
     sums: Counter[str] = field(default_factory=Counter)  # resources of completed queries
     squares: Counter[str] = field(default_factory=Counter)  # of the same
+    known: Counter[str] = field(default_factory=Counter)  # how many completed queries know a resource
     ttft: Counter[int] = field(default_factory=Counter)  # of calls, by log bucket (records.gap_bucket), as the next
     latency: Counter[int] = field(default_factory=Counter)  # of completed queries
     expected: Counter[str] = field(default_factory=Counter)  # by the closed form, of completed queries
@@ -232,6 +233,7 @@ class Tally:
         arm.mismatched += bool(query.mismatches)
         for name, value in query.resources.items():
             if value is not None:
+                arm.known[name] += 1
                 arm.sums[name] += value  # type: ignore[assignment]  # a Counter of floats
                 arm.squares[name] += value * value  # type: ignore[assignment]
         for kind, name in TOKEN_KINDS.items():

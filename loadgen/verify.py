@@ -19,7 +19,7 @@ from fanmark.loadgen.costs import mismatches, resources_of
 from fanmark.loadgen.counters import Reading
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.records import Query
-from fanmark.loadgen.reduced import CallKind, Reduced, Rows
+from fanmark.loadgen.reduced import CallKind, Reduced, Rows, reduced
 from fanmark.loadgen.results import counted_calls, recomputable
 from fanmark.loadgen.samples import read_samples
 from fanmark.loadgen.scenario import Scenario
@@ -27,6 +27,7 @@ from fanmark.loadgen.server_side import account
 from fanmark.loadgen.summary import SCHEMA
 from fanmark.loadgen.thresholds import judged
 from fanmark.loadgen.tool_report import sessions
+from fanmark.loadgen.unrecorded import LastSnapshot, read_snapshots
 from fanmark.loadgen.user_topology import with_users
 
 SAME = 1e-9  # another machine's logarithm may differ in the last bits
@@ -71,7 +72,7 @@ def load(
             )
         known = topologies if raw.get("tapped") is True else with_users(raw, source, topologies)
         scenario = scenario_check.check(raw, source, known)
-        run = Reduced(scenario.objective)
+        run = reduced((), scenario.objective, read_snapshots(folder))
         for query in records.read_queries(folder):
             look(query, scenario)
             run.add(query)
@@ -134,7 +135,7 @@ def _cost(query: Query, scenario: Scenario) -> Iterator[str]:
 
 def _recomputed(folder: Path, scenario: Scenario, run: Reduced, summary: Mapping[str, Any]) -> dict[str, Any]:
     """What of summary.json is in the records."""
-    client = _client(summary, counted_calls(run))
+    client = _client(summary, counted_calls(run), read_snapshots(folder))
     server = _server(summary, scenario, run)
     tools = {"sessions": sessions(run.calls)} if summary["tools"] is not None else {}
     stub = summary["validity"].get("stub_on_time")
@@ -161,12 +162,15 @@ def _merged(told: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]
     return {name: {**part, **found.get(name, {})} for name, part in told.items()}
 
 
-def _client(summary: Mapping[str, Any], calls: Rows[CallKind]) -> dict[str, Any]:
+def _client(summary: Mapping[str, Any], calls: Rows[CallKind], snapshots: Sequence[LastSnapshot]) -> dict[str, Any]:
     if summary["run"]["clock"] == "virtual":
         return {}
     found = dict.fromkeys(summary["client"]["by_worker"], 0.0)
     found |= {str(worker): p99_s for worker, p99_s in health.send_delay_p99_s(calls).items()}
-    by_worker = {worker: {"send_delay_p99_s": p99_s} for worker, p99_s in found.items()}
+    lost = {str(each.worker): each.queries for each in snapshots}
+    by_worker = {
+        worker: {"send_delay_p99_s": p99_s, "lost_queries": lost.get(worker)} for worker, p99_s in found.items()
+    }
     return health.told_by(calls) | {"by_worker": by_worker}
 
 

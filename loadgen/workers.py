@@ -26,6 +26,7 @@ from fanmark.loadgen.scenario import Scenario
 from fanmark.loadgen.stations import END_TIMEOUT_S, Opening, Station
 from fanmark.loadgen.sums import Sums
 from fanmark.loadgen.tally import Tally
+from fanmark.loadgen.unrecorded import LastSnapshot, unrecorded, write_snapshots
 
 _READY_TIMEOUT_S = 60.0
 _LOOK_S = 0.5  # so often all snapshots are summed up
@@ -207,13 +208,16 @@ class Workers:
         total.ending = self._ending or total.ending
         return total
 
-    async def join(self, journal: Journal, ended: Ended, *, keep: bool = False) -> None:
+    async def join(self, journal: Journal, out: Path, ended: Ended, *, keep: bool = False) -> None:
         """All workers' records into the run's journal, with an abandoned query for each that a dead worker had begun. Where records are
-        lost, `ended` says of how many queries. `keep`: each worker's own stay where they are."""
+        lost, the worker's last snapshot goes to `out` in their place, and `ended` says so. `keep`: each worker's own stay where they
+        are."""
+        snapshots = []
         for worker in self._workers:
             folder = await worker.station.bring()
             if folder is None:
-                ended.notes.append(self._lost(worker))
+                snapshots.append(self._last(worker))
+                ended.notes.append(_lost(snapshots[-1]))
             elif worker.lost_at is None:
                 journal.take(folder)
             else:
@@ -221,34 +225,33 @@ class Workers:
                     journal.write(query)
                     journal.flush()
             await worker.station.clear(keep=keep)
+        write_snapshots(out, snapshots)
 
-    def _lost(self, worker: _Worker) -> str:
-        """Counts what a worker had begun until its last snapshot, as its records are lost."""
+    def _last(self, worker: _Worker) -> LastSnapshot:
+        """What a worker had told of its queries."""
         last = Tally({arm.name: arm.topology for arm in self._scenario.arms}, self._scenario.baseline.name)
         self._sums.into(last, [worker.index])
-        found = {
-            name: {
-                "started": arm.started,
-                "completed": arm.completed,
-                "failed": arm.finished["failed"],
-                "abandoned": arm.finished["abandoned"] + arm.in_flight,
-            }
-            for name, arm in last.arms.items()
-        }
-        worker.state.lost_queries = found
-        told = "; ".join(
-            f"{name} {', '.join(f'{n} {word}' for word, n in each.items())}" for name, each in found.items()
-        )
-        return (
-            f"worker {worker.index}: its records are lost with {worker.station.node}: what it had told of until then ({told}) stands in "
-            f"client.by_worker.{worker.index}.lost_queries, and in no arm's figures"
-        )
+        arms = {name: unrecorded(arm) for name, arm in last.arms.items()}
+        found = LastSnapshot(worker=worker.index, node=worker.station.node, lost_at=worker.lost_at, arms=arms)
+        worker.state.lost_queries = found.queries
+        return found
 
     async def close(self) -> None:
         """Ends what still runs."""
         words = await asyncio.gather(*(worker.station.end() for worker in self._workers))
         for worker, last in zip(self._workers, words, strict=True):
             worker.last_words = last
+
+
+def _lost(last: LastSnapshot) -> str:
+    """What is to be told of records that are lost."""
+    told = "; ".join(
+        f"{name} {', '.join(f'{n} {word}' for word, n in each.items())}" for name, each in last.queries.items()
+    )
+    return (
+        f"worker {last.worker}: its records are lost with {last.node}: what it had told of until then ({told}) is in queries, errors, "
+        "mismatches and the objective; figures per query are those of the other workers' queries, load and ratios of times are not known"
+    )
 
 
 def _why(ending: Ending | None) -> str | None:

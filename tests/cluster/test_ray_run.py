@@ -153,11 +153,13 @@ def busy(nodes: Nodes, run: Running) -> dict[int, Path]:
 
 
 def balanced(run: Running, found: dict[str, Any]) -> None:
-    """Each arm's account is that of its records: none twice, and none without an outcome."""
+    """Each arm's account is that of its records and of last snapshots: none twice, and none without an outcome."""
     listed = [row for row in run.rows() if not row["warmup"]]
     for name, arm in found["arms"].items():
         mine = [row for row in listed if row["arm"] == name]
-        told = arm["queries"]
+        more = arm["unrecorded"] or dict.fromkeys(arm["queries"], 0)
+        told = {outcome: n - more[outcome] for outcome, n in arm["queries"].items()}
+        assert told["started"] == sum(told[outcome] for outcome in ("completed", "failed", "abandoned"))
         assert len({row["query"] for row in mine}) == len(mine) == told["started"]
         assert Counter(row["outcome"] for row in mine) == Counter(
             {k: n for k, n in told.items() if k != "started" and n}
@@ -317,5 +319,10 @@ def test_a_node_that_is_lost_leaves_the_counts_of_its_last_snapshot(nodes: Nodes
     (lost,) = [each for each in found["client"]["by_worker"].values() if each["lost_at"] is not None]
     for name, told in lost["lost_queries"].items():
         assert told["started"] == told["completed"] + told["failed"] + told["abandoned"] > 0
-        assert found["arms"][name]["queries"]["started"] == 40
+        arm = found["arms"][name]
+        assert told.items() <= arm["unrecorded"].items()
+        assert arm["queries"]["started"] == 40 + told["started"]
+        assert arm["queries"]["completed"] == arm["per_query"]["calls"]["n"] + told["completed"]
+        assert arm["load"]["completed_qps"] is None and arm["amplification"]["latency_s"] is None
+        assert arm["amplification"]["calls"]["ratio"] == (1 if name == "single" else 3)
     assert found["client"]["degraded"] is True and found["validity"]["client_ok"] is False
