@@ -94,6 +94,9 @@ def differences(first: Scenario, second: Scenario) -> dict[str, tuple[Any, Any]]
 def compare(first: RunRead, second: RunRead, *, force: bool) -> Found:
     """One comparison of the result. Raises ScenarioError where the scenarios differ and it is not forced."""
     differ = differences(first.scenario, second.scenario)
+    tapped = first.scenario.tapped and second.scenario.tapped
+    if tapped:  # what could not be attributed has an arm, where there was any
+        differ = {key: values for key, values in differ.items() if key.split(".")[0] != "arm"}
     refused = {key: values for key, values in differ.items() if key.split(".")[0] not in _OF_SERVERS}
     if refused and not force:
         said = ", ".join(f"{key} = {_shown(b)} ({_shown(a)})" for key, (a, b) in refused.items())
@@ -103,7 +106,7 @@ def compare(first: RunRead, second: RunRead, *, force: bool) -> Found:
     names = [name for name in first.arms if name in second.arms]
     if not names:
         raise ScenarioError(f"{first.folder} and {second.folder}: have no arm in common")
-    paired = not refused and "seed" not in differ
+    paired = not refused and "seed" not in differ and not tapped
     before = {name: replace(arm, apart=0 if paired else _APART) for name, arm in first.arms.items()}
     seed, base, base_before = second.scenario.seed, second.scenario.baseline.name, first.scenario.baseline.name
     arms: dict[str, Found] = {}
@@ -151,7 +154,11 @@ def lines(found: Found) -> list[str]:
     said = [f"first    {_words(first)}", f"second   {_words(second)}"]
     for key, (a, b) in found["differ"].items():
         said.append(f"differs  {key}: {_shown(a)}, then {_shown(b)}")
-    said.append("paired   query by query" if found["paired"] else "paired   no: the seed or the scenario differs")
+    said.append(
+        "paired   query by query"
+        if found["paired"]
+        else "paired   no: the seed or the scenario differs, or other queries were tapped"
+    )
     for name, arm in found["arms"].items():
         rows = [[name, "first", "second", "second / first", "verdict"], *_rows(arm["per_query"], number)]
         loads = arm["load"]

@@ -69,6 +69,7 @@ class Traffic:
         ({"traceparent": "00-" + "0" * 32 + "-b7ad6b7169203331-01", "x-session-id": "s"}, {}, "session"),
         ({"langfuse-session-id": "s"}, {"metadata": {"session_id": "m"}}, "session"),
         ({}, {"metadata": {"session_id": "m"}, "user": "u"}, "metadata"),
+        ({}, {"metadata": {"session": "m"}, "user": "u"}, "metadata"),
         ({}, {"litellm_session_id": "m", "prompt_cache_key": "k"}, "metadata"),
         ({}, {"prompt_cache_key": "k", "user": "u"}, "prompt_cache_key"),
         ({}, {"user": "u"}, "user"),
@@ -97,6 +98,18 @@ def test_two_names_of_one_query_are_known_to_be_so() -> None:
     baggage = {"baggage": "fanmark.run=r,fanmark.arm=a,fanmark.query=3", "traceparent": TRACE}
     tool = traffic.grouping.tool_call(9, traffic.at, baggage, "look", {})
     assert tool.query is first.query
+
+
+def test_a_session_in_baggage_counts_before_the_traces_of_its_requests() -> None:
+    """As of a client that makes a trace for each request; a tool call that has such a trace alone belongs there too."""
+    traffic = Traffic()
+    traces = [TRACE.replace("0af7", f"{n:04x}") for n in (1, 2)]
+    first, second = (
+        traffic.call("s", f"one question, part {trace}", headers={"baggage": "session.id=s", "traceparent": trace})
+        for trace in traces
+    )
+    tool = traffic.grouping.tool_call(9, traffic.at, {"traceparent": traces[1]}, "look", {})
+    assert first.query is second.query is tool.query and first.query.attributed == "baggage"
 
 
 def test_a_session_goes_on_to_its_next_query_with_the_users_next_turn() -> None:
@@ -197,6 +210,7 @@ def test_what_an_sdk_sends_again_is_the_same_call() -> None:
     failed = traffic.end(traffic.begin("s", "a question"), failed=True)
     again = traffic.call("s", "a question", headers={"x-stainless-retry-count": "1"})
     assert again.query.calls == [again] and again.failed_before == [failed] and again.attempt == 2
+    assert again.after == [] and not again.by_time
     assert retries({"x-stainless-retry-count": "3"}) == 3 and retries({"x-stainless-retry-count": "-1"}) == 0
 
 

@@ -18,7 +18,7 @@ from stub_process import Stub, running_stub
 from tapped import SALT, by_seed, through
 
 from fanmark.agents import topologies
-from fanmark.loadgen import session
+from fanmark.loadgen import compare, session
 from fanmark.loadgen.recording import text_id
 from fanmark.loadgen.records import read_queries
 from fanmark.loadgen.scenario_check import check
@@ -151,6 +151,14 @@ def test_what_cannot_be_attributed_has_a_bucket_of_its_own(stub: Stub, tmp_path:
     assert summary["arms"]["unattributed"]["queries"]["completed"] == 2
     assert set(summary["arms"]["unattributed"]["amplification"].values()) == {None}
     assert verify(tmp_path / "tap", topologies()).differ == []
+
+    async def use_named(url: str) -> None:
+        await asyncio.to_thread(of_api, url, "/v1/completions", model="qwen3-30b-a3b")
+
+    asyncio.run(through(f"{stub.url}/v1", tmp_path / "other", use_named))
+    runs = [compare.read(tmp_path / name, topologies()) for name in ("tap", "other")]
+    found = compare.compare(*runs, force=False)
+    assert list(found["arms"]) == ["tapped"] and found["paired"] is False
 
 
 def test_mistakes_are_told_in_a_line(stub: Stub, tmp_path: Path) -> None:

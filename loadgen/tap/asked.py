@@ -12,7 +12,7 @@ import msgspec
 from fanmark.agents.runtime import ToolAsk
 
 _BODY_IDS = ("litellm_session_id", "prompt_cache_key", "user")
-_METADATA_IDS = ("session_id", "litellm_session_id", "conversation_id", "thread_id", "user_id")
+_METADATA_IDS = ("session_id", "session", "litellm_session_id", "conversation_id", "thread_id", "user_id")
 
 
 class Said(NamedTuple):

@@ -67,7 +67,7 @@ class Grouping:
         )
         seen.extends = self._extended(seen)
         known = names(headers, asked.ids)
-        self._join(seen, self._named(seen, known, at) if known else self._by_content(seen))
+        self._join(seen, self._named(seen, known) if known else self._by_content(seen))
         self._attempt(seen, retries(headers))
         self._link(seen)
         if seen.chain:
@@ -80,7 +80,7 @@ class Grouping:
         """A tool call that begins."""
         seen = Seen(n, at, Asked(None, [], {}), NOWHERE, tool=tool)
         known = names(headers, {})
-        query = self._named(seen, known, at) if known else None
+        query = self._named(seen, known) if known else None
         among = [query] if query is not None else list(self.open)
         askers = [
             (each, ask) for q in among for each in q.calls for ask in each.open_asks if same_call(ask, tool, arguments)
@@ -148,24 +148,23 @@ class Grouping:
         query.calls.append(seen)
         query.in_flight += 1
 
-    def _named(self, seen: Seen, known: Sequence[Name], at: float) -> Group:
-        """By its names, the first that counts most."""
-        whole = [name for name in known if name.whole]
-        if whole:
+    def _named(self, seen: Seen, known: Sequence[Name]) -> Group:
+        """By the first of its names; what else names a query is from now on a name of that one."""
+        whole, session = [name for name in known if name.whole], known[0]
+        if session.whole:
             query = next((self._whole[name] for name in whole if name in self._whole), None)
             if query is None or query.over:
                 self.reopened += query is not None
-                query = self._begin(whole[0])
-            for name in whole:
-                _keep(self._whole, name, query)
-            return query
-        session = known[0]
-        query = self._sessions.get(session)
-        if query is None:
-            query = self._begin(session)
-        elif query.over or self._is_next_turn(seen, query):
-            query = self._begin(session, query)
-        _keep(self._sessions, session, query)
+                query = self._begin(session)
+        else:
+            query = self._sessions.get(session)
+            if query is None:
+                query = self._begin(session)
+            elif query.over or self._is_next_turn(seen, query):
+                query = self._begin(session, query)
+            _keep(self._sessions, session, query)
+        for name in whole:
+            _keep(self._whole, name, query)
         return query
 
     def _is_next_turn(self, seen: Seen, query: Group) -> bool:
@@ -275,7 +274,9 @@ class Grouping:
         by_text = {e.text: e for e in reversed(ended) if e.text}
         by_ask = {ask.id: e for e in ended for ask in e.asks if ask.id}
         seen.sources = [_source(message, by_text, by_ask) for message in messages]
-        if not seen.after:
+        if not seen.after and seen.failed_before:
+            seen.after, seen.by_time = seen.failed_before[-1].after, seen.failed_before[-1].by_time
+        elif not seen.after:
             _after_the_pause(seen)
         _callers(seen)
         for e in ended:

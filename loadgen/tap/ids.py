@@ -17,8 +17,8 @@ SESSION_HEADERS = (
 _SESSION_BAGGAGE = ("session.id", "gen_ai.conversation.id", "conversation.id", "thread.id", "langfuse.session.id")
 _QUERY_BAGGAGE = ("fanmark.run", "fanmark.arm", "fanmark.query")
 _METADATA = (
-    "metadata.session_id", "litellm_session_id", "metadata.litellm_session_id", "conversation", "metadata.conversation_id",
-    "metadata.thread_id",
+    "metadata.session_id", "metadata.session", "litellm_session_id", "metadata.litellm_session_id", "conversation",
+    "metadata.conversation_id", "metadata.thread_id",
 )  # fmt: skip
 RETRY_HEADER = "x-stainless-retry-count"
 
