@@ -1,12 +1,12 @@
 """A Run carried out in this process: with its journal flushed, its health watched, and the garbage collector kept quiet."""
 
 import asyncio
-import gc
 import resource
-from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
+from fanmark.loadgen.collecting import rare_collections
 from fanmark.loadgen.crew import Crew, share
 from fanmark.loadgen.errors import LostError, ScenarioError
 from fanmark.loadgen.health import Health
@@ -29,7 +29,7 @@ async def carry_out(
     worker: int = 0,
 ) -> Ending | None:
     """The whole schedule, and what goes on beside it until it ends; says what cut it short."""
-    with _rare_collections():
+    with rare_collections():
         async with going_on([_flush(journal, one.stop), health.watch(tally, worker), *beside]):
             ending = await one.execute()
     journal.flush()
@@ -59,20 +59,6 @@ async def _flush(journal: Journal, stop: Stop) -> None:
         except LostError:
             stop.at_once()
             raise
-
-
-@contextmanager
-def _rare_collections() -> Iterator[None]:
-    """Keeps the garbage collector from walking all that lives: at 5,000 calls in flight that stops the process for 0.1 s and more, again
-    and again. The young are still collected, often and at little cost."""
-    before = gc.get_threshold()
-    gc.freeze()
-    gc.set_threshold(20_000, 50, 1_000)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
-        gc.unfreeze()
 
 
 async def open_connections(scenario: Scenario, endpoints: Iterable[HttpEndpoint], crew: Crew) -> None:

@@ -17,6 +17,7 @@ import msgspec
 
 from fanmark.agents.runtime import Topology
 from fanmark.loadgen.clock import VirtualLoop, run_virtually
+from fanmark.loadgen.collecting import rare_collections
 from fanmark.loadgen.counters import Reading
 from fanmark.loadgen.environment import environment
 from fanmark.loadgen.errors import ScenarioError
@@ -145,7 +146,7 @@ async def _simulate(
     loop.watch_time(sampler.passing)
     try:
         one = Run(scenario, topologies, endpoints, tools, tally, journal, run_id, now)
-        with _interrupts(one.stop.ask):
+        with _interrupts(one.stop.ask), rare_collections():
             ending = await one.execute()
         journal.flush()
     finally:
