@@ -16,10 +16,11 @@ from fanmark.loadgen.cli_common import (
     checked_scenario,
     json_text,
     run_async,
-    served_on_ray,
     shared_out,
     simulators,
     split_flag,
+    stubs_on_ray,
+    tools_on_ray,
     version,
 )
 from fanmark.loadgen.errors import FanmarkError
@@ -317,17 +318,18 @@ def serve_stub(context: typer.Context) -> int:
     from fanmark.servers.stub import main as stub_main
 
     address, flags = split_flag(context.args, "--ray")
-    return stub_main(flags) if address is None else served_on_ray(address, flags)
+    return stub_main(flags) if address is None else stubs_on_ray(address, flags)
 
 
 @serve_app.command(
     "tools", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 )
 def serve_tools(context: typer.Context) -> int:
-    """Serves the MCP tool server. --help lists its flags."""
+    """Serves the MCP tool server. --help lists its flags; --ray ADDRESS puts --replicas on a Ray cluster."""
     from fanmark.servers.tools import main as tools_main
 
-    return tools_main(context.args)
+    address, flags = split_flag(context.args, "--ray")
+    return tools_main(flags) if address is None else tools_on_ray(address, flags)
 
 
 @serve_app.command(

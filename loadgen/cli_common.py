@@ -80,15 +80,31 @@ def split_flag(argv: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
     return found.value, others
 
 
-def served_on_ray(address: str, flags: Sequence[str]) -> int:
+def stubs_on_ray(address: str, flags: Sequence[str]) -> int:
     """Stubs on a Ray cluster, until a signal."""
     from fanmark.loadgen.ray_fleet import serve
+    from fanmark.servers import router
     from fanmark.servers.stub import StubError, parse_options
 
     try:
-        run_async(serve(address, parse_options(flags), flags, version()))
+        options = parse_options(flags)
+        run_async(serve(address, version(), lambda start: router.serve(options, flags, start)))
     except StubError as e:
         raise FanmarkError(f"serve stub: {e}") from None
+    return 0
+
+
+def tools_on_ray(address: str, flags: Sequence[str]) -> int:
+    """Tool servers on a Ray cluster, until a signal."""
+    from fanmark.loadgen.ray_fleet import serve
+    from fanmark.servers import tool_router
+    from fanmark.servers.tools import ToolsError, parse_options
+
+    try:
+        options = parse_options(flags)
+        run_async(serve(address, version(), lambda start: tool_router.serve(options, flags, start)))
+    except ToolsError as e:
+        raise FanmarkError(f"serve tools: {e}") from None
     return 0
 
 

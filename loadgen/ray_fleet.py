@@ -1,23 +1,22 @@
-"""`fanmark serve stub --ray ADDRESS --replicas N`: stubs on the nodes of a Ray cluster, behind the router of the local ones."""
+"""`fanmark serve stub|tools --ray ADDRESS --replicas N`: servers on the nodes of a Ray cluster, behind the router of the local ones."""
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
 from fanmark.loadgen.ray_cluster import connected
-from fanmark.servers import router
-from fanmark.servers.stub import StubOptions
+from fanmark.servers.replicas import Starting
 
 
-async def serve(address: str, options: StubOptions, argv: Sequence[str], version: str) -> None:
-    """Has the replicas started on the nodes, and routes to them until a signal; they end with this process. Raises FanmarkError."""
+async def serve(address: str, version: str, routing: Callable[[Starting], Awaitable[None]]) -> None:
+    """Routes until a signal, and what is started meanwhile is started on the nodes; it ends with this process. Raises FanmarkError."""
     async with connected(address, version, mute=False) as cluster:
         actors: list[Any] = []  # each ends when nobody holds it any more
 
-        async def start(flags: Sequence[str], stack: AsyncExitStack) -> str:
+        async def start(module: str, flags: Sequence[str], stack: AsyncExitStack) -> str:
             actors.append(None)
             place = len(actors) - 1
-            actors[place], url = await cluster.serve(place, "fanmark.servers.stub", flags)
+            actors[place], url = await cluster.serve(place, module, flags)
             return url
 
-        await router.serve(options, argv, start)
+        await routing(start)

@@ -148,9 +148,10 @@ class McpApp:
             return self._initialize(message)
         name = request.headers.get(codec.SESSION_HEADER)
         session = self._sessions.get(name or "")
+        if session is None and name is None:
+            return _json(codec.Failure(None, codec.INVALID_REQUEST, "Bad Request: Missing session ID"), 400)
         if session is None:
-            text = "Bad Request: Missing session ID" if name is None else "Session not found"
-            return _json(codec.Failure(None, codec.INVALID_REQUEST, text), 400 if name is None else 404)
+            return unknown_session()
         if not isinstance(message, codec.Request):
             if isinstance(message, codec.Notification) and message.method == "notifications/cancelled":
                 call = session.calls.get(message.params.get("requestId", ""))
@@ -228,6 +229,11 @@ class McpApp:
 
 def _json(message: codec.Message, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
     return web.Response(body=codec.encode(message), status=status, content_type=codec.JSON_TYPE, headers=headers)
+
+
+def unknown_session() -> web.Response:
+    """The reply that makes a client open a new session."""
+    return _json(codec.Failure(None, codec.INVALID_REQUEST, "Session not found"), 404)
 
 
 def _complete(result: Mapping[str, Any], *, cached: bool = False) -> dict[str, Any]:

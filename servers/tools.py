@@ -15,15 +15,37 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from fanmark.servers.faults import FaultError
 from fanmark.servers.tool_faults import KINDS, ToolFault, parse_tool_fault
 from fanmark.servers.tool_specs import ALL_TOOLS, MAX_RESULT_TOKENS, Behaviour, Latency, check_latency
 
+if TYPE_CHECKING:
+    from aiohttp import web
+
+Handler = Callable[["web.BaseRequest"], Awaitable["web.StreamResponse"]]
 KEEP_ALIVE_S = 75  # longer than a client keeps an idle connection, or the server closes one that is being reused
 BACKLOG = 2048
+
+
+class ToolsError(Exception):
+    """The server cannot be started: one line that says why."""
+
+
+@dataclass(frozen=True)
+class ToolsOptions:
+    """What the command line says."""
+
+    behaviour: Behaviour
+    host: str
+    port: int
+    max_sessions: int
+    replicas: int
+    parent_pipe: bool
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -41,16 +63,32 @@ def listen(host: str, port: int) -> socket.socket:
     return sock
 
 
+def bound(options: ToolsOptions) -> socket.socket:
+    """Where the options say. Raises ToolsError."""
+    try:
+        return listen(options.host, options.port)
+    except OSError as error:
+        raise ToolsError(
+            f"cannot listen on {options.host}:{options.port} ({error.strerror}); choose another --port, or 0"
+        ) from None
+
+
 @asynccontextmanager
 async def serving(sock: socket.socket, behaviour: Behaviour, max_sessions: int = 10_000) -> AsyncIterator[None]:
     """Answers on `sock` while the context lasts."""
-    from aiohttp import web
-
     from fanmark.servers.mcp_app import McpApp
     from fanmark.servers.tool_calls import ToolCalls
 
-    app = McpApp(ToolCalls(behaviour), max_sessions)
-    server = web.Server(app.handle, access_log=None, handler_cancellation=True, keepalive_timeout=KEEP_ALIVE_S)
+    async with answering(sock, McpApp(ToolCalls(behaviour), max_sessions).handle):
+        yield
+
+
+@asynccontextmanager
+async def answering(sock: socket.socket, handle: Handler) -> AsyncIterator[None]:
+    """Has `handle` answer on `sock` while the context lasts."""
+    from aiohttp import web
+
+    server = web.Server(handle, access_log=None, handler_cancellation=True, keepalive_timeout=KEEP_ALIVE_S)
     runner = web.ServerRunner(server, shutdown_timeout=0.1)
     await runner.setup()
     try:
@@ -60,18 +98,24 @@ async def serving(sock: socket.socket, behaviour: Behaviour, max_sessions: int =
         await runner.cleanup()
 
 
-async def _serve_for_good(sock: socket.socket, host: str, behaviour: Behaviour, max_sessions: int) -> None:
-    async with serving(sock, behaviour, max_sessions):
-        port = sock.getsockname()[1]
-        name = f"[{host}]" if ":" in host else host
-        print(json.dumps({"url": f"http://{name}:{port}/mcp", "pid": os.getpid()}), flush=True)
-        loop = asyncio.get_running_loop()
-        for each in (
-            signal.SIGTERM,
-            signal.SIGINT,
-        ):  # at once: there is nothing to save, and a call may have minutes to wait
-            loop.add_signal_handler(each, os._exit, 0)
-        await asyncio.Event().wait()
+def tell(sock: socket.socket, host: str, **more: Any) -> None:
+    """Prints the line of JSON that says where it listens."""
+    name = f"[{host}]" if ":" in host else host
+    url = f"http://{name}:{sock.getsockname()[1]}/mcp"
+    print(json.dumps({"url": url, "pid": os.getpid(), **more}), flush=True)
+
+
+async def _serve_for_good(options: ToolsOptions) -> None:
+    with bound(options) as sock:
+        async with serving(sock, options.behaviour, options.max_sessions):
+            tell(sock, options.host)
+            loop = asyncio.get_running_loop()
+            for each in (
+                signal.SIGTERM,
+                signal.SIGINT,
+            ):  # at once: there is nothing to save, and a call may have minutes to wait
+                loop.add_signal_handler(each, os._exit, 0)
+            await asyncio.Event().wait()
 
 
 def _end_with_parent() -> None:
@@ -80,21 +124,14 @@ def _end_with_parent() -> None:
     os._exit(0)
 
 
-def serve_tools(behaviour: Behaviour, *, host: str, port: int, max_sessions: int, parent_pipe: bool) -> int:
-    """Serve until SIGTERM, SIGINT or, with `parent_pipe`, the end of standard input; those end the process with 0.
+def serve_tools(options: ToolsOptions, argv: Sequence[str]) -> int:
+    """Serve until SIGTERM, SIGINT or, with `parent_pipe`, the end of standard input; those end the process with 0. `argv`: the options as
+    they were given, for replicas of their own.
 
-    Returns 2, with one line on standard error, where the port is taken. For a process of its own: it installs signal handlers and never
-    returns otherwise.
+    Returns 2, with one line on standard error, where the port is taken or a replica does not start. For a process of its own: it installs
+    signal handlers.
     """
-    try:
-        sock = listen(host, port)
-    except OSError as error:
-        print(
-            f"fanmark serve tools: cannot listen on {host}:{port} ({error.strerror}); choose another --port, or 0",
-            file=sys.stderr,
-        )
-        return 2
-    if parent_pipe:
+    if options.parent_pipe:
         threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         import uvloop
@@ -102,8 +139,17 @@ def serve_tools(behaviour: Behaviour, *, host: str, port: int, max_sessions: int
         factory = None
     else:
         factory = uvloop.new_event_loop
-    with asyncio.Runner(loop_factory=factory) as runner:
-        runner.run(_serve_for_good(sock, host, behaviour, max_sessions))
+    try:
+        with asyncio.Runner(loop_factory=factory) as runner:
+            if options.replicas == 1:
+                runner.run(_serve_for_good(options))
+            else:
+                from fanmark.servers.tool_router import serve
+
+                runner.run(serve(options, argv))
+    except ToolsError as error:
+        print(f"fanmark serve tools: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -140,10 +186,13 @@ def _fault(text: str) -> ToolFault:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: see the module."""
+def parse_options(argv: Sequence[str]) -> ToolsOptions:
+    """The command line: see the module. A wrong flag ends the process with 2, after one line."""
     # without a usage text, a wrong flag is answered by one line
-    parser = argparse.ArgumentParser(prog="fanmark serve tools", usage=argparse.SUPPRESS, allow_abbrev=False)
+    more = "With --ray ADDRESS|auto, --replicas are put on the nodes of that Ray cluster."
+    parser = argparse.ArgumentParser(
+        prog="fanmark serve tools", usage=argparse.SUPPRESS, allow_abbrev=False, epilog=more
+    )
     add, like = parser.add_argument, 'or {"dist": "lognormal", "mean": 0.2, "cv": 1}'
     add("--host", default="127.0.0.1")
     add("--port", type=_whole("port", 0, 65_535), default=0, help="0 takes a free one")
@@ -168,10 +217,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add("--max-sessions", type=_whole("max_sessions", 1, 1_000_000), default=10_000, help="of the handshake era")
     add("--seed", type=int, default=0)
+    text = "servers behind one address, each with these limits; sessions stay on theirs; default: 1"
+    add("--replicas", type=_whole("replicas", 1, 10_000), default=1, help=text)
     add("--parent-pipe", action="store_true", help="end when standard input does")
     given = vars(parser.parse_args(argv))
-    process = {name: given.pop(name) for name in ("host", "port", "max_sessions", "parent_pipe")}
-    return serve_tools(Behaviour(**given), **process)
+    process = {name: given.pop(name) for name in ("host", "port", "max_sessions", "replicas", "parent_pipe")}
+    return ToolsOptions(Behaviour(**given), **process)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line: see the module."""
+    given = sys.argv[1:] if argv is None else argv
+    return serve_tools(parse_options(given), given)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import pytest
 from processes import children, gone
 from stub_process import Stub, running_stub
 
-from fanmark.servers.router import joined, leading_pieces
+from fanmark.servers.replicas import joined
+from fanmark.servers.router import leading_pieces
 
 pytestmark = pytest.mark.real
 
