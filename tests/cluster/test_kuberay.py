@@ -21,7 +21,9 @@ pytestmark = pytest.mark.ray
 @pytest.fixture(scope="module")
 def job() -> dict[str, Any]:
     python = ROOT / ".venv-ray" / "bin" / "python"
-    found: dict[str, Any] = json.loads(subprocess.check_output([python, "-c", READ, FOLDER / "rayjob.yaml"]))
+    found: dict[str, Any] = json.loads(
+        subprocess.check_output([python, "-c", READ, FOLDER / "rayjob.yaml"], timeout=60)
+    )
     return found
 
 

@@ -8,11 +8,12 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import children, gone
+from processes import children, end, gone, kill, line_of
 from stub_process import Stub, running_stub
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,19 +78,22 @@ def nodes() -> Iterator[Nodes]:
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert process.stdout is not None and process.stdin is not None
     started = [process.pid]
     try:
-        address = process.stdout.readline().strip()
+        address = line_of(process).strip()
         assert address, "the cluster did not start"
         started += children(process.pid)
         yield Nodes(process, address)
     finally:
         started += children(process.pid)
+        assert process.stdin is not None
         process.stdin.close()
-        process.stdout.close()
-        process.wait(60)
-        assert gone(started, within_s=30)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(60)
+        ended = gone(started, within_s=30)
+        kill(started)
+        end(process)
+        assert ended
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +105,9 @@ def stub() -> Iterator[Stub]:
 class Running:
     """`fanmark run` under way."""
 
-    def __init__(self, folder: Path, stub: Stub, *flags: str) -> None:
+    def __init__(self, folder: Path, stub: Stub, *flags: str, more: str = "") -> None:
         self.out = folder / "run"
-        (folder / "s.toml").write_text(SCENARIO)
+        (folder / "s.toml").write_text(SCENARIO + more)
         given = [
             str(folder / "s.toml"),
             "--target",
@@ -128,6 +132,47 @@ class Running:
 
     def rows(self, name: str = "queries") -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.out / f"{name}.jsonl").read_text().splitlines()]
+
+
+Runs = Callable[..., Running]
+Servings = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def running() -> Iterator[Runs]:
+    """Starts a run, which ends with the test."""
+    with ExitStack() as stack:
+
+        def start(folder: Path, stub: Stub, *flags: str, more: str = "") -> Running:
+            run = Running(folder, stub, *flags, more=more)
+            stack.callback(end, run.process)
+            return run
+
+        yield start
+
+
+@pytest.fixture
+def serving(nodes: Nodes) -> Iterator[Servings]:
+    """Serves one of our servers on the nodes, until the test ends at the latest."""
+    with ExitStack() as stack:
+
+        def start(kind: str, *flags: str) -> "subprocess.Popen[str]":
+            command = [VENV / "fanmark", "serve", kind, "--ray", nodes.address, *flags]
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            stack.callback(end, process)
+            return process
+
+        yield start
+
+
+def servers_of(nodes: Nodes, module: str) -> list[int]:
+    """Process ids of those of a kind on the nodes."""
+    found = []
+    for pid in children(nodes.process.pid):
+        with suppress(OSError):
+            if f"-m\0{module}\0" in Path(f"/proc/{pid}/cmdline").read_text():
+                found.append(pid)
+    return found
 
 
 def until(true: Callable[[], Any]) -> Any:
@@ -164,10 +209,10 @@ def balanced(run: Running, found: dict[str, Any]) -> None:
         assert Counter(row["outcome"] for row in mine) == Counter(
             {k: n for k, n in told.items() if k != "started" and n}
         )
-    subprocess.run([VENV / "fanmark", "verify", run.out], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([VENV / "fanmark", "verify", run.out], check=True, stdout=subprocess.DEVNULL, timeout=60)
 
 
-def test_totals_and_offsets_are_those_of_a_local_run(nodes: Nodes, stub: Stub, tmp_path: Path) -> None:
+def test_totals_and_offsets_are_those_of_a_local_run(nodes: Nodes, running: Runs, stub: Stub, tmp_path: Path) -> None:
     seen = []
     for name, flags in {
         "local": [],
@@ -175,7 +220,7 @@ def test_totals_and_offsets_are_those_of_a_local_run(nodes: Nodes, stub: Stub, t
         "3": ["--ray", nodes.address, "--workers", "3"],
     }.items():
         (tmp_path / name).mkdir()
-        run = Running(tmp_path / name, stub, *OPEN, *flags)
+        run = running(tmp_path / name, stub, *OPEN, *flags)
         found = run.ended()
         workers = {"local": 1, "one-a-node": 2, "3": 3}[name]
         client = found["client"]
@@ -192,9 +237,11 @@ def test_totals_and_offsets_are_those_of_a_local_run(nodes: Nodes, stub: Stub, t
     assert len(seen[0][0]) == 18 and seen[0] == seen[1] == seen[2]
 
 
-def test_a_worker_that_is_killed_costs_what_it_had_begun(nodes: Nodes, stub: Stub, tmp_path: Path) -> None:
+def test_a_worker_that_is_killed_costs_what_it_had_begun(
+    nodes: Nodes, running: Runs, stub: Stub, tmp_path: Path
+) -> None:
     """And the other goes on; where each worker's own records were, they are left."""
-    run = Running(tmp_path, stub, "--ray", nodes.address, "--journals", "keep", *CLOSED)
+    run = running(tmp_path, stub, "--ray", nodes.address, "--journals", "keep", *CLOSED)
     folders = busy(nodes, run)
     os.kill(next(iter(folders)), signal.SIGKILL)
     found = run.ended(code=1)
@@ -214,9 +261,9 @@ def test_a_worker_that_is_killed_costs_what_it_had_begun(nodes: Nodes, stub: Stu
 
 
 def test_an_actor_that_is_killed_takes_its_worker_along_and_the_run_stops_if_it_is_to(
-    nodes: Nodes, stub: Stub, tmp_path: Path
+    nodes: Nodes, running: Runs, stub: Stub, tmp_path: Path
 ) -> None:
-    run = Running(tmp_path, stub, "--ray", nodes.address, "--on-worker-loss", "stop", *CLOSED)
+    run = running(tmp_path, stub, "--ray", nodes.address, "--on-worker-loss", "stop", *CLOSED)
     folders = busy(nodes, run)
     pid = next(iter(folders))
     actor = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
@@ -229,7 +276,9 @@ def test_an_actor_that_is_killed_takes_its_worker_along_and_the_run_stops_if_it_
     assert all(each["lost_queries"] is None for each in found["client"]["by_worker"].values())
 
 
-def test_a_head_that_is_absent_or_says_nothing_is_one_line(nodes: Nodes, stub: Stub, tmp_path: Path) -> None:
+def test_a_head_that_is_absent_or_says_nothing_is_one_line(
+    nodes: Nodes, running: Runs, stub: Stub, tmp_path: Path
+) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -238,10 +287,10 @@ def test_a_head_that_is_absent_or_says_nothing_is_one_line(nodes: Nodes, stub: S
             (f"127.0.0.1:{listening}", "no head of a Ray cluster answered"),
             ("ray://x:1", "--ray auto"),
         ):
-            process = Running(tmp_path, stub, "--ray", address).process
+            process = running(tmp_path, stub, "--ray", address).process
             said, errors = process.communicate(timeout=60)
             assert process.returncode in (2, 3) and said == "" and words in errors.splitlines()[-1]
-    process = Running(tmp_path, stub, "--ray", f"127.0.0.1:{listening}").process
+    process = running(tmp_path, stub, "--ray", f"127.0.0.1:{listening}").process
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 3 and "nobody listens there" in errors and len(errors.splitlines()) == 1
     assert not (tmp_path / "run").exists()
@@ -254,7 +303,10 @@ def test_seeds_of_a_simulation_are_shared_out(nodes: Nodes, tmp_path: Path) -> N
     for name, where in {"here": [], "there": ["--ray", nodes.address]}.items():
         flags = ["--seeds", "3", "--queries", "2", "--out", str(tmp_path / name), *where]
         subprocess.run(
-            [VENV / "fanmark", "simulate", tmp_path / "s.toml", *flags], check=True, stdout=subprocess.DEVNULL
+            [VENV / "fanmark", "simulate", tmp_path / "s.toml", *flags],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            timeout=120,
         )
         found = (tmp_path / name).rglob("*.*")
         made.append({str(path.relative_to(tmp_path / name)): path.read_bytes() for path in found})
@@ -275,43 +327,47 @@ def test_a_plans_simulations_are_shared_out(nodes: Nodes, tmp_path: Path) -> Non
     assert made[0] == made[1] == made[2] and len(made[0]) == 3
 
 
-def test_a_fleet_of_stubs_on_the_nodes_is_one_target(nodes: Nodes, tmp_path: Path) -> None:
-    command = [
-        VENV / "fanmark",
-        "serve",
-        "stub",
-        "--ray",
-        nodes.address,
-        "--replicas",
-        "2",
-        "--port",
-        "0",
-        "--time-scale",
-        "0.2",
-    ]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert server.stdout is not None
-    try:
-        told = json.loads(server.stdout.readline())
-        stubs = [
-            pid
-            for pid in children(nodes.process.pid)
-            if "fanmark.servers.stub" in Path(f"/proc/{pid}/cmdline").read_text()
-        ]
-        assert len(set(told["replicas"])) == len(stubs) == 2
-        run = Running(tmp_path, Stub(told["url"], server.pid, server), *OPEN)
-        found = run.ended()
-        assert found["validity"]["counted"] is found["validity"]["reconciled"] is True
-    finally:
-        server.terminate()
-        server.wait(30)
-        server.stdout.close()
-    assert server.returncode == 0 and gone(stubs, within_s=30)
+def test_a_fleet_of_stubs_on_the_nodes_is_one_target(
+    nodes: Nodes, running: Runs, serving: Servings, tmp_path: Path
+) -> None:
+    server = serving("stub", "--replicas", "2", "--port", "0", "--time-scale", "0.2")
+    told = json.loads(line_of(server))
+    stubs = servers_of(nodes, "fanmark.servers.stub")
+    assert len(set(told["replicas"])) == len(stubs) == 2
+    found = running(tmp_path, Stub(told["url"], server.pid, server), *OPEN).ended()
+    assert found["validity"]["counted"] is found["validity"]["reconciled"] is True
+    server.terminate()
+    assert server.wait(30) == 0 and gone(stubs, within_s=30)
 
 
-def test_a_node_that_is_lost_leaves_the_counts_of_its_last_snapshot(nodes: Nodes, stub: Stub, tmp_path: Path) -> None:
+def test_tool_servers_on_the_nodes_are_one_address(
+    nodes: Nodes, stub: Stub, running: Runs, serving: Servings, tmp_path: Path
+) -> None:
+    server = serving("tools", "--replicas", "2", "--latency-s", "0.01")
+    told = json.loads(line_of(server))
+    tools = servers_of(nodes, "fanmark.servers.tools")
+    assert len(set(told["replicas"])) == len(tools) == 2
+    more = (
+        f'[[arm]]\nname = "chain"\ntopology = "tool-chain"\ntool_calls = 3\n[[tools.server]]\nurl = "{told["url"]}"\n'
+    )
+    run = running(tmp_path, stub, *OPEN, "--set", "load.warmup=0", more=more)
+    found = run.ended()
+    assert found["validity"]["counted"] is True and found["arms"]["chain"]["errors"] == {}
+    metrics = Stub(told["url"].removesuffix("/mcp"), server.pid, server).metrics()
+    calls = Counter[str]()
+    for name, value in metrics.items():
+        if name.startswith("fanmark_tools_calls_total{"):
+            calls[name.partition("replica=")[2][:3]] += int(value)
+    assert set(calls) == {'"0"', '"1"'} and calls.total() == 9 * 3
+    server.terminate()
+    assert server.wait(30) == 0 and gone(tools, within_s=30)
+
+
+def test_a_node_that_is_lost_leaves_the_counts_of_its_last_snapshot(
+    nodes: Nodes, running: Runs, stub: Stub, tmp_path: Path
+) -> None:
     """The last test: the cluster has one node after it."""
-    run = Running(tmp_path, stub, "--ray", nodes.address, *CLOSED)
+    run = running(tmp_path, stub, "--ray", nodes.address, *CLOSED)
     busy(nodes, run)
     nodes.lose_one()
     found = run.ended(code=1)
