@@ -199,7 +199,7 @@ def test_metrics_while_it_runs(tmp_path: Path) -> None:
         assert process.returncode == 0
     assert 'fanmark_amplification_ratio{arm="debate",topology="debate",resource="calls"} 9.0\n' in text
     assert 'fanmark_expected_calls{arm="mcp-chain",topology="tool-chain"} 3.0\n' in text
-    assert 'fanmark_query_calls_bucket{arm="debate",topology="debate",le="8.0"} 0\n' in text
+    assert 'fanmark_query_calls_bucket{arm="debate",topology="debate",le="6.0"} 0\n' in text
     assert "vllm:generation_tokens_total{" in text
     assert sum(float(n) for n in re.findall(r'fanmark_tools_calls_total\{\S*outcome="completed"\S* (\S+)', text)) == 20
 
