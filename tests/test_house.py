@@ -1,6 +1,7 @@
 """The rules of the house: who may import whom, and how large a thing may be."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,17 @@ def test_ray_is_imported_in_two_files_and_in_no_modules_head() -> None:
     for path in found:
         heads = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
         assert not any("ray" in ast.unparse(node).split() for node in heads)
+
+
+def test_what_decides_a_figure_is_read_in_an_hour() -> None:
+    """The files of docs/reading.md are there, and those of its table have as many lines as one reads in that time."""
+    text = (ROOT / "docs" / "reading.md").read_text()
+    named = re.findall(r"\w+(?:/\w+)+\.py", text)
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+    table = {
+        name for line in text.splitlines() if line.startswith("|") for name in re.findall(r"\w+(?:/\w+)+\.py", line)
+    }
+    assert sum(len((ROOT / name).read_text().splitlines()) for name in table) <= 3_400
 
 
 def test_the_project_speaks_of_itself_alone() -> None:
