@@ -25,10 +25,12 @@ def checked_scenario(raw: dict[str, Any], source: str, settings: list[str]) -> t
     """The scenario, and the topologies that it may name."""
     from fanmark.agents import topologies
     from fanmark.loadgen import scenario_check
+    from fanmark.loadgen.recording import keep_enacted
     from fanmark.loadgen.user_topology import with_users
 
     scenario_check.override(raw, settings)
-    raw.pop("tapped", None)  # what a tap has recorded is re-enacted: a run like any other
+    if raw.pop("tapped", False):  # what a tap has recorded is re-enacted: a run like any other
+        keep_enacted(raw, source)
     table = with_users(raw, source, topologies())
     return scenario_check.check(raw, source, table), table
 

@@ -148,11 +148,17 @@ def _questions(workload: Workload, arms: Sequence[Arm], source: str) -> list[Que
 
 
 def _load(load: Load, source: str, arms: Sequence[Arm]) -> Load:
-    """The load with its arrivals read and its end settled: 20 queries where nothing else is said."""
+    """The load with its arrivals read and its end settled. Where nothing else is said, a recording is made again whole, and others make 20
+    queries."""
     recorded = [len(recording) for arm in arms if (recording := recording_of(arm)) is not None]
+    if load.process == "replay" and load.duration is not None:
+        raise ScenarioError(
+            f"{source}: [load] duration = {load.duration:g}: a replay of arrivals ends with them: give queries, or a rate or a concurrency "
+            'in place of process = "replay"'
+        )
     if load.process == "replay" and load.arrivals is None and recorded:
         queries = load.queries or max(recorded)
-        return msgspec.structs.replace(load, mode="open", queries=queries, duration=None)
+        return msgspec.structs.replace(load, mode="open", queries=queries)
     if load.speed != 1:
         raise ScenarioError(
             f'{source}: [load] speed = {load.speed:g}: it is of a replay: give an arm with topology = "replay", and process = "replay" '
@@ -174,10 +180,12 @@ def _load(load: Load, source: str, arms: Sequence[Arm]) -> Load:
         raise ScenarioError(f"{source}: [[load.stages]] rate = 0: give a rate above 0, or one to go `to`")
     if load.arrivals is not None:
         times = _arrivals(load.arrivals, source)
-        return msgspec.structs.replace(load, mode="open", arrivals=times, queries=len(times), duration=None)
+        return msgspec.structs.replace(load, mode="open", arrivals=times, queries=len(times))
     if load.queries is None and load.duration is None:
         seconds = sum(stage.seconds for stage in load.stages)
-        return msgspec.structs.replace(load, **({"duration": seconds} if seconds else {"queries": 20}))
+        return msgspec.structs.replace(
+            load, **({"duration": seconds} if seconds else {"queries": max(recorded, default=20)})
+        )
     return load
 
 
@@ -371,4 +379,7 @@ def override_load(
         if load.get("match") == "capacity":
             del load["match"]
     if rate is not None or concurrency is not None:
+        if load.get("process") == "replay":  # at other times than those recorded
+            for key in ("process", "arrivals", "speed"):
+                load.pop(key, None)
         load["mode"] = "open" if rate is not None else "closed"

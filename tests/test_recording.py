@@ -1,13 +1,16 @@
 """Recordings: what is written is what is re-enacted, and what cannot be re-enacted is said."""
 
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fanmark.agents.replay import Read, Step
+from fanmark.loadgen.cli_common import checked_scenario
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.recording import RecordedCall, Recorder, Recording, Said, steps_of, text_id
+from fanmark.loadgen.scenario_check import override_load
 
 
 def call(number: int, after: list[int], due_at: float, done_at: float, **more: Any) -> RecordedCall:
@@ -103,3 +106,55 @@ def test_a_last_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
 def test_ids_tell_nothing_without_the_salt() -> None:
     assert text_id(b"a", "hello") == text_id(b"a", b"hello")
     assert text_id(b"a", "hello") != text_id(b"b", "hello")
+
+
+TAPPED = """
+tapped = true
+[load]
+process = "replay"
+[[arm]]
+name = "tapped"
+topology = "replay"
+path = "."
+arm = "tapped"
+baseline = true
+[[arm]]
+name = "unattributed"
+topology = "replay"
+path = "."
+arm = "unattributed"
+"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "load"),
+    [
+        ((None, None, None, None), ("open", "replay", 3)),
+        ((2, None, None, None), ("open", "replay", 2)),
+        ((None, None, 9.0, None), ("open", "poisson", 3)),
+        ((None, None, None, 2), ("closed", "poisson", 3)),
+    ],
+)
+def test_what_was_tapped_is_made_again_at_its_times_or_at_any_rate(
+    flags: tuple[Any, ...], load: tuple[Any, ...], tmp_path: Path
+) -> None:
+    """Of three queries; the arm for what could not be attributed has none that succeeded, and is left out."""
+    recorder = Recorder(tmp_path, "tapped")
+    for n in range(3):
+        recorder.add(chain(), float(n))
+    recorder.close()
+    raw = tomllib.loads(TAPPED)
+    override_load(raw, *flags, None)
+    scenario, _ = checked_scenario(raw, str(tmp_path / "scenario.toml"), [])
+    assert [(arm.name, arm.baseline) for arm in scenario.arms] == [("tapped", True)]
+    assert (scenario.load.mode, scenario.load.process, scenario.load.queries) == load
+
+
+def test_a_replay_at_the_recorded_times_has_no_other_end(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, "tapped")
+    recorder.add(chain(), 0.0)
+    recorder.close()
+    raw = tomllib.loads(TAPPED)
+    override_load(raw, None, 30.0, None, None, None)
+    with pytest.raises(ScenarioError, match="duration = 30: a replay of arrivals ends with them"):
+        checked_scenario(raw, str(tmp_path / "scenario.toml"), [])
