@@ -1,10 +1,10 @@
 """A run's course as those who watch it see it: rates, ratios and quantiles so far, and the samples. Reads the tally and decides nothing."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from fanmark.loadgen.health import bucket_quantile, worst
+from fanmark.loadgen.health import WORDS, ClientState, bucket_quantile, worst
 from fanmark.loadgen.samples import Sample
 from fanmark.loadgen.statistics import QUANTILES, SUPPORT
 from fanmark.loadgen.tally import ArmTally, Tally
@@ -20,6 +20,9 @@ class Rates(NamedTuple):
     calls: float
     input_tokens: float
     output_tokens: float
+
+
+WORKER_COLUMNS = ("worker", "client", "CPU", "queries\nrunning", "done", "loop lag\np99, ms")
 
 
 class Course:
@@ -87,6 +90,28 @@ class Course:
         """On the client, as of now."""
         return worst([state.verdict for state in list(self.tally.clients.values())])
 
+    @property
+    def client(self) -> str:
+        """The verdict in words, and how many workers died."""
+        states = list(self.tally.clients.values())
+        lost = sum(state.lost_at is not None for state in states)
+        word = self.verdict if self.verdict.startswith("client") else f"client {self.verdict}"
+        return word + (f", {lost} of {len(states)} workers lost" if lost else "")
+
+    def workers(self, most: int) -> list[list[str]]:
+        """A row under those columns for each of several workers as it last told of itself: all, or the `most` that are worst off, and one
+        that counts the others. None of a single one, which is the client."""
+        states = dict(self.tally.clients)
+        if len(states) < 2:
+            return []
+        shown = sorted(states)
+        if len(states) > most:
+            shown.sort(key=lambda n: _badness(states[n]), reverse=True)
+        others = Counter(_word(states[n]) for n in shown[most:])
+        told = ", ".join(f"{others[word]} {word}" for word in ("lost", *reversed(WORDS)) if others[word])
+        more = [[f"{others.total()} others", told, "", "", "", ""]] if others else []
+        return [_worker(n, states[n]) for n in shown[:most]] + more
+
     def servers(self) -> dict[str, str]:
         """What each target's servers were doing at the last sample, in words."""
         found = {}
@@ -99,6 +124,25 @@ class Course:
                 ]
                 found[name] = ", ".join(told + ([] if server.kv_use is None else [f"KV {server.kv_use:.0%}"]))
         return found
+
+
+def _badness(state: ClientState) -> tuple[bool, int, float]:
+    return state.lost_at is not None, WORDS.index(state.verdict), state.cpu_share or 0.0
+
+
+def _word(state: ClientState) -> str:
+    return state.verdict if state.lost_at is None else "lost"
+
+
+def _worker(index: int, state: ClientState) -> list[str]:
+    name = f"{index}" if state.node is None else f"{index} on {state.node}"
+    done = str(state.queries_done)
+    if state.lost_at is not None:
+        return [name, f"lost at {state.lost_at:.0f} s", "-", "-", done, "-"]
+    lag_s = bucket_quantile(dict(state.loop_lag), 0.99)
+    cpu = "-" if state.cpu_share is None else f"{state.cpu_share:.0%}"
+    lag_ms = "-" if lag_s is None else f"{1e3 * lag_s:.1f}"
+    return [name, state.verdict, cpu, str(state.queries_running), done, lag_ms]
 
 
 def quantiles(counts: Mapping[int, int]) -> dict[str, float | None]:

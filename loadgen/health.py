@@ -24,7 +24,8 @@ class ClientState(msgspec.Struct):
     """What one worker has measured of itself so far. `loop_lag` counts beats by log bucket of their lateness (records.gap_bucket);
     `busy_seconds` is the longest stretch of seconds above 90 % CPU; `lost_at` is when the worker died, if it did; `verdict` is as of
     the last second, warm-up included. `node` is where it works, None on the driver's own machine, and `clock_offset_s` what that node's
-    time of day is ahead of the driver's. `lost_queries` are those of its last snapshot, by arm and outcome, where its records are lost."""
+    time of day is ahead of the driver's. `lost_queries` are those of its last snapshot, by arm and outcome, where its records are lost.
+    `cpu_share` is of one core over the last second, None once it has ended; queries are those of all arms, as of then, warm-up left out."""
 
     loop_lag: Counter[int] = msgspec.field(default_factory=Counter)
     busy_seconds: int = 0
@@ -35,6 +36,19 @@ class ClientState(msgspec.Struct):
     node: str | None = None
     clock_offset_s: float = 0.0
     lost_queries: dict[str, dict[str, int]] | None = None
+    cpu_share: float | None = None
+    queries_running: int = 0
+    queries_done: int = 0
+
+
+class Queries(Protocol):
+    """An arm's, so far."""
+
+    @property
+    def completed(self) -> int: ...
+
+    @property
+    def in_flight(self) -> int: ...
 
 
 class Delays(Protocol):
@@ -43,6 +57,10 @@ class Delays(Protocol):
     send_delay: Counter[int]
     ttft: Counter[int]
     clients: dict[int, "ClientState"]
+
+    @property
+    def arms(self) -> Mapping[str, Queries]:
+        """By name."""
 
 
 class Health:
@@ -55,8 +73,15 @@ class Health:
 
     async def watch(self, delays: Delays, worker: int = 0) -> None:
         """Beats until cancelled; each beat's lateness is the loop's lag. Counts the seconds in a row above 90 % CPU, and judges."""
-        in_a_row = 0
         delays.clients[worker] = self.state
+        try:
+            await self._beat(delays)
+        finally:
+            self.state.cpu_share = None
+            self._count(delays)
+
+    async def _beat(self, delays: Delays) -> None:
+        in_a_row = 0
         cpu_s, at = time.process_time(), self._now()
         while True:
             due_at = self._now() + _BEAT_S
@@ -64,13 +89,19 @@ class Health:
             lag_s = max(0.0, self._now() - due_at)
             self.state.loop_lag[gap_bucket(lag_s)] += 1
             if self._now() - at >= 1.0:
-                share = (time.process_time() - cpu_s) / (self._now() - at)
-                in_a_row = in_a_row + 1 if share > 0.9 else 0
+                self.state.cpu_share = (time.process_time() - cpu_s) / (self._now() - at)
+                in_a_row = in_a_row + 1 if self.state.cpu_share > 0.9 else 0
                 self.state.busy_seconds = max(self.state.busy_seconds, in_a_row)
                 cpu_s, at = time.process_time(), self._now()
                 self.look()
+                self._count(delays)
                 ttft_s = bucket_quantile(delays.ttft, 0.5)
                 self.state.verdict = judge(self.state, bucket_quantile(delays.send_delay, 0.99), ttft_s).word
+
+    def _count(self, delays: Delays) -> None:
+        arms = list(delays.arms.values())
+        self.state.queries_running = sum(arm.in_flight for arm in arms)
+        self.state.queries_done = sum(arm.completed for arm in arms)
 
     def look(self) -> ClientState:
         """The state, with CPU time and memory as they are now."""

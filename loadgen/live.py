@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
-from fanmark.loadgen.course import Course, of_arm
+from fanmark.loadgen.course import WORKER_COLUMNS, Course, of_arm
 from fanmark.loadgen.table import number, short
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Progress:
         console = Console(file=self._out)
         with Live(console=console, auto_refresh=False, transient=True) as live:
             while True:
-                live.update(self.view(), refresh=True)
+                live.update(self.view(console.height), refresh=True)
                 await asyncio.sleep(0.5)
 
     def _tokens_per_s(self) -> tuple[float, float]:
@@ -86,19 +86,22 @@ class Progress:
             f"{course.now():6.1f} s  {self._done()}"
             + f", {flying} calls in flight, tokens/s in {number(read)} out {number(written)}"
             + (f", calls: {ratios}" if ratios else "")
-            + (f", client {course.verdict}" if course.verdict != "ok" else "")
+            + (f", {course.client}" if course.verdict != "ok" else "")
         )
 
-    def view(self) -> "Group":
-        """Two tables that fit 80 columns, what is most needed above them."""
+    def view(self, height: int = 24) -> "Group":
+        """Tables that fit 80 columns, what is most needed above them, and as many workers as there are lines for."""
         from rich.console import Group
 
         course = self._course
         servers = [f"server   {told}" for told in course.servers().values()]
         if len(servers) > 1:
             servers = [f"{name[:8]:<8} {told}" for name, told in course.servers().items()]
-        head = f"{course.now():.0f} s   {self._done()}   client {course.verdict}"
-        return Group(head, *servers, "", self._work(), "", self._cost())
+        head = f"{course.now():.0f} s   {self._done()}   {course.client}"
+        taken = len(servers) + 2 * len(course.tally.arms) + 12  # the workers' titles and last row included
+        workers = course.workers(max(2, height - taken))
+        below: list[Table | str] = ["", _of(workers)] if workers else []
+        return Group(head, *servers, "", self._work(), "", self._cost(), *below)
 
     def _work(self) -> "Table":
         table = _columns(
@@ -143,11 +146,18 @@ def _wide(out: TextIO) -> bool:
     return (getattr(out, "encoding", None) or "").lower().startswith("utf")
 
 
-def _columns(titles: Sequence[str]) -> "Table":
+def _of(workers: Sequence[Sequence[str]]) -> "Table":
+    table = _columns(WORKER_COLUMNS[1:], WORKER_COLUMNS[0], 24)
+    for row in workers:
+        table.add_row(*row)
+    return table
+
+
+def _columns(titles: Sequence[str], first: str = "arm", width: int = 14) -> "Table":
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("arm", justify="left", no_wrap=True, vertical="bottom", max_width=14)
+    table.add_column(first, justify="left", no_wrap=True, vertical="bottom", max_width=width)
     for title in titles:
         table.add_column(title, justify="right", no_wrap=True, vertical="bottom")
     return table

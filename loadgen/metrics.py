@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from fanmark.loadgen.exposition import CLASSIC, OPENMETRICS, Bars, Exposition, Value, labels
-from fanmark.loadgen.health import WORDS, worst
+from fanmark.loadgen.health import WORDS, bucket_quantile, worst
 from fanmark.loadgen.records import bucket_gap_s
 from fanmark.loadgen.tally import GAPS_S, LEAST_QUERIES, SECONDS, TOKEN_KINDS, ArmTally, Histogram, Tally
 from fanmark.loadgen.trace_headers import trace_id
@@ -281,6 +281,14 @@ class Metrics:
         out.counter("fanmark_client_cpu_seconds", "CPU time of the client", cpu)
         memory = [(worker[name], state.rss_mb * 2**20) for name, state in states.items()]
         out.gauge("fanmark_client_memory_bytes", "Largest resident memory so far", memory)
+        late = {n: bucket_quantile(dict(state.loop_lag), 0.99) for n, state in states.items()}
+        text = "p99 of the lateness of a worker's event loop so far"
+        out.gauge(
+            "fanmark_client_worker_loop_lag_seconds", text, [(worker[n], s) for n, s in late.items() if s is not None]
+        )
+        text = "The verdict on a worker as it is now: 0 ok, 1 strained, 2 client-limited or lost"
+        each = [(worker[n], WORDS.index(state.verdict)) for n, state in states.items()]
+        out.gauge("fanmark_client_worker_verdict", text, each)
         word = worst([state.verdict for state in states.values()])
         verdicts = [(labels({"verdict": each}), int(each == word)) for each in WORDS]
         out.gauge("fanmark_client_verdict", "1 for the verdict on the client as it is now", verdicts)

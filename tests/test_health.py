@@ -161,12 +161,18 @@ def test_a_watch_measures_the_process_it_runs_in() -> None:
     async def watch_for(seconds: float) -> Tally:
         health, tally = Health(time.monotonic), Tally({"single": "single"}, "single")
         tally.send_delay[gap_bucket(0.2)] = 1  # far too late
+        for _ in range(3):
+            tally.query_started("single")
         watching = asyncio.ensure_future(health.watch(tally, 3))
         await asyncio.sleep(seconds)
+        state = tally.clients[3]
+        assert state.cpu_share is not None and (state.queries_running, state.queries_done) == (3, 0)
+        tally.arms["single"].finished["completed"] = 2
         watching.cancel()
         return tally
 
     state = asyncio.run(watch_for(1.2)).clients[3]
+    assert state.cpu_share is None and (state.queries_running, state.queries_done) == (1, 2)  # as it ended
     assert 10 <= sum(state.loop_lag.values()) <= 24
     assert state.cpu_s > 0 and state.rss_mb > 1 and state.verdict == "client-limited"
 

@@ -4,15 +4,17 @@ import http.client
 import io
 import math
 import re
+from collections import Counter
 from itertools import pairwise
 
+import pytest
 from rich.console import Console
 
 from fanmark.loadgen.course import MOST_SAMPLES, Course
 from fanmark.loadgen.health import ClientState
 from fanmark.loadgen.live import Progress
 from fanmark.loadgen.metrics_server import serve
-from fanmark.loadgen.records import Call, Query
+from fanmark.loadgen.records import Call, Query, gap_bucket
 from fanmark.loadgen.report.live_page import LivePage
 from fanmark.loadgen.samples import ArmSample, Sample, ServerSample
 from fanmark.loadgen.tally import Tally
@@ -105,6 +107,55 @@ def _query(tally: Tally, arm: str, calls: int, tokens: int | None, latency_s: fl
             resources=resources, expected={"calls": calls}, mismatches=[], seed="",
         )
     )  # fmt: skip
+
+
+def _with_workers(*states: ClientState) -> Course:
+    tally = Tally({"single": "single", "debate": "debate"}, "single")
+    tally.clients = dict(enumerate(states))
+    return Course(tally, 24, lambda: 30.0)
+
+
+def _seen(course: Course, height: int) -> list[str]:
+    console = Console(file=io.StringIO(), width=80)
+    console.print(Progress(course, _Utf8()).view(height))
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+
+
+def test_several_workers_have_a_row_each() -> None:
+    lags = Counter({gap_bucket(0.0042): 99})
+    course = _with_workers(
+        ClientState(lags, cpu_share=0.256, queries_running=7, queries_done=120),
+        ClientState(lags, lost_at=12.3, verdict="client-limited", cpu_share=0.9, queries_running=3, queries_done=44),
+        ClientState(verdict="strained", node="10.0.0.4"),
+    )
+    lines = _seen(course, 24)
+    assert lines[0] == "30 s   0 of 24 queries done   client-limited, 1 of 3 workers lost"
+    assert [line.split() for line in lines[-3:]] == [
+        ["0", "ok", "26%", "7", "120", "4.2"],
+        ["1", "lost", "at", "12", "s", "-", "-", "44", "-"],
+        ["2", "on", "10.0.0.4", "strained", "-", "0", "0", "-"],
+    ]
+    page = LivePage(course, "a run").body()
+    assert "client-limited, 1 of 3 workers lost." in page
+    assert '<th scope="row">2 on 10.0.0.4</th><td>strained</td>' in page and "<td>lost at 12 s</td>" in page
+    alone = _with_workers(ClientState(verdict="strained"))
+    assert "By worker" not in LivePage(alone, "a run").body() and len(_seen(alone, 24)) == len(lines) - 6
+
+
+@pytest.mark.parametrize("height", [18, 24, 40])
+def test_of_many_workers_the_worst_are_shown_and_the_others_counted(height: int) -> None:
+    """Worker i burns i %; 30 and up are strained, 7 is lost."""
+    states = [ClientState(verdict="strained" if i >= 30 else "ok", cpu_share=i / 100) for i in range(40)]
+    states[7] = ClientState(verdict="client-limited", lost_at=1.0)
+    lines = _seen(_with_workers(*states), height)
+    assert len(lines) < height and max(map(len, lines)) <= 80
+    title = next(i for i, line in enumerate(lines) if line.startswith("worker"))
+    rows = lines[title + 1 :]
+    assert [int(row.split()[0]) for row in rows[:-1]] == [7, *range(39, 29, -1), *range(29, 7, -1)][: len(rows) - 1]
+    strained = max(0, 11 - (len(rows) - 1))
+    others = 40 - (len(rows) - 1)
+    told = ([f"{strained} strained"] if strained else []) + [f"{others - strained} ok"]
+    assert " ".join(rows[-1].split()) == f"{others} others {', '.join(told)}"
 
 
 def test_a_long_course_keeps_ever_fewer_samples() -> None:

@@ -47,6 +47,8 @@ PROMISED = {
     "fanmark_client_send_delay_seconds": set(),
     "fanmark_client_cpu_seconds": {"worker"},
     "fanmark_client_memory_bytes": {"worker"},
+    "fanmark_client_worker_loop_lag_seconds": {"worker"},
+    "fanmark_client_worker_verdict": {"worker"},
     "fanmark_client_verdict": {"verdict"},
     "fanmark_client_chunks": set(),
     "fanmark_client_coalesced_chunks": set(),
@@ -226,6 +228,9 @@ def test_the_client_tells_of_itself_by_worker(tally: Tally) -> None:
     for worker, cpu_s, mb in (("0", 1.5, 2), ("1", 0.25, 1)):
         assert value(found, "fanmark_client_cpu_seconds_total", worker=worker) == cpu_s
         assert value(found, "fanmark_client_memory_bytes", worker=worker) == mb * 2**20
+        assert value(found, "fanmark_client_worker_verdict", worker=worker) == int(worker)  # ok, strained
+    lags = [value(found, "fanmark_client_worker_loop_lag_seconds", worker=worker) for worker in "01"]
+    assert lags == [pytest.approx(0.0015, rel=0.011), None]
     words = {
         word: value(found, "fanmark_client_verdict", verdict=word) for word in ("ok", "strained", "client-limited")
     }

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fanmark.loadgen import table
-from fanmark.loadgen.course import Course, of_arm
+from fanmark.loadgen.course import WORKER_COLUMNS, Course, of_arm
 from fanmark.loadgen.report import charts, page, svg, timeline, words
 from fanmark.loadgen.report.svg import esc
 from fanmark.loadgen.table import number, short
@@ -20,6 +20,8 @@ _NOTE = (
     "<p>So far, on a logarithmic scale. Counts have a 95 % interval from 10 queries of both arms on, wider than the report's will be; "
     "times hold at the load so far, and have none yet.</p>"
 )
+
+_MOST_WORKERS = 24
 
 Page = Callable[[str], tuple[str, bytes]]
 
@@ -52,13 +54,14 @@ class LivePage:
         servers = [f"{name}: {told}" for name, told in course.servers().items()]
         parts = [
             f"<h1>{esc(self._name)}, running for {course.now():.0f} s</h1>",
-            f'<p class="answer">{course.done}{of} queries done{failed}; client {esc(course.verdict)}.</p>',
+            f'<p class="answer">{course.done}{of} queries done{failed}; {esc(course.client)}.</p>',
             *(
                 f'<p class="answer">{esc(self._answer(arm))}</p>'
                 for arm in course.tally.arms
                 if arm != course.tally.baseline and course.tally.compared
             ),
             f"<section><h2>Now</h2>{svg.table(self._rows())}<p>{esc('; '.join(servers))}</p></section>",
+            self._workers(),
             f"<section><h2>What a query costs</h2>{self._costs()}</section>",
             f"<section><h2>Over time</h2>{timeline.timelines(list(course.samples), [], 'time')}</section>",
             '<p><a href="/metrics">All sums, as Prometheus metrics</a></p>',
@@ -90,6 +93,11 @@ class LivePage:
             times = [number(found[q]) for found in of_arm(arm).values() for q in ("p50", "p99")]
             rows.append([name, *map(str, counts), *map(short, self._course.rates(name) or [None] * 4), *times])
         return rows
+
+    def _workers(self) -> str:
+        rows = self._course.workers(_MOST_WORKERS)
+        head = [column.replace("\n", " ") for column in WORKER_COLUMNS]
+        return f"<section><h2>By worker</h2>{svg.table([head, *rows])}</section>" if rows else ""
 
     def _costs(self) -> str:
         """Ratios to the baseline; of what passes a tap, which has none, what a query took so far, and how queries are spread."""

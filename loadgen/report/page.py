@@ -188,7 +188,9 @@ def _client(client: Mapping[str, Any], name: str) -> str:
             rows.append([word, *("-" if found[c] is None else f"{1e3 * found[c]:.2f}" for c in columns)])
     workers = [["worker", "verdict", "loop lag p99, ms", "send delay p99, ms", "CPU, s", "memory, MB"]] + [
         [
-            f"{n}{' on ' + w['node'] if w.get('node') else ''}", w["verdict"], f"{1e3 * w['loop_lag_p99_s']:.2f}",
+            f"{n}{' on ' + w['node'] if w.get('node') else ''}",
+            w["verdict"] if w.get("lost_at") is None else f"lost at {w['lost_at']:.1f} s",
+            f"{1e3 * w['loop_lag_p99_s']:.2f}",
             f"{1e3 * w['send_delay_p99_s']:.2f}", f"{w['cpu_s']:.1f}", f"{w['rss_mb']:.0f}",
         ]
         for n, w in client.get("by_worker", {}).items()

@@ -114,6 +114,7 @@ class _Nobody:
         self.send_delay: Counter[int] = Counter()
         self.ttft: Counter[int] = Counter()
         self.clients: dict[int, Any] = {}
+        self.arms: dict[str, Any] = {}
 
 
 async def carry(listener: socket.socket, link: socket.socket, upstreams: list[Upstream]) -> None:

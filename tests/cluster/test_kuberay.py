@@ -56,6 +56,9 @@ def test_its_command_is_one(job: dict[str, Any]) -> None:
     assert (program, command, scenario) == ("fanmark", "run", "/scenario/scenario.toml")
     assert flags[: flags.index("auto") + 1] == ["--ray", "auto"]
     done = subprocess.run(
-        [Path(sys.executable).with_name("fanmark"), command, *flags, "--dry-run"], capture_output=True, text=True
+        [Path(sys.executable).with_name("fanmark"), command, *flags, "--dry-run"],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
