@@ -16,6 +16,7 @@ import pytest
 from free_port import free_port
 from stub_process import Stub, running_stub
 from tapped import SALT, by_seed, through
+from test_replay import AS_RECORDED, replay, simulated
 
 from fanmark.agents import topologies
 from fanmark.loadgen import compare, session
@@ -73,6 +74,11 @@ def test_the_tap_tells_of_each_query_what_the_run_tells(stub: Stub, tools_url: s
     assert summary["tap"]["unattributed"] == 0
     assert set(summary["tap"]["attributed"]["call"]) == {"traceparent"}
     assert verify(tmp_path / "tap", topologies()).differ == []
+    again = simulated(replay(tmp_path / "tap", "tapped", queries=12), tmp_path / "again")["arms"]["tapped"]
+    assert {name: again["fidelity"][name] for name in AS_RECORDED} == AS_RECORDED
+    assert again["fidelity"]["overlap"] > 0.75  # nobody else shares this cache: it holds a little more
+    per_query = summary["arms"]["tapped"]["per_query"]["cached_tokens"]
+    assert again["per_query"]["cached_tokens"]["mean"] == pytest.approx(per_query["mean"], rel=0.1)
 
 
 SECRETS = {

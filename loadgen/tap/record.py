@@ -17,6 +17,7 @@ from fanmark.loadgen.recording import Said as Told
 from fanmark.loadgen.records import Call, Query
 from fanmark.loadgen.tap.asked import Said
 from fanmark.loadgen.tap.frames import UNTOLD
+from fanmark.loadgen.tap.pieces import ending, pieces
 from fanmark.loadgen.tap.seen import Group, Seen
 
 BYTES_A_TOKEN = 4
@@ -116,22 +117,36 @@ def numbered(group: Group) -> dict[Seen, int]:
     return {seen: number for number, seen in enumerate(sorted(group.calls, key=lambda seen: seen.n), start=1)}
 
 
-def settle(group: Group, number: int, arm: str, sizes: Sizes) -> list[Call]:
+def settle(group: Group, number: int, arm: str, sizes: Sizes, salt: bytes) -> list[Call]:
     """Fills in what only a whole query tells of its calls, attempts that failed before included."""
     numbers = numbered(group)
     found: list[Call] = []
     for seen, place in numbers.items():
         after = sorted(numbers[each] for each in seen.after if each in numbers)
         again_at: float | None = None
+        cut = _cut(seen, salt)
         for attempt in [seen, *reversed(seen.failed_before)]:
             call: TappedCall = attempt.record
             call.query, call.arm, call.call, call.after = number, arm, place, after
             call.round, call.by_time, call.attempt, call.retry_at = seen.round, seen.by_time, attempt.attempt, again_at
             if call.messages is not None:
-                call.messages = _sized(call, seen.sources, numbers, sizes)
+                if cut:
+                    call.messages = [told for told, _ in cut]
+                call.messages = _sized(call, [e for _, e in cut] if cut else seen.sources, numbers, sizes)
+                if cut and call.input_tokens is not None:
+                    call.messages = ending(call.messages, call.input_tokens)
             again_at = call.due_at
             found.append(call)
     return found
+
+
+def _cut(seen: Seen, salt: bytes) -> list[tuple[Told, Seen | None]]:
+    """A completion's prompt in pieces; nothing of what is whole."""
+    call: TappedCall = seen.record
+    if call.api != "completions" or not call.messages or len(call.messages) > 1 or seen.sources[0] is not None:
+        return []
+    earlier = [e for e in seen.query.calls if e.ended_at is not None and e.ended_at <= seen.began_at and not e.failed]
+    return pieces(salt, seen.asked.messages[0].content, call.messages[0], earlier)
 
 
 def of_query(group: Group, number: int, arm: str, salt: bytes, calls: Sequence[Call]) -> TappedQuery:

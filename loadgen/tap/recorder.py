@@ -214,7 +214,7 @@ class Recorder:
         self._told.pop(group, None)
         number = self.written[arm]
         self.written[arm] += 1
-        calls = settle(group, number, arm, self.sizes)
+        calls = settle(group, number, arm, self.sizes, self._salt)
         query = of_query(group, number, arm, self._salt, calls)
         query.resources = resources(query.needed, query.due_at, query.done_at, {}, query.retried)
         for call in query.calls:
