@@ -1,10 +1,12 @@
 """How far one driver goes: what the snapshots of 1,000 workers weigh, and what adding them up costs it.
 
-    python benchmarks/snapshots.py [--workers 1000] [--seconds 30]
+    python benchmarks/snapshots.py [--workers 1000] [--seconds 30] [--kinds 20] [--full buckets|all]
 
 All in this process: each worker's tally is filled with calls as a run would fill it (three arms, two targets, eight tools, times that
 spread widely), packed and pickled each second. What is timed, in CPU time, is the driver's part: reading a second's snapshots, and adding
-them up. The goal is 50 ms for adding up 1,000, and a driver whose memory does not grow with the run, once all log buckets have been met.
+them up. The goal is 50 ms for adding up 1,000, and a driver whose memory does not grow with the run. `--kinds`: so many workers are filled,
+and the others tell the same as one of them. `--full` begins where no run gets: `buckets` with every log bucket of every counter met, from a
+microsecond to a day, which is all that can grow with time; `all` with as many roles and tools made up as are told apart, too.
 """
 
 import argparse
@@ -14,13 +16,15 @@ import resource
 import time
 
 from fanmark.loadgen.health import ClientState
-from fanmark.loadgen.link import Snapshot, pickled
+from fanmark.loadgen.link import pickled, snapshot
+from fanmark.loadgen.metrics import CALL_OUTCOMES, TOOL_OUTCOMES
 from fanmark.loadgen.records import Call, Query, gap_bucket
 from fanmark.loadgen.sums import Packer, Sums
-from fanmark.loadgen.tally import Tally
+from fanmark.loadgen.tally import MOST_NAMES, SECONDS, Histogram, Tally
 
 ARMS = {"single": "single", "debate": "debate", "mcp-chain": "tool-chain"}
 GOAL_S = 0.050
+DAY_S = 86_400.0
 
 
 def second_of(rng: random.Random, tally: Tally, state: ClientState, number: int) -> None:
@@ -65,14 +69,37 @@ def second_of(rng: random.Random, tally: Tally, state: ClientState, number: int)
         state.loop_lag[gap_bucket(rng.lognormvariate(-8, 0.5))] += 1
 
 
+def fill(tally: Tally, state: ClientState, *, names: bool) -> None:
+    """All that can ever be counted, once."""
+    buckets = range(gap_bucket(0.0), gap_bucket(DAY_S) + 1)
+    for counter in (
+        state.loop_lag,
+        tally.send_delay,
+        tally.ttft,
+        *(counter for arm in tally.arms.values() for counter in (arm.ttft, arm.latency)),
+    ):
+        counter.update(dict.fromkeys(buckets, 1))
+    for arm in tally.arms.values() if names else ():
+        for name in (f"made up {n}" for n in range(MOST_NAMES + 1)):
+            arm.calls.update({(name, target, outcome): 1 for target in ("small", "big") for outcome in CALL_OUTCOMES})
+            arm.tool_calls.update({(name, outcome): 1 for outcome in TOOL_OUTCOMES})
+            arm.tool_bytes[name] += 1
+            for times in (arm.tool_s, arm.tool_queued_s):
+                times[name] = Histogram(SECONDS)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=1_000)
     parser.add_argument("--seconds", type=int, default=30)
+    parser.add_argument("--kinds", type=int, default=20)
+    parser.add_argument("--full", choices=["buckets", "all"])
     given = parser.parse_args()
-    rng, kinds = random.Random(7), 20  # so many workers are filled; the others tell the same as one of them
+    rng, kinds = random.Random(7), given.kinds
     tallies = [Tally(ARMS, "single") for _ in range(kinds)]
     packers, states = [Packer(tally) for tally in tallies], [ClientState() for _ in range(kinds)]
+    for tally, state in zip(tallies, states, strict=True) if given.full else ():
+        fill(tally, state, names=given.full == "all")
     sums, whole, clients = Sums(), Tally(ARMS, "single"), dict[int, ClientState]()
     print(f"{given.workers} workers, 6 queries and 66 calls a second each")
     print("second  bytes a snapshot  pack, ms  read all, ms  add up, ms  held, MB")
@@ -81,19 +108,19 @@ def main() -> None:
         for tally, state in zip(tallies, states, strict=True):
             second_of(rng, tally, state, second)
         at = time.process_time()
-        data = [pickled(Snapshot(packer.pack(), state)) for packer, state in zip(packers, states, strict=True)]
+        data = [pickled(snapshot(packer, state)) for packer, state in zip(packers, states, strict=True)]
         pack_s = (time.process_time() - at) / kinds
         at = time.process_time()
         for worker in range(given.workers):
-            snapshot = pickle.loads(data[worker % kinds])
-            sums.take(worker, snapshot.sums)
-            clients[worker] = snapshot.state
+            told = pickle.loads(data[worker % kinds])
+            sums.take(worker, told.sums)
+            clients[worker] = told.state
         read_s = time.process_time() - at
         at = time.process_time()
         sums.into(whole)
         add_s = time.process_time() - at
         slowest_s = max(slowest_s, add_s)
-        if second in (1, 2, 3, 5, 10, 20) or second == given.seconds:
+        if second in (1, 2, 3, 5, 10, 20, 50, 100, 200, 300, 500, 1_000, 2_000, 3_000) or second == given.seconds:
             size = sum(map(len, data)) / kinds
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             print(

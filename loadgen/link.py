@@ -7,15 +7,18 @@ machine, the pickles are passed on between its pipes and the driver as they are.
 import asyncio
 import os
 import pickle
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from fanmark.loadgen.health import ClientState
 from fanmark.loadgen.reach import Place
 from fanmark.loadgen.run import Ending
 from fanmark.loadgen.scenario import Scenario
-from fanmark.loadgen.sums import Packed
+from fanmark.loadgen.sums import Packed, Packer, joined
 
 _HEAD_BYTES = 4
 
@@ -86,6 +89,12 @@ class Refused:
     """From a worker that could not start: the error that the driver raises in its place."""
 
     error: Exception
+
+
+def snapshot(packer: Packer, state: ClientState) -> Snapshot:
+    """As it is sent: no larger however long the run is."""
+    lag = Counter(joined(state.loop_lag))
+    return Snapshot(packer.pack(), msgspec.structs.replace(state, loop_lag=lag))
 
 
 def pickled(message: Any) -> bytes:

@@ -1,6 +1,5 @@
 """The run's sums as Prometheus metrics, made when they are scraped: the run itself writes only to its own tally."""
 
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,7 +9,17 @@ from functools import partial
 from fanmark.loadgen.exposition import CLASSIC, OPENMETRICS, Bars, Exposition, Value, labels
 from fanmark.loadgen.health import WORDS, bucket_quantile, worst
 from fanmark.loadgen.records import bucket_gap_s
-from fanmark.loadgen.tally import GAPS_S, LEAST_QUERIES, SECONDS, TOKEN_KINDS, ArmTally, Histogram, Tally
+from fanmark.loadgen.tally import (
+    GAPS_S,
+    LEAST_QUERIES,
+    SECONDS,
+    TOKEN_KINDS,
+    ArmTally,
+    Histogram,
+    Tally,
+    bounded,
+    role_label,
+)
 from fanmark.loadgen.trace_headers import trace_id
 
 AMPLIFIED = (
@@ -71,11 +80,6 @@ class Told:
             for stage, offset_s in enumerate(self.stages_s, start=1):
                 found[f"{name}, stage {stage}"] = began_at + (at + offset_s) * self.time_scale
         return {mark: at for mark, at in found.items() if at <= now} | ({"end": self.ended_at} if self.ended_at else {})
-
-
-def role_label(role: str) -> str:
-    """A role without its number: agent-12 is an agent."""
-    return re.sub(r"-\d+$", "", role) or "?"
 
 
 class Metrics:
@@ -219,7 +223,7 @@ class Metrics:
                 found.update(dict.fromkeys(((role, target, outcome) for outcome in CALL_OUTCOMES), 0))
         known = set(roles)
         for (role, target, outcome), times in list(arm.calls.items()):
-            found[_bounded(role_label(role), known), target, outcome] += times
+            found[bounded(role_label(role), known, MOST_VALUES), target, outcome] += times
         return [
             (f"{label},{labels({'role': role, 'target': target, 'outcome': outcome})}", times)
             for (role, target, outcome), times in found.items()
@@ -236,17 +240,17 @@ class Metrics:
                 {(tool, outcome): 0 for tool in self._told.tools.get(name, ()) for outcome in TOOL_OUTCOMES}
             )
             for (tool, outcome), n in list(arm.tool_calls.items()):
-                ended[_bounded(tool, known), outcome] += n
+                ended[bounded(tool, known, MOST_VALUES), outcome] += n
             calls += [(f"{label},{labels({'tool': tool, 'outcome': o})}", n) for (tool, o), n in ended.items()]
             bytes_of = Counter(dict.fromkeys(known, 0))
             for tool, n in list(arm.tool_bytes.items()):
-                bytes_of[_bounded(tool, known)] += n
+                bytes_of[bounded(tool, known, MOST_VALUES)] += n
             sizes += [(f"{label},{labels({'tool': tool})}", n) for tool, n in bytes_of.items()]
             trace = self._trace_of(name)
             for attribute, rows in times.items():
                 merged = {tool: Histogram(SECONDS) for tool in self._told.tools.get(name, ())}
                 for tool, histogram in list(getattr(arm, attribute).items()):
-                    merged.setdefault(_bounded(tool, known), Histogram(SECONDS)).merge(histogram)
+                    merged.setdefault(bounded(tool, known, MOST_VALUES), Histogram(SECONDS)).merge(histogram)
                 rows += [(f"{label},{labels({'tool': tool})}", h, trace) for tool, h in merged.items()]
             sessions.append((label, arm.tool_session_s, None))
         out.counter("fanmark_tool_calls", "Tool calls ended, by outcome", calls)
@@ -295,11 +299,3 @@ class Metrics:
         out.counter("fanmark_client_chunks", "Chunks with tokens that were read", [("", self._tally.chunks)])
         text = "Chunks that came together with the one before"
         out.counter("fanmark_client_coalesced_chunks", text, [("", self._tally.coalesced)])
-
-
-def _bounded(value: str, known: set[str]) -> str:
-    """The label for a role or tool: itself while there are few; `known` grows."""
-    if value not in known and len(known) >= MOST_VALUES:
-        return "other"
-    known.add(value)
-    return value

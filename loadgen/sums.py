@@ -1,8 +1,10 @@
 """A worker's sums on their way to the driver, and the sum over all workers.
 
 Rules of the file:
-1. A snapshot holds all sums so far, so that one that comes twice changes nothing. It is counts and sums: nothing in it grows with time.
-2. What is counted by log bucket is told as bucket and count. All else has a place in a vector, which is told once, when it is new.
+1. A snapshot holds all sums so far, so that one that comes twice changes nothing. It is counts and sums, and has a ceiling: names and
+   buckets are bounded (tally.MOST_NAMES, COARSE), arms and targets are the scenario's (tests/test_snapshots.py).
+2. What is counted by log bucket is told as bucket and count while those are few, else as the counts of all coarse buckets from the first to
+   the last. All else has a place in a vector, which is told once, when it is new.
 3. The driver adds up at fixed times and not when a snapshot comes: a thousand workers are a thousand additions of vectors each time.
 """
 
@@ -21,9 +23,18 @@ if TYPE_CHECKING:
 
 _BY_BUCKET = ("ttft", "latency")  # of an arm; the run's are beside them
 _LEAST_BUCKET, _BUCKETS = -7_000, 14_000  # of records.gap_bucket: from below a microsecond to days
-_MOST_BUCKETS = 200  # of a counter, before neighbours are joined
+MOST_BUCKETS = 200  # of a counter, before neighbours are joined
+COARSE = _BUCKETS // JOINED  # so many are there then
 _FLOATS = ("sums", "squares")
 Exemplars = dict[tuple[str, str, Hashable], dict[int, tuple[float, int]]]  # of histograms, by arm, attribute and key
+
+
+class Buckets(NamedTuple):
+    """Counts by log bucket: which (two bytes each) and how often (four); or, of the coarse ones from the `first` on, how often alone."""
+
+    which: bytes
+    often: bytes
+    first: int | None = None
 
 
 class Part(NamedTuple):
@@ -43,12 +54,12 @@ class Part(NamedTuple):
 @dataclass(frozen=True)
 class Packed:
     """All sums of a tally, the `number`th time. `new` are the parts that stand in the vector `values` behind those told before. `buckets`
-    are by arm ("": the run) and attribute: which (two bytes each) and how often (four)."""
+    are by arm ("": the run) and attribute."""
 
     number: int
     new: list[Part]
     values: bytes
-    buckets: dict[tuple[str, str], tuple[bytes, bytes]]
+    buckets: dict[tuple[str, str], Buckets]
     exemplars: Exemplars
     begun: list[float]
 
@@ -68,11 +79,11 @@ class Packer:
         new, exemplars, tally = list[Part](), Exemplars(), self._tally
         self._put(new, "", "chunks", None, tally.chunks)
         self._put(new, "", "coalesced", None, tally.coalesced)
-        buckets = {("", "send_delay"): _pairs(tally.send_delay), ("", "ttft"): _pairs(tally.ttft)}
+        buckets = {("", "send_delay"): _buckets(tally.send_delay), ("", "ttft"): _buckets(tally.ttft)}
         for name, arm in tally.arms.items():
             for attribute, key, value in _parts(arm):
                 if attribute in _BY_BUCKET:
-                    buckets[name, attribute] = _pairs(value)
+                    buckets[name, attribute] = _buckets(value)
                     continue
                 self._put(new, name, attribute, key, value)
                 if isinstance(value, Histogram) and value.exemplars:
@@ -97,26 +108,48 @@ def _parts(arm: ArmTally) -> Iterator[tuple[str, Hashable, Any]]:
             yield attribute, None, held
 
 
-def _pairs(counts: Mapping[int, int]) -> tuple[bytes, bytes]:
-    """Where there are many buckets, neighbours within 2 % are told as one: nothing that is shown while a run goes on needs more."""
-    if len(counts) > _MOST_BUCKETS:
-        joined: dict[int, int] = {}
-        for bucket, times in counts.items():
-            middle = bucket // JOINED * JOINED + JOINED // 2
-            joined[middle] = joined.get(middle, 0) + times
-        counts = joined
-    return array("h", counts.keys()).tobytes(), array("I", counts.values()).tobytes()
+def joined(counts: Mapping[int, int]) -> Mapping[int, int]:
+    """Where there are many buckets, neighbours within 2 % as one: nothing that is shown while a run goes on needs more."""
+    if len(counts) <= MOST_BUCKETS:
+        return counts
+    return {_fine(coarse): times for coarse, times in _coarse(counts).items()}
+
+
+def _coarse(counts: Mapping[int, int]) -> dict[int, int]:
+    found: dict[int, int] = {}
+    for bucket, times in counts.items():
+        coarse = min(max((bucket - _LEAST_BUCKET) // JOINED, 0), COARSE - 1)
+        found[coarse] = found.get(coarse, 0) + times
+    return found
+
+
+def _fine(coarse: int) -> int:
+    """The bucket in the middle."""
+    return coarse * JOINED + JOINED // 2 + _LEAST_BUCKET
+
+
+def _buckets(counts: Counter[int]) -> Buckets:
+    """Where they are many, neighbours are one in `counts` too from then on, lest each second all be joined again."""
+    if len(counts) <= MOST_BUCKETS:
+        which = (min(max(bucket, _LEAST_BUCKET), _LEAST_BUCKET + _BUCKETS - 1) for bucket in counts)
+        return Buckets(array("h", which).tobytes(), array("I", counts.values()).tobytes())
+    coarse = _coarse(counts)
+    counts.clear()
+    counts.update({_fine(n): times for n, times in coarse.items()})
+    first = min(coarse)
+    return Buckets(b"", array("I", (coarse.get(n, 0) for n in range(first, max(coarse) + 1))).tobytes(), first)
 
 
 @dataclass
 class _Held:
-    """One worker's last snapshot: the places of its numbers among all, and the numbers."""
+    """One worker's last snapshot: the places of its numbers among all, and the numbers; of coarse buckets the first one's place."""
 
     number: int
     places: "NDArray[np.int64]"
     values: "NDArray[np.float64]"
     bucket_places: "NDArray[np.int64]"
     bucket_counts: "NDArray[np.uint32]"
+    coarse: "list[tuple[int, NDArray[np.uint32]]]"
 
 
 @dataclass
@@ -140,13 +173,21 @@ class Sums:
         places = before.places if before is not None else np.zeros(0, np.int64)
         if packed.new:
             places = np.concatenate([places, *(self._placed(part) for part in packed.new)])
-        bases = [self._bucketed.setdefault(of, len(self._bucketed)) * _BUCKETS for of in packed.buckets]
-        buckets = np.frombuffer(b"".join(which for which, _ in packed.buckets.values()), np.int16)
-        counts = np.frombuffer(b"".join(often for _, often in packed.buckets.values()), np.uint32)
-        sizes = [len(often) // counts.itemsize for _, often in packed.buckets.values()]
-        bucket_places = np.repeat(bases, sizes) + np.clip(buckets, _LEAST_BUCKET, _LEAST_BUCKET + _BUCKETS - 1)
-        bucket_places -= _LEAST_BUCKET
-        self._held[worker] = _Held(packed.number, places, np.frombuffer(packed.values), bucket_places, counts)
+        bucket_places, bucket_counts, coarse = [np.zeros(0, np.int64)], [np.zeros(0, np.uint32)], []
+        for counter, told in packed.buckets.items():
+            place = self._bucketed.setdefault(counter, len(self._bucketed))
+            often = np.frombuffer(told.often, np.uint32)
+            if told.first is not None:
+                coarse.append((place * COARSE + told.first, often))
+                continue
+            bucket_places.append(
+                np.frombuffer(told.which, np.int16).astype(np.int64) + (place * _BUCKETS - _LEAST_BUCKET)
+            )
+            bucket_counts.append(often)
+        self._held[worker] = _Held(
+            packed.number, places, np.frombuffer(packed.values),
+            np.concatenate(bucket_places), np.concatenate(bucket_counts), coarse,
+        )  # fmt: skip
         for of, exemplars in packed.exemplars.items():
             self._exemplars.setdefault(of, {}).update(exemplars)
         self._begun = max(self._begun, packed.begun, key=len)  # the workers begin at one instant
@@ -161,9 +202,12 @@ class Sums:
         import numpy as np
 
         values, buckets = np.zeros(self._size), np.zeros(len(self._bucketed) * _BUCKETS, np.int64)
+        coarse = np.zeros(len(self._bucketed) * COARSE, np.int64)
         for held in [self._held[n] for n in (self._held if workers is None else workers) if n in self._held]:
             values[held.places] += held.values
             buckets[held.bucket_places] += held.bucket_counts
+            for at, counts in held.coarse:
+                coarse[at : at + len(counts)] += counts
         arms = {name: ArmTally(arm.topology) for name, arm in tally.arms.items()}
         run: dict[str, Any] = {}
         told = values.tolist()
@@ -174,12 +218,13 @@ class Sums:
                 run[part.attribute] = int(told[at])
         for (name, attribute), place in self._bucketed.items():
             mine = buckets[place * _BUCKETS : (place + 1) * _BUCKETS]
+            mine[_fine(0) - _LEAST_BUCKET :: JOINED] += coarse[place * COARSE : (place + 1) * COARSE]
             (full,) = np.nonzero(mine)
-            counts = Counter(dict(zip((full + _LEAST_BUCKET).tolist(), mine[full].tolist(), strict=True)))
+            found = Counter(dict(zip((full + _LEAST_BUCKET).tolist(), mine[full].tolist(), strict=True)))
             if name:
-                setattr(arms[name], attribute, counts)
+                setattr(arms[name], attribute, found)
             else:
-                run[attribute] = counts
+                run[attribute] = found
         tally.become(arms, self._begun, run)
 
     def _put(self, arm: ArmTally, part: Part, numbers: list[float]) -> None:

@@ -6,7 +6,7 @@ takes long.
 """
 
 import bisect
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
@@ -21,6 +21,8 @@ SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120,
 GAPS_S = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 60, 600)
 CALLS = (0, 1, 2, 3, 4, 6, 10, 16, 25, 50, 100, 200, 500)
 TOKENS = (100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5, 1e6, 1e7)
+MOST_NAMES = 100  # of roles, and of tools, of an arm: what comes after them is "other"
+_LONGEST_NAME = 100  # characters
 MOST_PENDING = 100  # calls: adding them takes less than a millisecond
 LEAST_QUERIES = 10  # of an arm, for an interval while the run goes on
 TOKEN_KINDS = {
@@ -57,6 +59,20 @@ class Histogram:
         self.exemplars |= other.exemplars
 
 
+def role_label(role: str) -> str:
+    """A role without its number: agent-12 is an agent."""
+    stem = role.rstrip("0123456789")
+    return (stem[:-1] if stem != role and stem.endswith("-") else role) or "?"
+
+
+def bounded(value: str, known: set[str], most: int) -> str:
+    """The name for a role or tool: itself while there are few; `known` grows."""
+    if value not in known and len(known) >= most:
+        return "other"
+    known.add(value)
+    return value
+
+
 def _of(found: dict[str, Histogram], key: str, bounds: tuple[float, ...]) -> Histogram:
     histogram = found.get(key)
     if histogram is None:
@@ -76,7 +92,7 @@ class ArmTally:
     started: int = 0
     finished: Counter[str] = field(default_factory=Counter)
     calls_in_flight: int = 0
-    calls: Counter[tuple[str, str, str]] = field(default_factory=Counter)  # (role, target, outcome)
+    calls: Counter[tuple[str, str, str]] = field(default_factory=Counter)  # (role_label, target, outcome)
     retries: int = 0
     tool_calls: Counter[tuple[str, str]] = field(default_factory=Counter)  # (tool, outcome)
     tokens: Counter[str] = field(default_factory=Counter)
@@ -100,9 +116,8 @@ class ArmTally:
     tool_queued_s: dict[str, Histogram] = field(default_factory=dict)
     tool_session_s: Histogram = field(default_factory=lambda: Histogram(SECONDS))
 
-    def add_tool_call(self, call: Call, outcome: str) -> None:
+    def add_tool_call(self, call: Call, tool: str, outcome: str) -> None:
         """A tool call that ended."""
-        tool = call.tool or "?"
         self.tool_calls[tool, outcome] += 1
         self.tool_bytes[tool] += call.bytes or 0
         _of(self.tool_s, tool, SECONDS).add(call.seconds, query=call.query)
@@ -148,6 +163,7 @@ class Tally:
         self.chunks = self.coalesced = 0  # a call's first chunk included
         self.clients: dict[int, ClientState] = {}
         self.begun: list[float] = []  # when arms began to be counted, block after block, in the run's time
+        self._names: defaultdict[tuple[str, str], set[str]] = defaultdict(set)  # roles and tools, by arm
         self.validity: dict[str, bool] = {}  # the ticks that are known, set at the run's end
 
     @property
@@ -184,14 +200,19 @@ class Tally:
         if len(self._ended) >= MOST_PENDING:
             self._add_ended()
 
+    def _named(self, call: Call) -> str:
+        """The call's role, or the tool call's tool, as it is counted: whatever is made up, there are not many."""
+        name = role_label(call.role) if call.kind == "call" else call.tool or "?"
+        return bounded(name[:_LONGEST_NAME], self._names[call.arm, call.kind], MOST_NAMES)
+
     def _add(self, call: Call) -> None:
-        arm = self._arms[call.arm]
+        arm, name = self._arms[call.arm], self._named(call)
         outcome = call.error or call.refused or ("tool_error" if call.tool_error else "completed")
         if call.kind == "tool_call":
-            arm.add_tool_call(call, outcome)
+            arm.add_tool_call(call, name, outcome)
             return
         target = call.target or "?"
-        arm.calls[call.role, target, outcome] += 1
+        arm.calls[name, target, outcome] += 1
         arm.add_tokens(call)
         delay_s = call.send_delay_s
         if call.sent_at is None or delay_s is None:

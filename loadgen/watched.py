@@ -5,10 +5,11 @@ from itertools import accumulate
 
 from fanmark.agents.runtime import Topology
 from fanmark.loadgen.demand import draw_demand
-from fanmark.loadgen.metrics import Told, role_label
+from fanmark.loadgen.metrics import Told
 from fanmark.loadgen.reach import Place, Reached
 from fanmark.loadgen.run_clock import RunClock
 from fanmark.loadgen.scenario import Arm, Scenario
+from fanmark.loadgen.tally import role_label
 from fanmark.loadgen.walk import walk
 
 _LOOKED_AT = 3  # queries of an arm, for its roles

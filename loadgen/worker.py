@@ -13,7 +13,7 @@ from fanmark.loadgen.crew import Met
 from fanmark.loadgen.errors import FanmarkError
 from fanmark.loadgen.execute import carry_out, open_connections
 from fanmark.loadgen.health import Health
-from fanmark.loadgen.link import Ask, Ended, Go, Link, Meeting, Ready, Refused, Say, Snapshot, Task, link_to_driver
+from fanmark.loadgen.link import Ask, Ended, Go, Link, Meeting, Ready, Refused, Say, Task, link_to_driver, snapshot
 from fanmark.loadgen.reach import reach
 from fanmark.loadgen.records import Journal
 from fanmark.loadgen.run import Run, Stop
@@ -75,7 +75,7 @@ async def work(task: Task, link: Link) -> Ended:
         ending = await carry_out(
             one, tally, health, journal, [_report(link, packer, health), member.listen(one.stop)], task.index
         )
-    link.send(Snapshot(packer.pack(), health.look()))
+    link.send(snapshot(packer, health.look()))
     notes = [note for endpoint in reached.endpoints.values() for note in endpoint.notes]
     return Ended(ending, {task.index: health.look()}, notes)
 
@@ -83,7 +83,7 @@ async def work(task: Task, link: Link) -> Ended:
 async def _report(link: Link, packer: Packer, health: Health) -> None:
     while True:
         await asyncio.sleep(1.0)
-        link.send(Snapshot(packer.pack(), health.state))
+        link.send(snapshot(packer, health.state))
 
 
 async def _main(read_fd: int, write_fd: int) -> None:
