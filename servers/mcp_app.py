@@ -166,10 +166,8 @@ class McpApp:
             return _json(codec.Result(message.id, {"tools": self._tools.listing}), headers=headers)
         call = asyncio.ensure_future(self._call(request, message, lambda result: result, headers))
         session.calls[message.id] = call
-        try:
-            return await asyncio.shield(call)  # a client that goes away has not given the call up
-        finally:
-            session.calls.pop(message.id, None)
+        call.add_done_callback(lambda _: session.calls.pop(message.id, None))
+        return await asyncio.shield(call)  # a client that goes away has not given the call up
 
     def _initialize(self, message: codec.Request) -> web.StreamResponse:
         now = asyncio.get_running_loop().time()

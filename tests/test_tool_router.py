@@ -173,6 +173,28 @@ def test_a_lost_server_s_sessions_go_on_at_the_others(kind: str) -> None:
     with_fleet(use)
 
 
+@pytest.mark.parametrize("version", [codec.MODERN, codec.LATEST_HANDSHAKE])
+def test_a_call_that_is_given_up_ends_at_its_server(version: str) -> None:
+    """By going away in the modern era, by a message in the other."""
+
+    async def use(fleet: Fleet) -> None:
+        connection = ThinConnection(ToolServerSpec(url=fleet.url), version)
+        await connection.start(CALL_S)
+        call = asyncio.ensure_future(
+            connection.call(SEARCH, {"query": "x"}, CALL_S, {"fanmark/latency_s": 3600}, Trip())
+        )
+        async with asyncio.timeout(CALL_S):
+            while sum(await fleet.told("fanmark_tools_in_flight")) == 0:  # noqa: ASYNC110 - the server tells
+                await asyncio.sleep(0.01)
+            call.cancel()
+            while sum(await fleet.told("fanmark_tools_in_flight")):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert sum(await fleet.told("fanmark_tools_calls_total")) == 1
+        await connection.close()
+
+    with_fleet(use)
+
+
 @pytest.mark.real
 def test_as_processes_they_have_seeds_of_their_own_and_end_with_the_router(start_tools: StartTools) -> None:
     server = start_tools("--replicas", "3", "--latency-s", "0", "--result-tokens", "9", "--seed", "4")
