@@ -48,6 +48,41 @@ def test_mooncake(tmp_path: Path) -> None:
     assert [read.tokens for read in third.reads] == [700]
 
 
+TRACES = Path(__file__).parent / "data" / "traces"
+
+
+def test_rows_that_mooncake_published(tmp_path: Path) -> None:
+    """Each reads as long as it says; two of one template share its whole blocks, and the same again is the same."""
+    rows = [json.loads(line) for line in (TRACES / "mooncake.jsonl").read_text().splitlines()]
+    assert import_trace("mooncake", TRACES / "mooncake.jsonl", tmp_path).calls == 12
+    recording = Recording(tmp_path)
+    assert list(recording.starts_s()) == pytest.approx([(row["timestamp"] - 2469) / 1000 for row in rows])
+    calls = [recording.steps(i)[0] for i in range(12)]
+    assert [sum(read.tokens for read in call.reads) for call in calls] == [row["input_length"] for row in rows]
+    template, other, again = calls[2], calls[9], calls[11]
+    assert (
+        again.reads == template.reads and other.reads[:5] == template.reads[:5] and other.reads[5] != template.reads[5]
+    )
+    assert [read.tokens for read in other.reads] == [512] * 5 + [2754 - 5 * 512]
+
+
+def test_requests_that_weka_published(tmp_path: Path) -> None:
+    """A streamed request and a plain one with the same prompt, then a turn that reads the reply of the latter, and so on."""
+    rows = json.loads((TRACES / "weka.json").read_text())["requests"]
+    found = import_trace("weka", TRACES / "weka.json", tmp_path)
+    assert "without api_time" in found.notes[0]
+    steps = Recording(tmp_path).steps(0)
+    assert [sum(read.tokens for read in step.reads) for step in steps] == [row["in"] for row in rows]
+    assert [step.tokens for step in steps] == [row["out"] for row in rows]
+    assert [told(step)[1:] for step in steps] == [
+        ([], 0.0, ["15713 tokens", "4351 tokens"]),
+        ([1], 0.0, ["15713 tokens", "4351 tokens"]),
+        ([2], 0.0, ["15713 tokens", "4351 tokens", 2, "8537 tokens"]),
+        ([2, 3], 0.0, ["15713 tokens", "4351 tokens", 2, "8537 tokens"]),
+        ([2, 4], 0.0, ["15713 tokens", "4351 tokens", 2, "8537 tokens", 4, "3961 tokens"]),
+    ]
+
+
 def test_mooncake_sessions_are_queries_of_several_calls(tmp_path: Path) -> None:
     recording = imported(
         "mooncake", tmp_path,
@@ -140,12 +175,12 @@ def test_an_orchestrator_sends_nothing_and_its_rounds_wait(tmp_path: Path) -> No
     assert [told(step)[1:3] for step in recording.steps(0)] == [([], 0.0), ([], 0.0), ([1, 2], 2.0)]
 
 
-def spans() -> list[dict[str, Any]]:
+def spans(part: str = "tool_call_response", key: str = "response") -> list[dict[str, Any]]:
     """An agent asks for a tool, which runs for a second, and reads on; beside it a span of the whole, and a call that failed."""
     system = {"role": "system", "parts": [{"type": "text", "content": "s" * 100}]}
     question = {"role": "user", "parts": [{"type": "text", "content": "q" * 100}]}
     action = {"role": "assistant", "parts": [{"type": "tool_call", "id": "c1", "name": "look", "arguments": {}}]}
-    result = {"role": "tool", "parts": [{"type": "tool_call_response", "id": "c1", "result": "r" * 50}]}
+    result = {"role": "tool", "parts": [{"type": part, "id": "c1", key: "r" * 50}]}
     usage = {"gen_ai.usage.input_tokens": 60, "gen_ai.usage.output_tokens": 12}
     later = {"gen_ai.usage.input_tokens": 97, "gen_ai.usage.output_tokens": 20}
     return [
@@ -168,7 +203,8 @@ AS_SPANS = [
 ]
 
 
-def test_exgentic_rows(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("part", "key"), [("tool_call_response", "result"), ("tool_result", "content")])
+def test_exgentic_rows(part: str, key: str, tmp_path: Path) -> None:
     row = [
         {
             "span_id": str(i),
@@ -178,7 +214,7 @@ def test_exgentic_rows(tmp_path: Path) -> None:
             "status": {"code": 2 if span.get("failed") else 1},
             "attributes": span["attributes"],
         }
-        for i, span in enumerate(spans())
+        for i, span in enumerate(spans(part, key))
     ]
     steps = imported("otel", tmp_path, {"session_id": "x", "spans": row}).steps(0)
     assert [told(step) for step in steps] == AS_SPANS
@@ -226,6 +262,19 @@ WRONG = [
     ("weka", '{"id": "t"}', r"line 1: Object missing required field `requests`"),
     ("aiperf-dag", '{"session_id": "r", "turns": [{"messages": []}]}', r"r: a turn has no max_tokens"),
     ("aiperf-dag", '{"session_id": "r", "orchestrator": true, "spawns": ["x"]}', r"branches into 'x', which is not"),
+    (
+        "aiperf-dag",
+        "".join(
+            json.dumps({"session_id": a, "turns": [{"messages": [], "max_tokens": 1, "forks": [b]}]}) + "\n"
+            for a, b in ("ra", "ab", "ba")
+        ),
+        r"a branches into itself: a -> b -> a",
+    ),
+    (
+        "aiperf-dag",
+        2 * '{"session_id": "r", "turns": [{"messages": [], "max_tokens": 1}]}\n',
+        r"line 2: r is there twice",
+    ),
     ("otel", '{"spams": []}', r"has neither resourceSpans nor spans"),
     ("otel", '{"spans": [{"type": "llm_call"}]}', r"start_time is missing"),
     ("nothing", "{}", r"there is no such format, but mooncake, weka, aiperf-dag, otel"),

@@ -61,7 +61,10 @@ class Conversation(msgspec.Struct):
 def read(trace: Trace) -> Iterator[tuple[float, list[RecordedCall]]]:
     """Query after query, in the order of the file, which is held as a whole."""
     decoder = msgspec.json.Decoder(Conversation)
-    there = {found.session_id: found for found in map(decoder.decode, trace.lines())}
+    there: dict[str, Conversation] = {}
+    for found in map(decoder.decode, trace.lines()):
+        if there.setdefault(found.session_id, found) is not found:
+            raise ValueError(f"{found.session_id} is there twice")
     named = {name for conversation in there.values() for name in _named(conversation)}
     for name, conversation in there.items():
         if name not in named:
@@ -94,6 +97,7 @@ class _Walk:
 
     there: Mapping[str, Conversation]
     calls: list[RecordedCall] = field(default_factory=list)
+    under: list[str] = field(default_factory=list)  # the branch that is made, from the root on
 
     def conversation(
         self, conversation: Conversation, after: Iterable[int], at: float, history: Iterable[Said]
@@ -135,7 +139,12 @@ class _Walk:
     def _branch(self, name: str, after: Iterable[int], at: float, history: Iterable[Said]) -> list[int]:
         if name not in self.there:
             raise ValueError(f"branches into {name!r}, which is not there")
-        return self.conversation(self.there[name], after, at, history)
+        if name in self.under:
+            raise ValueError(f"{name} branches into itself: {' -> '.join([*self.under, name])}")
+        self.under.append(name)
+        ends = self.conversation(self.there[name], after, at, history)
+        self.under.pop()
+        return ends
 
     def _call(
         self, conversation: Conversation, turn: Turn, waits: Iterable[int], due_at: float, said: Iterable[Said]

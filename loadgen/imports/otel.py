@@ -25,6 +25,8 @@ from fanmark.loadgen.recording import RecordedCall, Said, text_id
 
 INFERS = ("chat", "text_completion", "generate_content", "llm_call", "call_llm")
 CALLS_A_TOOL = ("execute_tool", "tool_call")
+_RESULTS = ("tool_call_response", "tool_result")  # parts, as by the conventions and as others write them
+_RESULT_KEYS = ("response", "result", "content")
 
 
 @dataclass
@@ -164,11 +166,10 @@ def _texts(span: Span) -> list[Text]:
     for message in msgspec.json.decode(messages) if isinstance(messages, str) else messages:
         author = message.get("role", "user")
         parts = message.get("parts") or [{"type": "text", "content": message.get("content", "")}]
-        results = [part for part in parts if part.get("type") == "tool_call_response"]
-        for part in results:
-            found.append(_text("tool", part.get("result", part.get("response", ""))))
+        for part in [part for part in parts if part.get("type") in _RESULTS]:
+            found.append(_text("tool", next((part[key] for key in _RESULT_KEYS if key in part), "")))
             found[-1].answers = str(part.get("id"))
-        rest = [part for part in parts if part.get("type") != "tool_call_response"]
+        rest = [part for part in parts if part.get("type") not in _RESULTS]
         if rest:
             found.append(_text(author, rest))
     return found

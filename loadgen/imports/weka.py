@@ -68,6 +68,8 @@ def read(trace: Trace) -> Iterator[tuple[float, list[RecordedCall]]]:
     for line in trace.lines():
         session = decoder.decode(line)
         calls = calls_of(session)
+        if any(request.api_time is None and request.reads for request in session.requests):
+            trace.note("requests without api_time: each took until the next one, and nobody thought in between")
         if calls:
             yield calls[0].due_at, calls
     trace.note("sessions have no start times: they all begin at 0, give a rate or a concurrency")
