@@ -100,12 +100,14 @@ class Course:
 
     def workers(self, most: int) -> list[list[str]]:
         """A row under those columns for each of several workers as it last told of itself: all, or the `most` that are worst off, and one
-        that counts the others. None of a single one, which is the client."""
+        more that counts the others. None of a single one, which is the client."""
         states = dict(self.tally.clients)
         if len(states) < 2:
             return []
         shown = sorted(states)
-        if len(states) > most:
+        if len(states) == most + 1:
+            most += 1
+        elif len(states) > most:
             shown.sort(key=lambda n: _badness(states[n]), reverse=True)
         others = Counter(_word(states[n]) for n in shown[most:])
         told = ", ".join(f"{others[word]} {word}" for word in ("lost", *reversed(WORDS)) if others[word])

@@ -154,6 +154,7 @@ def test_of_many_workers_the_worst_are_shown_and_the_others_counted(height: int)
     assert [int(row.split()[0]) for row in rows[:-1]] == [7, *range(39, 29, -1), *range(29, 7, -1)][: len(rows) - 1]
     strained = max(0, 11 - (len(rows) - 1))
     others = 40 - (len(rows) - 1)
+    assert len(_with_workers(*states).workers(39)) == 40 == len(_with_workers(*states).workers(40))
     told = ([f"{strained} strained"] if strained else []) + [f"{others - strained} ok"]
     assert " ".join(rows[-1].split()) == f"{others} others {', '.join(told)}"
 
