@@ -24,8 +24,9 @@ class ClientState(msgspec.Struct):
     """What one worker has measured of itself so far. `loop_lag` counts beats by log bucket of their lateness (records.gap_bucket);
     `busy_seconds` is the longest stretch of seconds above 90 % CPU; `lost_at` is when the worker died, if it did; `verdict` is as of
     the last second, warm-up included. `node` is where it works, None on the driver's own machine, and `clock_offset_s` what that node's
-    time of day is ahead of the driver's. `lost_queries` are those of its last snapshot, by arm and outcome, where its records are lost.
-    `cpu_share` is of one core over the last second, None once it has ended; queries are those of all arms, as of then, warm-up left out."""
+    time of day is ahead of the driver's. `lost_queries` are those of its last snapshot, by arm and outcome, where its records are lost;
+    `journal` is where they are left, if they are. `cpu_share` is of one core over the last second, None once it has ended; queries are
+    those of all arms, as of then, warm-up left out."""
 
     loop_lag: Counter[int] = msgspec.field(default_factory=Counter)
     busy_seconds: int = 0
@@ -36,6 +37,7 @@ class ClientState(msgspec.Struct):
     node: str | None = None
     clock_offset_s: float = 0.0
     lost_queries: dict[str, dict[str, int]] | None = None
+    journal: str | None = None
     cpu_share: float | None = None
     queries_running: int = 0
     queries_done: int = 0
@@ -183,13 +185,14 @@ def client_part(states: Mapping[int, ClientState], calls: Rows[CallKind], host_b
             str(worker): {
                 "verdict": judged[worker].word,
                 "loop_lag_p99_s": judged[worker].lag_p99_s,
-                "send_delay_p99_s": judged[worker].delay_p99_s,
+                "send_delay_p99_s": judged[worker].delay_p99_s if state.lost_queries is None else None,
                 "cpu_s": state.cpu_s,
                 "rss_mb": state.rss_mb,
                 "lost_at": state.lost_at,
                 "node": state.node,
                 "clock_offset_s": state.clock_offset_s,
                 "lost_queries": state.lost_queries,
+                "journal": state.journal,
             }
             for worker, state in states.items()
         },

@@ -166,7 +166,7 @@ def _arm(arm: Arm, scenario: Scenario, counted: Reduced) -> dict[str, Any]:
     in_time = len(completed.where(lambda kind: kind.in_time))
     turns = completed.where(lambda kind: kind.turn is not None)
     forced = scenario.workload.lengths == "forced"
-    more = counted.unrecorded.get(arm.name)
+    more, wasted = counted.unrecorded.get(arm.name), waste(counted, sums.lost_s)
     queries_told = {
         "started": len(queries),
         "completed": outcomes["completed"],
@@ -198,7 +198,7 @@ def _arm(arm: Arm, scenario: Scenario, counted: Reduced) -> dict[str, Any]:
         "by_part": _per_query_by(completed, lambda kind: kind.part or "") if arm.mix else None,
         "by_turn": _per_query_by(turns, lambda kind: kind.turn) if scenario.load.users is not None else None,
         "critical_path": critical.shares(sums.spent_s),
-        "waste": waste(counted, sums.lost_s),
+        "waste": wasted if more is None else dict.fromkeys(wasted),
         "claim": None,
         "failures": dict(sums.failures.most_common(3)),
     }

@@ -232,11 +232,17 @@ def _target_lines(arms: Mapping[str, Any]) -> list[str]:
     """What each target does of a query, in arms that have several."""
     rows: list[list[str]] = []
     for name, arm in arms.items():
-        by_target, queries = arm["by_target"], arm["queries"]["completed"]
+        by_target, queries = arm["by_target"], recorded(arm)
         if len(by_target) > 1 and queries:
             head, *own = group_rows(by_target, {target: f"{name}: {target}" for target in by_target}, queries)
             rows += own if rows else [head, *own]
     return ["by target", *columns(rows), ""] if rows else []
+
+
+def recorded(arm: Mapping[str, Any]) -> int:
+    """Of how many completed queries an arm's calls are: of all, but for those whose records are lost."""
+    lost = arm.get("unrecorded")
+    return int(arm["queries"]["completed"] - (0 if lost is None else lost["completed"]))
 
 
 def group_rows(group: Mapping[str, Any], titles: Mapping[str, str], queries: int) -> list[list[str]]:

@@ -215,6 +215,9 @@ class Workers:
         snapshots = []
         for worker in self._workers:
             folder = await worker.station.bring()
+            if keep and folder is not None:
+                on = f"{worker.station.node}:" if worker.station.node is not None else ""
+                worker.state.journal = f"{on}{worker.station.out}"
             if folder is None:
                 snapshots.append(self._last(worker))
                 ended.notes.append(_lost(snapshots[-1]))
@@ -250,7 +253,8 @@ def _lost(last: LastSnapshot) -> str:
     )
     return (
         f"worker {last.worker}: its records are lost with {last.node}: what it had told of until then ({told}) is in queries, errors, "
-        "mismatches and the objective; figures per query are those of the other workers' queries, load and ratios of times are not known"
+        "mismatches and the objective; all else of queries, roles, targets and tools is of the other workers' queries, and load, waste and "
+        "ratios of times are not known"
     )
 
 

@@ -24,8 +24,9 @@ from fanmark.loadgen.run_clock import RunClock
 from fanmark.loadgen.scenario import Scenario
 from fanmark.loadgen.simulate import Options, simulate
 from fanmark.loadgen.stations import Clocks
-from fanmark.loadgen.summary import summarise_arms
+from fanmark.loadgen.summary import summarise_arms, validity
 from fanmark.loadgen.sums import Packer
+from fanmark.loadgen.table import lines, recorded
 from fanmark.loadgen.tally import Tally
 from fanmark.loadgen.unrecorded import LastSnapshot, read_snapshots, unrecorded, write_snapshots
 from fanmark.loadgen.verify import verify
@@ -77,7 +78,8 @@ def test_accounts_are_those_of_all_queries_whichever_are_lost(lost: set[int], be
         if not own and not more:
             assert arm["unrecorded"] is None and arm["load"] == whole[name]["load"]
             continue
-        assert arm["load"]["completed_qps"] is arm["window"]["steady"] is None
+        assert arm["load"]["completed_qps"] is arm["window"]["steady"] is arm["waste"]["retries"] is None
+        assert recorded(arm) == expected["completed"] - len(completed)
         for resource in (*COUNTS, *TIMES):
             values = [query.resources.get(resource) for query in completed]
             mean = arm["unrecorded"]["per_query"][resource]
@@ -86,10 +88,12 @@ def test_accounts_are_those_of_all_queries_whichever_are_lost(lost: set[int], be
                 assert mean is None
             else:
                 assert mean == {"mean": pytest.approx(sum(known) / len(known)), "n": len(known)}
-        recorded = arm["per_query"]["latency_s"]
-        assert (recorded["n"] if recorded else 0) == arm["queries"]["completed"] - len(completed)
+        latency = arm["per_query"]["latency_s"]
+        assert (latency["n"] if latency else 0) == arm["queries"]["completed"] - len(completed)
     if any(arm["unrecorded"] for arm in found.values()):
         assert found["debate"]["amplification"]["latency_s"] is None
+    ticks = validity(found, {"reconciled": None, "alone": None}, two_arms.whole({}, {})["client"], None)
+    assert lines(two_arms.whole(found, ticks))  # whatever is not known, there is something to show
 
 
 class Spot:

@@ -10,7 +10,7 @@ from fanmark.loadgen.critical import PARTS
 from fanmark.loadgen.records import bucket_gap_s
 from fanmark.loadgen.report import svg
 from fanmark.loadgen.report.svg import Scale, axis, esc, figure, key, line, picture, rect, text
-from fanmark.loadgen.table import group_rows, number, short
+from fanmark.loadgen.table import group_rows, number, recorded, short
 from fanmark.loadgen.tally import Histogram
 
 _MOST_POINTS = 250  # of a curve
@@ -168,7 +168,7 @@ def tokens(arms: Mapping[str, Any], name: str) -> str:
     """Tokens of a mean query by role, by round and, where there are several, by target, a figure for each arm."""
     figures = []
     for i, (arm, each) in enumerate(arms.items()):
-        queries = each["queries"]["completed"]
+        queries = recorded(each)
         for group in ("by_role", "by_round", "by_target"):
             if not each[group] or not queries or (group == "by_target" and len(each[group]) == 1):
                 continue

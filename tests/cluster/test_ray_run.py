@@ -258,6 +258,9 @@ def test_a_worker_that_is_killed_costs_what_it_had_begun(
     assert abandoned and all(row["error"] == f"worker {lost} died" for row in abandoned)
     assert found["partial"] is False and len(mine) < 160
     assert all((folder / "queries.jsonl").read_bytes() for folder in folders.values())
+    assert {each["journal"].partition(":")[2] for each in client["by_worker"].values()} == set(
+        map(str, folders.values())
+    )
 
 
 def test_an_actor_that_is_killed_takes_its_worker_along_and_the_run_stops_if_it_is_to(
@@ -381,4 +384,5 @@ def test_a_node_that_is_lost_leaves_the_counts_of_its_last_snapshot(
         assert arm["queries"]["completed"] == arm["per_query"]["calls"]["n"] + told["completed"]
         assert arm["load"]["completed_qps"] is None and arm["amplification"]["latency_s"] is None
         assert arm["amplification"]["calls"]["ratio"] == (1 if name == "single" else 3)
+    assert lost["send_delay_p99_s"] is lost["journal"] is None
     assert found["client"]["degraded"] is True and found["validity"]["client_ok"] is False
