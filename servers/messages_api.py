@@ -130,14 +130,16 @@ def _stop(answer: Answer) -> dict[str, Any]:
     return {"stop_reason": "end_turn", "stop_sequence": None}
 
 
-def _usage(count: Count) -> dict[str, int]:
+def _usage(count: Count) -> dict[str, Any]:
+    work = {} if count.work is None else {"fanmark": count.work}
     if count.cached is None:
-        return {"input_tokens": count.prompt, "output_tokens": count.completion}
+        return {"input_tokens": count.prompt, "output_tokens": count.completion, **work}
     return {
         "input_tokens": count.prompt - count.cached - count.created,
         "output_tokens": count.completion,
         "cache_creation_input_tokens": count.created,
         "cache_read_input_tokens": count.cached,
+        **work,
     }
 
 

@@ -167,6 +167,7 @@ def _usage(count: Count) -> dict[str, Any]:
             "tool_output_tokens_per_turn": [],
         },
         "total_tokens": count.prompt + count.completion,
+        **({} if count.work is None else {"fanmark": count.work}),
     }
 
 

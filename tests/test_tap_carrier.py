@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fanmark.loadgen.clock import run_virtually
+from fanmark.loadgen.errors import CallError
 from fanmark.loadgen.records import Journal, Query, read_queries
 from fanmark.loadgen.run_clock import RunClock
 from fanmark.loadgen.tally import Tally
@@ -141,9 +142,9 @@ def recorder_in(folder: Path) -> tuple[Recorder, Journal]:
     return Recorder(Grouping(1.0), tally, journal, clock, b"salt"), journal
 
 
-def record(recorder: Recorder, n: int, text: str, error: str | None = None) -> None:
+def record(recorder: Recorder, n: int, *texts: str, error: str | None = None) -> None:
     """One call of the query, told as the carrier does."""
-    body = json.dumps({"messages": [{"role": "user", "content": text}]}).encode()
+    body = json.dumps({"messages": [{"role": "user", "content": text} for text in texts]}).encode()
     recorder.take(Began(n, "chat", {"x-fanmark-query": "one"}, body, n))
     reads = [] if error else [(n + 0.5, OK)]
     recorder.take(Ended(n, 200, "application/json", reads, n, None, n + 0.5, error))
@@ -160,7 +161,7 @@ def written(recorder: Recorder, journal: Journal, folder: Path) -> Query:
 
 def test_a_call_of_which_not_all_was_told_fails_its_query(tmp_path: Path) -> None:
     recorder, journal = recorder_in(tmp_path)
-    record(recorder, 1, "one", UNTOLD)
+    record(recorder, 1, "one", error=UNTOLD)
     record(recorder, 2, "two")
     query = written(recorder, journal, tmp_path)
     assert (query.outcome, query.error) == ("failed", UNTOLD)
@@ -171,14 +172,20 @@ class Counting:
     """A target that counts each text as 7 tokens, but never comes back from a slow one."""
 
     model, root, headers = "m", "http://none", dict[str, str]()
+    asked = 0
 
     @property
     def lane(self) -> "Counting":
         return self
 
     async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> tuple[int, bytes]:
+        self.asked += 1
         if b"slow" in body:
             await asyncio.Event().wait()
+        if b"cut" in body and self.asked == 2:
+            raise CallError("stream_cut", "an idle connection was let go")
+        if b"refused" in body:
+            return 404, b"{}"
         return 200, b'{"tokens": [1, 2, 3, 4, 5, 6, 7]}'
 
 
@@ -194,5 +201,16 @@ def test_a_slow_tokenizer_holds_nobody_up_and_is_told_of(second: str, known: str
     run_virtually(lengths.count(recorder.grouping.closed, recorder.sizes))
     assert (lengths.known, lengths.by_size) == (known, by_size)
     (group,) = recorder.grouping.closed
-    assert [call.record.messages[0].tokens for call in group.calls] == [7, 3 if by_size else 7]
+    near = -(-len(second) // 4)
+    assert [call.record.messages[0].tokens for call in group.calls] == [7, near if by_size else 7]
     journal.close()
+
+
+def test_messages_add_up_to_their_prompt_however_wrong_their_lengths_are(tmp_path: Path) -> None:
+    """A message alone, and twice, in prompts that the server counts as equally long."""
+    recorder, journal = recorder_in(tmp_path)
+    record(recorder, 1, "alone")
+    record(recorder, 2, "alone", "alone")
+    written(recorder, journal, tmp_path)
+    calls = [json.loads(line) for line in (tmp_path / "calls.jsonl").read_text().splitlines()]
+    assert [sum(message["tokens"] for message in call["messages"]) for call in calls] == [60, 60]

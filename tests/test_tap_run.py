@@ -71,7 +71,7 @@ def test_the_tap_tells_of_each_query_what_the_run_tells(stub: Stub, tools_url: s
         assert seen.outcome == "completed"
     assert ran.summary["validity"]["counted"] is True
     assert summary["server"]["reconciled"] is True
-    assert summary["tap"]["unattributed"] == 0
+    assert (summary["tap"]["unattributed"], summary["tap"]["lengths"]) == (0, "counted")
     assert set(summary["tap"]["attributed"]["call"]) == {"traceparent"}
     assert verify(tmp_path / "tap", topologies()).differ == []
     again = simulated(replay(tmp_path / "tap", "tapped", queries=12), tmp_path / "again")["arms"]["tapped"]
@@ -218,6 +218,7 @@ def test_every_api_is_counted_as_the_server_counts_streamed_or_not(tmp_path: Pat
         api for api in ("chat", "completions", "responses", "messages") for _ in "ab"
     ]
     assert [(c["input_tokens"], c["output_tokens"], c["error"]) for c in calls] == [(5, 7, None)] * 8
+    assert all(call["gpu_s"] > 0 for call in calls)  # as the stub says, whichever API is asked
     assert summary["server"]["reconciled"] is True and summary["validity"]["alone"] is True
     labels = 'arm="tapped",topology="replay"'
     assert told[f"fanmark_query_calls_sum{{{labels}}}"] == 8

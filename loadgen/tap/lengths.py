@@ -14,6 +14,7 @@ from fanmark.loadgen.target import HttpEndpoint
 from fanmark.loadgen.tokenizers import RemoteTokenizer
 
 _AT_ONCE = 4
+_ATTEMPTS = 2
 
 
 class Lengths:
@@ -59,10 +60,13 @@ class Lengths:
 
     async def _count(self, tokenizer: RemoteTokenizer, text: str) -> int | None:
         async with self._slots:
-            if self._silent:
-                return None
-            try:
-                return len(await tokenizer.encode(text))
-            except (CallError, ValueError, KeyError, TypeError):
-                self._silent = True
-                return None
+            for _ in range(_ATTEMPTS if not self._silent else 0):
+                try:
+                    return len(await tokenizer.encode(text))
+                except (ValueError, KeyError, TypeError):
+                    self._silent = True
+                except CallError as e:
+                    self._silent = e.kind == "bad_reply"  # the others are of a connection that was let go
+                if self._silent:
+                    break
+            return None

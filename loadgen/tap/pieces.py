@@ -29,7 +29,7 @@ def pieces(salt: bytes, text: str, told: Told, earlier: Sequence[Seen]) -> list[
 
 
 def ending(found: Sequence[Told], tokens: int) -> list[Told]:
-    """The pieces, which add up to so many tokens: where they do not, for a piece is as long as it was when it was met first, the last is
+    """Messages or pieces that add up to so many tokens: where they do not, for each is as long as it was when it was met first, the last is
     another text."""
     kept, off = list(found), tokens - sum(told.tokens for told in found)
     while off and kept:

@@ -133,7 +133,7 @@ def settle(group: Group, number: int, arm: str, sizes: Sizes, salt: bytes) -> li
                 if cut:
                     call.messages = [told for told, _ in cut]
                 call.messages = _sized(call, [e for _, e in cut] if cut else seen.sources, numbers, sizes)
-                if cut and call.input_tokens is not None:
+                if call.messages and call.input_tokens is not None:
                     call.messages = ending(call.messages, call.input_tokens)
             again_at = call.due_at
             found.append(call)

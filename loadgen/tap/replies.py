@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from fanmark.loadgen.errors import CallError
-from fanmark.loadgen.lanes.sse import Choice, Chunk, Delta, Details, Function, StreamParser, ToolDelta, Usage
+from fanmark.loadgen.lanes.sse import Choice, Chunk, Delta, Details, Function, StreamParser, ToolDelta, Usage, Work
 
 _NOTHING = Chunk()
 _TEXT = ("response.output_text.delta", "response.refusal.delta")
@@ -63,6 +63,14 @@ def _use(index: Any, id: Any, name: Any, arguments: str) -> Chunk:
     return _chunk(tool_calls=[ToolDelta(index=place, id=id, function=Function(name=name, arguments=arguments))])
 
 
+def _work(usage: Mapping[str, Any]) -> Work | None:
+    """What our own stub says that the call took of it."""
+    try:
+        return msgspec.convert(usage.get("fanmark"), Work | None)
+    except msgspec.ValidationError:
+        return None
+
+
 def _usage_of_response(usage: Mapping[str, Any]) -> Usage | None:
     read, written = _count(usage, "input_tokens"), _count(usage, "output_tokens")
     if read is None or written is None:
@@ -73,6 +81,7 @@ def _usage_of_response(usage: Mapping[str, Any]) -> Usage | None:
         read, written,
         None if cached is None else Details(cached_tokens=cached),
         None if reasoning is None else Details(reasoning_tokens=reasoning),
+        _work(usage),
     )  # fmt: skip
 
 
@@ -133,7 +142,7 @@ def _usage_of_message(usage: Mapping[str, Any], written: int | None) -> Usage | 
         return None
     cached, kept = _count(usage, "cache_read_input_tokens"), _count(usage, "cache_creation_input_tokens")
     details = None if cached is None else Details(cached_tokens=cached)
-    return Usage(read + (cached or 0) + (kept or 0), written or 0, details)
+    return Usage(read + (cached or 0) + (kept or 0), written or 0, details, None, _work(usage))
 
 
 _FINISH = {"end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length", "tool_use": "tool_calls"}
