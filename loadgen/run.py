@@ -115,7 +115,7 @@ class Run:
         guard = load.max_in_flight
         self._slots = asyncio.Semaphore(share(guard, self._crew)) if guard is not None else None
         self._query_timeout_s = load.query_timeout_s * time_scale if load.query_timeout_s is not None else None
-        self._running: set[asyncio.Task[Query]] = set()
+        self._running: dict[asyncio.Task[Query], None] = {}  # in the order in which they began
         gate = Gate(
             scenario, endpoints, now, time_scale, self._crew, lambda why, line: self.stop.end(Ending(why, line))
         )
@@ -217,8 +217,8 @@ class Run:
 
     def _start(self, arm: Arm, runtime: QueryRuntime, phase: Phase, repeat: int, due_at: float) -> asyncio.Task[Query]:
         task = asyncio.ensure_future(self._query(arm, runtime, due_at, phase, repeat))
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
+        self._running[task] = None
+        task.add_done_callback(self._running.pop)
         return task
 
     def _world_of(self, repeat: int) -> World:

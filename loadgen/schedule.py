@@ -211,7 +211,7 @@ class Schedule:
                 task.cancel()
         if block.running:  # what did not count is let go, so that the server's counts and ours stay equal
             _, late = await asyncio.wait(block.running, timeout=max(0.0, give_up_at - self._now()) * self._time_scale)
-            for task in late:
+            for task in [each for each in block.running if each in late]:  # a set's order is another in each process
                 task.cancel()
 
     async def _before(self, block: Block, arm: Arm, lead_in_at: float) -> None:

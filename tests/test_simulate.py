@@ -18,6 +18,7 @@ from fanmark.agents import topologies
 from fanmark.agents.runtime import Runtime, Topology
 from fanmark.agents.single import Params
 from fanmark.loadgen import scenario_check
+from fanmark.loadgen.cli import app
 from fanmark.loadgen.clock import Deadlock
 from fanmark.loadgen.results import print_result
 from fanmark.loadgen.session import Result
@@ -94,6 +95,16 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path: Path)
     contents = {out: [(tmp_path / out / name).read_bytes() for name in FILES] for out in "abc"}
     assert contents["a"] == contents["b"]
     assert all(a != c for a, c in zip(contents["a"], contents["c"], strict=True))
+
+
+def test_what_is_let_go_at_the_end_is_in_the_order_in_which_it_began(tmp_path: Path) -> None:
+    """An arm far beyond its capacity, which a window leaves with queries that wait; in no order of addresses."""
+    load = ["--rate", "3", "--duration", "20", "--max-in-flight", "1"]
+    only = ["--set", 'arm=[{name="single", topology="single", baseline=true}]']
+    app(["simulate", *load, *only, "--json", "--out", str(tmp_path / "run")], standalone_mode=False)
+    left = [row for row in rows(tmp_path / "run" / "queries.jsonl") if row["outcome"] == "abandoned"]
+    due_at = [row["due_at"] for row in left]
+    assert len(due_at) == 70 and due_at == sorted(due_at) and {row["phase"] for row in left} == {"lead-out"}
 
 
 @pytest.mark.slow
