@@ -92,14 +92,15 @@ def break_even(
     old, new = profiles
     points: list[Demand] = []
     at: list[crossing.At] = []
-    while (x := crossing.next_value(_WANTED, axis, at, _WITHIN)) is not None:
-        of = [
-            [seconds(x, *what, seed) for seed in range(seeds)]
-            for what in ((new, arm), (new, baseline), (old, baseline))
-        ]
-        points.append(demand(x, *of))
-        at.append(crossing.At(x, points[-1].demand, points[-1].low, points[-1].high))
-        told(points[-1])
+    while xs := crossing.next_values(_WANTED, axis, at, _WITHIN):
+        for x in xs:
+            of = [
+                [seconds(x, *what, seed) for seed in range(seeds)]
+                for what in ((new, arm), (new, baseline), (old, baseline))
+            ]
+            points.append(demand(x, *of))
+            at.append(crossing.At(x, points[-1].demand, points[-1].low, points[-1].high))
+            told(points[-1])
     points.sort(key=lambda point: point.x)
     return {
         "schema": SCHEMA,

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fanmark.loadgen.cli_common import checked_scenario, json_text, run_async, version, workers_of
+from fanmark.loadgen.cli_common import checked_scenario, json_text, run_async, shared_out, simulators, version
 from fanmark.loadgen.errors import ScenarioError
 
 _EXIT = {"interrupted": 130, "budget": 4, "threshold": 5}
@@ -45,7 +45,13 @@ QueriesOpt = Annotated[int | None, typer.Option(help="Queries of each arm at eac
 DurationOpt = Annotated[
     float | None, typer.Option(help="Seconds of a window; along a load at least, where 5 deadlines are the default.")
 ]
-WorkersOpt = Annotated[str, typer.Option(metavar="N|auto", help="Processes that share the queries out.")]
+WorkersOpt = Annotated[
+    str | None,
+    typer.Option(metavar="N|auto", help="Processes that share a run's queries out; with --virtual, the simulations."),
+]
+RayOpt = Annotated[
+    str | None, typer.Option(metavar="ADDRESS|auto", help="The same by this Ray cluster's nodes, or its processors.")
+]
 SeedOpt = Annotated[int | None, typer.Option(help="Seed of lengths, texts and arrivals.")]
 MostOpt = Annotated[
     int,
@@ -75,7 +81,8 @@ def sweep(
     api_key_env: KeyOpt = None,
     queries: QueriesOpt = None,
     duration: DurationOpt = None,
-    workers: WorkersOpt = "1",
+    workers: WorkersOpt = None,
+    ray: RayOpt = None,
     seed: SeedOpt = None,
     most: MostOpt = 4,
     within: WithinOpt = 0.05,
@@ -88,6 +95,7 @@ def sweep(
     from fanmark.loadgen import scenario_check, sweep_folder
     from fanmark.loadgen import simulate as simulation
     from fanmark.loadgen.mistakes import show
+    from fanmark.loadgen.sweep import Sweep
 
     raw, source = scenario_check.read(scenario)
     scenario_check.override_target(raw, target, model, api, api_key_env, os.environ)
@@ -105,14 +113,18 @@ def sweep(
         return changed if profile is None else simulation.with_profile(changed, profile)
 
     wanted = _check(base, axis, find, at, yes=yes or virtual, table=table)
-    measure = _simulated(table) if virtual else _run(table, workers_of(workers))
+    carried = _carried(base, axis, workers, ray, virtual=virtual)
     folder = out or Path("runs") / f"{base.name}-sweep-{time.strftime('%Y%m%d-%H%M%S')}"
     clock = "virtual" if virtual else "real"
     if sweep_folder.open_folder(folder, base, axis.key, clock, table) and not quiet:
         print(f"goes on  {folder}", file=sys.stderr)
     about = {"clock": clock, "version": version(), "command": simulation.repeatable(sys.argv[1:])}
     tell: Callable[[str], None] = (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr))
-    return _carry_out(base, axis, folder, measure, at, about, tell, most, within, wanted, json)
+    with simulators(workers if virtual else None, ray if virtual else None) as shared:
+        measure = _simulated(table, shared is None) if virtual else _run(table, carried)
+        one = Sweep(base, axis, folder, measure, at, about, tell, most, within, wanted)
+        _carry_out(one, shared)
+    return _leave(one, json)
 
 
 def _axis(
@@ -191,57 +203,66 @@ def _check(base: Any, axis: Any, find: str | None, at: Callable[[Any], Any], *, 
     return wanted
 
 
-def _simulated(table: Mapping[str, Any]) -> Callable[[Any, Path], Any]:
-    from fanmark.loadgen import simulate as simulation
+def _carried(base: Any, axis: Any, workers: str | None, ray: str | None, *, virtual: bool) -> dict[str, Any]:
+    """Who carries a run out. Refuses what of a run follows from those before it, where they are made side by side."""
+    carried = shared_out(workers, ray, "continue", "collect")
+    if virtual and (ray is not None or carried["workers"] > 1):
+        where = f"{base.source}: %s: follows from the runs before, and --workers and --ray make them side by side: leave it out"
+        if base.budget is not None:
+            raise ScenarioError(where % "[budget]")
+        if not axis.of_load and any(threshold.abort for threshold in base.threshold):
+            raise ScenarioError(where % "[[threshold]] abort")
+    return carried
 
-    command = simulation.repeatable(sys.argv[1:])
-    return lambda scenario, folder: (
-        simulation.simulate(scenario, table, simulation.Options(folder, version(), command)).summary
+
+def _simulated(table: Mapping[str, Any], here: bool) -> Callable[[Any, Path], Any]:
+    from fanmark.loadgen import simulate as simulation
+    from fanmark.loadgen.shared_out import Task
+    from fanmark.loadgen.simulated import simulated
+
+    command, known = simulation.repeatable(sys.argv[1:]), version()
+
+    def measure(given: tuple[Any, Any]) -> Any:
+        return simulation.simulate(given[0], table, given[1]).summary, {}
+
+    return lambda scenario, folder: Task(
+        measure if here else simulated, (scenario, simulation.Options(folder, known, command))
     )
 
 
-def _run(table: Mapping[str, Any], workers: int) -> Callable[[Any, Path], Any]:
+def _run(table: Mapping[str, Any], carried: Mapping[str, Any]) -> Callable[[Any, Path], Any]:
     from fanmark.loadgen import session
+    from fanmark.loadgen.shared_out import Task
 
-    def measure(scenario: Any, folder: Path) -> Any:
+    def measure(given: tuple[Any, Path]) -> Any:
         options = session.Options(
-            out=folder,
+            **carried,
+            out=given[1],
             metrics_port=0,
             run_id=secrets.token_hex(4),
             version=version(),
             command=sys.argv[1:],
             progress=None,
-            workers=workers,
         )
-        return run_async(session.run(scenario, table, options)).summary
+        return run_async(session.run(given[0], table, options)).summary, {}
 
-    return measure
+    return lambda scenario, folder: Task(measure, (scenario, folder))
 
 
-def _carry_out(
-    base: Any,
-    axis: Any,
-    folder: Path,
-    measure: Callable[[Any, Path], Any],
-    at: Callable[[Any], Any],
-    about: Mapping[str, Any],
-    tell: Callable[[str], None],
-    most: int,
-    within: float,
-    wanted: Any,
-    json: bool,
-) -> int:
+def _carry_out(one: Any, shared: Any) -> None:
+    try:
+        one.run(shared)
+    except KeyboardInterrupt:  # between two runs, or while others make them
+        one.ended = {"why": "interrupted", "reason": "this is what was measured until then"}
+
+
+def _leave(one: Any, json: bool) -> int:
+    """Writes and prints what was found; the exit code."""
     from fanmark.loadgen import sweep_table
     from fanmark.loadgen.report.sweep_page import page
     from fanmark.loadgen.report.write import NAME, write
-    from fanmark.loadgen.sweep import Sweep
 
-    one = Sweep(base, axis, folder, measure, at, about, tell, most, within, wanted)
-    try:
-        one.run()
-    except KeyboardInterrupt:  # between two runs
-        one.ended = {"why": "interrupted", "reason": "this is what was measured until then"}
-    found = one.write(partial=one.ended is not None)
+    found, folder = one.write(partial=one.ended is not None), one.out
     write(folder / NAME, page(found))
     if json:
         print(json_text(found))

@@ -78,20 +78,18 @@ def read(wanted: Wanted, x: float, summary: Mapping[str, Any]) -> At:
     return At(x, value if known else None, *bounds)
 
 
-def next_value(wanted: Wanted, axis: Axis, points: Sequence[At], within: float) -> float | int | None:
-    """What is looked at next; None where all crossings are known well enough. Of given values it is the next one."""
+def next_values(wanted: Wanted, axis: Axis, points: Sequence[At], within: float) -> list[float | int]:
+    """What is looked at next, in any order; none where all crossings are known well enough."""
     seen = {point.x for point in points}
-    for value in axis.values or spaced(axis.low, axis.high, FEW, axis.integer):
-        if value not in seen:
-            return value
-    if axis.values is not None:
-        return None
-    for a, b in pairwise(sorted(points, key=lambda point: point.x)):
-        if any(_crosses(a, b, bound) for bound in (wanted.low, wanted.high)):
-            middle = between(a.x, b.x, within, integer=axis.integer)
-            if middle is not None:
-                return int(middle) if axis.integer else middle
-    return None
+    first = [value for value in axis.values or spaced(axis.low, axis.high, FEW, axis.integer) if value not in seen]
+    if first or axis.values is not None:
+        return first
+    middles = [
+        between(a.x, b.x, within, integer=axis.integer)
+        for a, b in pairwise(sorted(points, key=lambda point: point.x))
+        if any(_crosses(a, b, bound) for bound in (wanted.low, wanted.high))
+    ]
+    return [int(middle) if axis.integer else middle for middle in middles if middle is not None]
 
 
 def _crosses(a: At, b: At, bound: float) -> bool:

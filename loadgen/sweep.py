@@ -6,9 +6,11 @@ Rules of the file:
 2. A look is a run of its own in OUT/points. What is there is read and not run again; what was cut short there is put aside first. Looks at
    one point have seeds of their own. sweep.json is written after each run, so that nothing is lost.
 3. A budget is of the whole sweep: each run gets what all those in the folder have left.
+4. Runs in virtual time may be made elsewhere (shared_out.py), and their files are left in OUT/points when they are needed: what was done
+   ahead for nothing leaves none.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +24,18 @@ from fanmark.loadgen.crossing import Wanted
 from fanmark.loadgen.ranges import CONCURRENCY, Axis
 from fanmark.loadgen.records import read_queries
 from fanmark.loadgen.scenario import Arm, Budget, Scenario
-from fanmark.loadgen.search import Ask, Search, first_look, next_ask
+from fanmark.loadgen.search import Ask, Point, Search, first_look, may_follow, next_ask
+from fanmark.loadgen.shared_out import Search as Steps
+from fanmark.loadgen.shared_out import Task, Want, Workers, carried_out
+from fanmark.loadgen.simulated import leave
 from fanmark.loadgen.sweep_folder import NAME, POINTS, done, put_aside, spent, write_json
 from fanmark.loadgen.table import number
 
 LEAST_DEADLINES = 5.0
 
-Measure = Callable[[Scenario, Path], Mapping[str, Any]]  # carries a run out in a folder; gives its summary
+Measure = Callable[
+    [Scenario, Path], Task
+]  # a run, to be left in a folder; gives its summary, and what files it has not left there
 
 
 @dataclass
@@ -57,47 +64,48 @@ class Sweep:
         """Whether the highest load is sought."""
         return self.axis.of_load and self.wanted is None
 
-    def run(self) -> None:
+    def run(self, workers: Workers | None = None) -> None:
         """All of it, or what there was until it ended."""
         self.looks = {arm.name: [] for arm in self.scenario.arms}
         self.write(partial=True)
         if self.seeks:
-            self._over_load()
+            searches = [(arm, search) for arm in self.scenario.arms for search in self._searches()]
+            carried_out([self._over_load(arm, search) for arm, search in searches], workers)
         else:
-            self._over_key()
+            while self.ended is None and (values := self._next_values()):
+                carried_out([self._at_value(value) for value in values], workers)
 
-    def _over_load(self) -> None:
-        """Each arm by itself, to where it no longer meets its objectives."""
-        for arm in self.scenario.arms:
-            for objective in self._objectives():
-                for search in self._searches():
-                    while (ask := self._ask(search, self.looks[arm.name], objective)) is not None:
-                        self._look(arm, ask)
-                        if self.ended is not None:
-                            return
+    def _over_load(self, arm: Arm, search: Search) -> Steps[None]:
+        """An arm by itself, to where it no longer meets its objectives."""
+        for objective in self._objectives():
+            while self.ended is None and (ask := next_ask(search, self._points(arm, search, objective))) is not None:
+                yield from self._look(arm, ask, self._likely(arm, search, objective, ask))
 
-    def _over_key(self) -> None:
-        """The whole scenario at one value after another."""
-        while (value := self._next_value()) is not None:
-            numeric = isinstance(value, int | float) and not isinstance(value, bool)
-            x = float(value) if numeric else float((self.axis.values or ()).index(value))
-            name = f"{self.axis.key}={value}".replace("/", "_")
-            summary = self._run(name, self.at(value))
-            if summary is None:
-                return
-            self.along.append({"x": x, "value": value, "run": f"{POINTS}/{name}", "summary": summary})
-            self.tell(f"point    {self.axis.key} = {value}")
-            if self.scenario.objective is not None:
-                queries = read_queries(self.out / POINTS / name)
-                for arm, look in looks_of(summary, queries, self.scenario.objective, x, f"{POINTS}/{name}").items():
-                    self.looks[arm].append(look)
-            self.write(partial=True)
+    def _at_value(self, value: Any) -> Steps[None]:
+        """The whole scenario at a value."""
+        if self.ended is not None:
+            return
+        numeric = isinstance(value, int | float) and not isinstance(value, bool)
+        x = float(value) if numeric else float((self.axis.values or ()).index(value))
+        name = f"{self.axis.key}={value}".replace("/", "_")
+        summary = yield from self._run(name, self.at(value))
+        if summary is None:
+            return
+        self.along.append({"x": x, "value": value, "run": f"{POINTS}/{name}", "summary": summary})
+        self.tell(f"point    {self.axis.key} = {value}")
+        if self.scenario.objective is not None:
+            queries = read_queries(self.out / POINTS / name)
+            for arm, look in looks_of(summary, queries, self.scenario.objective, x, f"{POINTS}/{name}").items():
+                self.looks[arm].append(look)
+        self.write(partial=True)
 
-    def _next_value(self) -> Any:
+    def _next_values(self) -> Sequence[Any]:
+        """Those that are looked at in any case, in whatever order."""
         if self.wanted is not None:
             points = [crossing.read(self.wanted, each["x"], each["summary"]) for each in self.along]
-            return crossing.next_value(self.wanted, self.axis, points, self.within)
-        return next(iter((self.axis.values or ())[len(self.along) :]), None)
+            return crossing.next_values(self.wanted, self.axis, points, self.within)
+        seen = [each["value"] for each in self.along]
+        return [value for value in self.axis.values or () if value not in seen]
 
     def _replicas(self, arm: str) -> int:
         """Of the servers that an arm's calls go to."""
@@ -121,15 +129,24 @@ class Sweep:
         values = self.axis.values
         return [self._search()] if values is None else [replace(self._search(), low=x, high=x, looks=1) for x in values]
 
-    def _ask(self, search: Search, looks: Sequence[Look], objective: str) -> Ask | None:
-        return next_ask(search, points_of([each for each in looks if search.low <= each.x <= search.high], objective))
+    def _points(self, arm: Arm, search: Search, objective: str) -> list[Point]:
+        return points_of([each for each in self.looks[arm.name] if search.low <= each.x <= search.high], objective)
 
-    def _look(self, arm: Arm, ask: Ask) -> None:
+    def _likely(self, arm: Arm, search: Search, objective: str, ask: Ask) -> Iterator[Task]:
+        """What the search may look at after this. How long a closed loop takes for a second look, the first says."""
+        points = self._points(arm, search, objective)
+        for then, before in may_follow(lambda after: next_ask(search, after), points, ask, search.target):
+            folder = self.out / POINTS / _name(arm, then.x, before)
+            if not (before and self.axis.key == CONCURRENCY) and done(folder) is None:
+                yield self.measure(self._alone(arm, then, before, None), folder)
+
+    def _look(self, arm: Arm, ask: Ask, likely: Iterable[Task]) -> Steps[None]:
         before = [look for look in self.looks[arm.name] if look.x == ask.x]
-        name = f"{arm.name}-{ask.x:.6g}-{len(before) + 1}"
-        look = self._one_look(arm, ask, before, name)
+        name, qps = _name(arm, ask.x, len(before)), before[-1].offered_qps if before else None
+        look = yield from self._one_look(arm, ask, self._alone(arm, ask, len(before), qps), name, likely)
         if look is not None and look.over_capacity and not self._fails(look):
-            look = self._one_look(arm, Ask(ask.x, LONGER * look.queries), before, f"{name}-longer")
+            longer = self._alone(arm, Ask(ask.x, LONGER * look.queries), len(before), qps)
+            look = yield from self._one_look(arm, ask, longer, f"{name}-longer", ())
         if look is None:
             return
         self.looks[arm.name].append(look)
@@ -139,8 +156,10 @@ class Sweep:
         )
         self.write(partial=True)
 
-    def _one_look(self, arm: Arm, ask: Ask, before: Sequence[Look], name: str) -> Look | None:
-        summary = self._run(name, self._alone(arm, ask, before))
+    def _one_look(
+        self, arm: Arm, ask: Ask, scenario: Scenario, name: str, likely: Iterable[Task]
+    ) -> Steps[Look | None]:
+        summary = yield from self._run(name, scenario, likely)
         if summary is None:
             return None
         assert self.scenario.objective is not None
@@ -153,27 +172,27 @@ class Sweep:
         counted = [point for name in look.met for point in points_of([replace(look, over_capacity=False)], name)]
         return any(point.verdict(target) == "fail" for point in counted)
 
-    def _alone(self, arm: Arm, ask: Ask, before: Sequence[Look]) -> Scenario:
-        """One arm with the server to itself, at x, long enough for so many queries."""
+    def _alone(self, arm: Arm, ask: Ask, look: int, seen_qps: float | None) -> Scenario:
+        """One arm with the server to itself, at x, long enough for so many queries, by what an earlier look took, if there was one."""
         load, objective = self.scenario.load_of(arm), self.scenario.objective
         assert objective is not None
         seconds = self.scenario.load.duration or LEAST_DEADLINES * objective.query_seconds
-        qps = before[-1].offered_qps if self.axis.key == CONCURRENCY and before else ask.x
+        qps = seen_qps if self.axis.key == CONCURRENCY else ask.x
         if self.axis.key == CONCURRENCY:
             users = int(ask.x) if load.users is not None else None
             load = msgspec.structs.replace(load, mode="closed", concurrency=int(ask.x), users=users)
-            seconds = max(seconds, ask.queries / qps) if before and qps else seconds
         else:
             load = msgspec.structs.replace(load, mode="open", rate=ask.x)
+        if qps:
             seconds = max(seconds, ask.queries / qps)
         load = msgspec.structs.replace(
             load, stages=[], queries=None, duration=seconds, arms="apart", match="queries", repeats=1
         )
         own = msgspec.structs.replace(arm, rate=None, concurrency=None, queries=None, baseline=True)
-        seed = self.scenario.seed + len(before)
+        seed = self.scenario.seed + look
         return msgspec.structs.replace(self.scenario, arms=[own], load=load, seed=seed, threshold=[])
 
-    def _run(self, name: str, scenario: Scenario) -> Mapping[str, Any] | None:
+    def _run(self, name: str, scenario: Scenario, likely: Iterable[Task] = ()) -> Steps[Mapping[str, Any] | None]:
         """The summary of a run that is there already, or is run now; None where the sweep ends with it."""
         folder = self.out / POINTS / name
         summary = done(folder)
@@ -184,7 +203,9 @@ class Sweep:
             if over is not None:
                 self.ended = {"why": "budget", "reason": over}
                 return None
-            summary = self.measure(msgspec.structs.replace(scenario, budget=budget), folder)
+            measured, files = yield Want(self.measure(msgspec.structs.replace(scenario, budget=budget), folder), likely)
+            leave(folder, files)
+            summary = measured
         if summary["ended"] is not None and summary["ended"]["why"] != "errors":
             self.ended = summary["ended"]
             return None
@@ -231,7 +252,7 @@ class Sweep:
                 "seeks": "highest" if seeks else None,
             },
             "arms": arms_part(self._search(), self.looks, self._objectives(), self.scenario.baseline.name, seeks=seeks),
-            "notes": list(self.notes),
+            "notes": sorted(self.notes),
         }
         for name, arm in found["arms"].items():
             for on in arm["on"].values():
@@ -243,6 +264,11 @@ class Sweep:
             found["find"] = crossing.found(self.wanted, points)
         write_json(self.out / NAME, found)
         return found
+
+
+def _name(arm: Arm, x: float, number: int) -> str:
+    """Of a run's folder: the look with this number at x."""
+    return f"{arm.name}-{x:.6g}-{number + 1}"
 
 
 def _figures(measured: Found, arm: str) -> Found:

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import children, gone
 
 from fanmark.agents import topologies
 from fanmark.loadgen import cli, scenario_check
 from fanmark.loadgen.errors import FanmarkError
 from fanmark.loadgen.ranges import Axis
 from fanmark.loadgen.scenario import Scenario
+from fanmark.loadgen.shared_out import Task
 from fanmark.loadgen.simulate import Options, simulate
 from fanmark.loadgen.sweep import Sweep
 
@@ -220,6 +222,39 @@ def test_a_crossing_is_found_where_the_closed_form_has_it(file: Path, tmp_path: 
 
 
 @pytest.mark.slow
+def files(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_shared_out_leaves_the_same_bytes(file: Path, swept: Path, tmp_path: Path) -> None:
+    """Along a load, where it searches, and where crossings are sought; what was done ahead for nothing is not seen."""
+    load = ["--rate", "0.1:3", "--within", "0.3"]
+    find = ["--find", "two-steps.amplification.output_tokens in 2.2..2.6", "--over", "workload.answer=60:500"]
+    few = ["--queries", "4", "--rate", "0.2", "--within", "0.3"]
+    for out, flags in (("load", load), ("find", [*find, *few]), ("find-here", [*find, *few])):
+        workers = [] if out == "find-here" else ["--workers", "3"]
+        done = fanmark("sweep", file, "--virtual", *flags, *workers, "--out", tmp_path / out)
+        assert done.returncode == 0, done.stderr
+    assert files(tmp_path / "load") == files(swept)
+    assert files(tmp_path / "find") == files(tmp_path / "find-here")
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        ("[budget]\ncalls = 50\n", r"\[budget\]: follows from the runs before"),
+        ('[[threshold]]\nmetric = "single.per_query.calls.mean"\nbelow = 9\nabort = true\n', r"\[\[threshold\]\] abort: "),
+    ],
+)  # fmt: skip
+def test_what_follows_from_the_runs_before_is_not_shared_out(tmp_path: Path, more: str, said: str) -> None:
+    (tmp_path / "s.toml").write_text(SCENARIO + more)
+    flags = ["--virtual", "--set", "workload.answer=60,120", "--workers", "2", "--out", str(tmp_path / "out")]
+    with pytest.raises(FanmarkError, match=said):
+        cli.app(["sweep", str(tmp_path / "s.toml"), *flags], standalone_mode=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_arms_are_matched_by_a_fraction_of_their_own_capacity(swept: Path, tmp_path: Path) -> None:
     matched = tmp_path / "matched.toml"
     text = f'duration = 60\nmatch = "capacity"\ncapacity = "{swept}"\nfraction = 0.5\n'
@@ -258,15 +293,19 @@ def test_what_piles_up_is_looked_at_for_longer_before_it_fails(tmp_path: Path) -
     scenario = scenario_check.check(tomllib.loads(SCENARIO), "two.toml", topologies())
     seconds = {}
 
-    def measure(one: Scenario, folder: Path) -> Any:
+    def measure(given: tuple[Scenario, Path]) -> Any:
+        one, folder = given
         summary = simulate(one, topologies(), Options(folder, "0", [])).summary
         seconds[folder.name] = one.load.duration
         for arm in summary["arms"].values():
             arm["window"]["over_capacity"] = not folder.name.endswith("-longer")
-        return summary
+        return summary, {}
 
     axis = Axis("load.rate", 0.2, 0.9, False, (0.2, 0.9))
-    one = Sweep(scenario, axis, tmp_path, measure, lambda x: scenario, {"clock": "virtual"}, lambda line: None, most=1)
+    one = Sweep(
+        scenario, axis, tmp_path, lambda *given: Task(measure, given), lambda x: scenario, {"clock": "virtual"},
+        lambda line: None, most=1,
+    )  # fmt: skip
     one.run()
     points = one.write(partial=False)["arms"]["two-steps"]["on"]["query"]["points"]
     assert [(p["verdict"], p["over_capacity"]) for p in points] == [("pass", False), ("fail", True)]
@@ -378,16 +417,24 @@ def test_a_budget_is_of_the_whole_sweep(file: Path, tmp_path: Path) -> None:
     assert more.returncode == 4 and points(out) > 2
 
 
-def test_an_interrupt_keeps_what_is_done(file: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_an_interrupt_keeps_what_is_done(file: Path, tmp_path: Path, workers: str) -> None:
+    """As a terminal sends it: to the processes that share the work, too. They end, and say nothing."""
+    out, flags = tmp_path / "out", ["--virtual", "--rate", "0.1:3", "--within", "0.02", "--workers", workers]
     with subprocess.Popen(
-        command("sweep", file, "--virtual", "--rate", "0.1:3", "--within", "0.02", "--out", out),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        command("sweep", file, *flags, "--out", out),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     ) as process:  # fmt: skip
-        assert process.stderr is not None and process.stderr.readline().startswith("point    single at 0.1")
-        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None and process.stderr.readline().startswith("point    ")
+        others = children(process.pid)
+        os.killpg(process.pid, signal.SIGINT)
         stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
-    assert "interrupted: " in stderr and "passes at" in stdout
+    assert process.returncode == 130 and gone(others), stderr
+    said = [line for line in stderr.splitlines() if not line.startswith("point    ")]
+    assert len(said) == 1 and "interrupted: " in said[0] and "passes at" in stdout
     found = read(out)
-    assert found["partial"] and found["arms"]["single"]["on"]["query"]["points"][0]["verdict"] == "pass"
+    points = [point for arm in found["arms"].values() for point in arm["on"]["query"]["points"]]
+    assert found["partial"] and points[0]["verdict"] == "pass"
+    assert {run for point in points for run in point["runs"]} <= {
+        f"points/{p.name}" for p in (out / "points").iterdir()
+    }

@@ -330,6 +330,20 @@ def test_a_plans_simulations_are_shared_out(nodes: Nodes, tmp_path: Path) -> Non
     assert made[0] == made[1] == made[2] and len(made[0]) == 3
 
 
+def test_a_sweeps_runs_are_shared_out(nodes: Nodes, tmp_path: Path) -> None:
+    """They lie in the folder as if this process had made them, and the sweep's answer is the same."""
+    (tmp_path / "s.toml").write_text(SCENARIO + "[objective]\nquery_seconds = 0.5\nattainment = 0.8\n")
+    made = []
+    for name, where in {"here": [], "there": ["--ray", nodes.address]}.items():
+        flags = ["--virtual", "--rate", "4:400", "--within", "0.5", "--most-looks", "2", "--quiet", *where]
+        command = [VENV / "fanmark", "sweep", tmp_path / "s.toml", *flags, "--out", tmp_path / name]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 and "debate query costs" in done.stdout, done.stderr
+        found = (path for path in (tmp_path / name).rglob("*") if path.is_file())
+        made.append({str(path.relative_to(tmp_path / name)): path.read_bytes() for path in found})
+    assert made[0] == made[1] and len({Path(name).parent for name in made[0]}) > 8
+
+
 def test_a_fleet_of_stubs_on_the_nodes_is_one_target(
     nodes: Nodes, running: Runs, serving: Servings, tmp_path: Path
 ) -> None:
