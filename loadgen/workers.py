@@ -171,12 +171,15 @@ class Workers:
                 self._miss(worker)
             self._hold_meeting()
 
-    def _miss(self, worker: _Worker) -> None:
-        """A worker has died."""
+    def _mark_lost(self, worker: _Worker) -> None:
         worker.told(worker.state)
         worker.lost_at = worker.state.lost_at = self._clock.now()
         worker.state.verdict = WORDS[-1]
         self._tally.clients[worker.index] = worker.state
+
+    def _miss(self, worker: _Worker) -> None:
+        """A worker has died."""
+        self._mark_lost(worker)
         if self._stop_on_loss and self._ending is None:
             self._ending = Ending("errors", f"worker {worker.index} died, and the run was to stop then")
             self._ask_all()
@@ -219,6 +222,8 @@ class Workers:
                 on = f"{worker.station.node}:" if worker.station.node is not None else ""
                 worker.state.journal = f"{on}{worker.station.out}"
             if folder is None:
+                if worker.lost_at is None:  # it had done its share, and its node went then
+                    self._mark_lost(worker)
                 snapshots.append(self._last(worker))
                 ended.notes.append(_lost(snapshots[-1]))
             elif worker.lost_at is None:

@@ -132,14 +132,19 @@ def journal_of(folder: Path, told: Sequence[Query], begun: Sequence[str]) -> Pat
     return folder
 
 
+@pytest.mark.parametrize("ended_first", [False, True], ids=["under way", "once it has ended"])
 @pytest.mark.parametrize("left", [True, False], ids=["with its journal", "without"])
-def test_a_worker_that_is_lost_is_counted_the_same_with_its_journal_and_without(left: bool, tmp_path: Path) -> None:
-    scenario, every, begun = two_arms.scenario(), two_arms.queries(), ["debate", "single", "debate"]
+def test_a_worker_that_is_lost_is_counted_the_same_with_its_journal_and_without(
+    left: bool, ended_first: bool, tmp_path: Path
+) -> None:
+    scenario, every = two_arms.scenario(), two_arms.queries()
+    begun = [] if ended_first else ["debate", "single", "debate"]
     mine, others = [q for q in every if q.query % 2], [q for q in every if not q.query % 2]
     told = Snapshot(Packer(tally_of(scenario, mine, begun)).pack(), ClientState())
+    last = [Ended(None, {1: ClientState()})] if ended_first else []
     spots = [
         Spot(journal_of(tmp_path / "a", others, []), [Ended(None, {0: ClientState()})], left=True),
-        Spot(journal_of(tmp_path / "b", mine, begun), [told], left=left),
+        Spot(journal_of(tmp_path / "b", mine, begun), [told, *last], left=left),
     ]
 
     async def opening(index: int) -> Spot:
@@ -158,9 +163,11 @@ def test_a_worker_that_is_lost_is_counted_the_same_with_its_journal_and_without(
     ended = asyncio.run(both(out))
     told_of = read_snapshots(out)
     found = summarise_arms(scenario, reduced(read_queries(out), scenario.objective, told_of))
-    assert found["single"]["queries"] == {"started": 4, "completed": 3, "failed": 0, "abandoned": 1}
-    assert found["debate"]["queries"] == {"started": 5, "completed": 2, "failed": 1, "abandoned": 2}
-    lost = {"started": 3, "completed": 1, "failed": 0, "abandoned": 2}
+    singles, debates = begun.count("single"), begun.count("debate")
+    assert found["single"]["queries"] == {"started": 3 + singles, "completed": 3, "failed": 0, "abandoned": singles}
+    assert found["debate"]["queries"] == {"started": 3 + debates, "completed": 2, "failed": 1, "abandoned": debates}
+    lost = {"started": 1 + debates, "completed": 1, "failed": 0, "abandoned": debates}
+    assert (ended.states[1].lost_at is None) == (left and ended_first)
     if left:
         assert told_of == [] and ended.states[1].lost_queries is found["debate"]["unrecorded"] is None
     else:
