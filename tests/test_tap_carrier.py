@@ -190,7 +190,13 @@ class Counting:
 
 
 @pytest.mark.parametrize(
-    ("second", "known", "by_size"), [("quick again", "counted", 0), ("a slow one", "counted in part", 1)]
+    ("second", "known", "by_size"),
+    [
+        ("quick again", "counted", 0),
+        ("cut once", "counted", 0),
+        ("a slow one", "counted in part", 1),
+        ("refused", "counted in part", 1),
+    ],
 )
 def test_a_slow_tokenizer_holds_nobody_up_and_is_told_of(second: str, known: str, by_size: int, tmp_path: Path) -> None:
     recorder, journal = recorder_in(tmp_path)
