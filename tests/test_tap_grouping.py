@@ -189,6 +189,17 @@ def test_a_tool_call_belongs_to_the_reply_that_asked_for_it_and_to_none_where_se
     assert unclear.query.attributed == "none" and unclear.query not in [seen.query for seen in again]
 
 
+@pytest.mark.parametrize(
+    ("system", "told", "joins"),
+    [("expert", "Paris", True), ("lead", "Paris", False), ("lead", "Paris, or Lyon if it rains", True)],
+)
+def test_who_is_told_an_open_calls_argument_is_its_child(system: str, told: str, joins: bool) -> None:
+    """A short one may be what a user of the same agent asks of their own."""
+    traffic = Traffic()
+    lead = traffic.end(traffic.begin("lead", "where to?"), "", ToolAsk("id-1", "expert", json.dumps({"task": told})))
+    assert (traffic.call(system, told).query is lead.query) == joins
+
+
 def test_what_several_queries_say_alike_is_of_none_unless_all_of_it_is_read() -> None:
     """The same question twice at once: whose child it is, and whose answer a critic reads, cannot be told. A judge reads both."""
     traffic = Traffic()

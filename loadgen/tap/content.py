@@ -27,7 +27,7 @@ AS_USER = (
     "Tool output",
     "Tool result",
 )  # a result in a user's words begins so
-_HANDED = 16  # characters: an argument of so many stands in another text by no chance
+HANDED = 16  # characters: an argument of so many stands in another text by no chance
 
 
 def chain(messages: Iterable[Said]) -> list[bytes]:
@@ -74,7 +74,7 @@ def texts_of(ask: ToolAsk) -> list[str]:
 
 def says(text: str, asks: Iterable[ToolAsk]) -> list[str]:
     """What of a reply may be read again: its text, and what its tool calls say, for some agents give their answer by one."""
-    return [text] * bool(text) + [each for ask in asks for each in texts_of(ask) if len(each) >= _HANDED]
+    return [text] * bool(text) + [each for ask in asks for each in texts_of(ask) if len(each) >= HANDED]
 
 
 def _leaves(value: Any) -> Iterable[str]:
@@ -90,7 +90,7 @@ def _leaves(value: Any) -> Iterable[str]:
 
 def handed_over(ask: ToolAsk, told: str) -> bool:
     """Whether what an agent is first told is what this tool call says."""
-    return any(text == told or (len(text) >= _HANDED and text in told) for text in texts_of(ask))
+    return any(text == told or (len(text) >= HANDED and text in told) for text in texts_of(ask))
 
 
 def first_told(messages: Sequence[Said]) -> str:

@@ -23,6 +23,7 @@ from fanmark.loadgen.quoting import SHORT, depends_on
 from fanmark.loadgen.quoting import Said as Replied
 from fanmark.loadgen.tap.asked import Asked, Said
 from fanmark.loadgen.tap.content import (
+    HANDED,
     call_ids,
     chain,
     first_told,
@@ -205,7 +206,11 @@ class Grouping:
             return asked[-1].query
         told = first_told(seen.spoken)
         handed = [
-            each for query in self.open for each in query.calls if any(handed_over(a, told) for a in each.open_asks)
+            each
+            for query in self.open
+            for each in query.calls
+            if any(handed_over(a, told) for a in each.open_asks)
+            and (len(told) >= HANDED or each.system != seen.system)  # else it may be somebody's own short question
         ]
         if handed and len({each.query for each in handed}) == 1:
             seen.caller = handed[0]
