@@ -52,7 +52,7 @@ class Counted:
 def amplification(arm: Counted, base: Counted, name: str, seed: int, *, interleaved: bool) -> dict[str, Any] | None:
     """Ratio of the means per completed query, what failed queries and retries spent included."""
     own, own_waste = _costs(arm, name)
-    against, base_waste = _costs(base, name)
+    against, base_waste = (own, own_waste) if arm is base else _costs(base, name)
     if own is None or against is None:
         return None
     if name in TIMES:

@@ -11,6 +11,7 @@ from fanmark.loadgen import frozen, summary, table
 from fanmark.loadgen.cost_part import all_simulated
 from fanmark.loadgen.endpoint import Endpoint
 from fanmark.loadgen.errors import LostError
+from fanmark.loadgen.recording import recording_of
 from fanmark.loadgen.records import Window
 from fanmark.loadgen.reduced import CallKind, Reduced, Rows
 from fanmark.loadgen.report.words import title
@@ -213,8 +214,9 @@ def _matched(scenario: Scenario, arms: Mapping[str, Any]) -> str:
 
 
 def _constant(scenario: Scenario, arm: str) -> bool:
-    workload = scenario.workload_of(next(a for a in scenario.arms if a.name == arm))
-    return isinstance(workload.answer, int) and isinstance(workload.question, int)
+    told = next(a for a in scenario.arms if a.name == arm)
+    workload = scenario.workload_of(told)
+    return isinstance(workload.answer, int) and isinstance(workload.question, int) and recording_of(told) is None
 
 
 def print_result(found: Mapping[str, Any], out: Path, to: TextIO | None = None) -> None:

@@ -69,6 +69,7 @@ def test_a_debate_and_a_chain_are_made_again(tmp_path: Path) -> None:
     raw = replay(tmp_path / "recorded", "debate", "chain", process="replay", arms="apart")
     found = simulated(raw, tmp_path / "replayed")
     assert found["validity"]["counted"] is found["validity"]["uncontaminated"] is True
+    assert not any("constant" in note for note in found["notes"])  # lengths are the recording's
     for arm in ("debate", "chain"):
         assert found["arms"][arm]["fidelity"] == AS_RECORDED | {"overlap": 1.0, "gaps": 1.0}
         before, after = (queries_of(tmp_path / folder, arm) for folder in ("recorded", "replayed"))

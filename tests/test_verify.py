@@ -161,6 +161,19 @@ def test_what_it_says_and_its_exit_code(ended: Path, tmp_path: Path) -> None:
     assert many[0].startswith(f"{copy}: 1 differ, of ")
 
 
+def test_what_an_earlier_version_did_not_tell_of_is_null(ended: Path, tmp_path: Path) -> None:
+    copy = copy_of(ended, tmp_path)
+    summary = json.loads((copy / "summary.json").read_text())
+    arm = summary["arms"]["single"]
+    assert arm.pop("unrecorded") is None
+    (copy / "summary.json").write_text(json.dumps(summary))
+    assert verify(copy, topologies()).differ == []
+    del arm["queries"]["started"]
+    (copy / "summary.json").write_text(json.dumps(summary))
+    (differs,) = verify(copy, topologies()).differ
+    assert differs.startswith("arms.single.queries.started: the summary says missing, the records ")
+
+
 @pytest.mark.parametrize(
     ("name", "text"), [("summary.json", None), ("summary.json", "{}"), ("queries.jsonl", "{}\n"), ("summary.json", "{")]
 )
