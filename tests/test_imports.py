@@ -182,7 +182,9 @@ def spans(part: str = "tool_call_response", key: str = "response") -> list[dict[
     action = {"role": "assistant", "parts": [{"type": "tool_call", "id": "c1", "name": "look", "arguments": {}}]}
     result = {"role": "tool", "parts": [{"type": part, "id": "c1", key: "r" * 50}]}
     usage = {"gen_ai.usage.input_tokens": 60, "gen_ai.usage.output_tokens": 12}
-    later = {"gen_ai.usage.input_tokens": 97, "gen_ai.usage.output_tokens": 20}
+    later = {
+        "gen_ai.usage.input_tokens": 97, "gen_ai.usage.output_tokens": 20, "gen_ai.usage.cache_read.input_tokens": 64
+    }  # fmt: skip
     return [
         {"what": "invoke_agent", "at": (0, 9), "attributes": {}},
         {"what": "chat", "at": (0, 2), "attributes": usage | {"gen_ai.input.messages": json.dumps([system, question])}},
@@ -220,6 +222,7 @@ def test_exgentic_rows(part: str, key: str, tmp_path: Path) -> None:
     assert [told(step) for step in steps] == AS_SPANS
     assert [(step.tokens, step.seconds) for step in steps] == [(12, 0.0), (25, 1.0), (20, 0.0)]
     assert [step.role for step in steps] == ["agent", "look", "agent"]
+    assert [step.cached_tokens for step in steps] == [None, None, 64]
 
 
 def test_otlp(tmp_path: Path) -> None:

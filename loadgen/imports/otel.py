@@ -3,13 +3,13 @@
     {"resourceSpans": [{"scopeSpans": [{"spans": [{"traceId": "..", "startTimeUnixNano": "..", "attributes": [..]}]}]}]}
     {"session_id": "..", "spans": [{"span_id": "..", "type": "llm_call", "start_time": "2026-05-18T09:27:45Z", "attributes": {..}}]}
 
-(opentelemetry.io, semantic conventions for generative AI: gen_ai.operation.name, gen_ai.usage.input_tokens and output_tokens, and, where
-content is kept, gen_ai.input.messages and gen_ai.tool.definitions; huggingface.co, Exgentic/agent-llm-traces-v2.) A trace or session is a
-query, and a span of a model a call; a span of a tool (`execute_tool`) is a tool call. Others and failed ones are left out. A call whose
-messages begin with all of an earlier one's goes on there: the assistant's message behind them is that call's reply, and the result of a
-tool call is its span's. Who waited for whom is told by times (trace.Agents). Tokens are known of the whole prompt: messages share them by
-their length, those that were read before have what they had. Without content a prompt is one text of its own: what it shares is not
-known.
+(opentelemetry.io, semantic conventions for generative AI: gen_ai.operation.name, gen_ai.usage.input_tokens, output_tokens and
+cache_read.input_tokens, and, where content is kept, gen_ai.input.messages and gen_ai.tool.definitions; huggingface.co, Exgentic/agent-
+llm-traces-v2.) A trace or session is a query, and a span of a model a call; a span of a tool (`execute_tool`) is a tool call. Others and
+failed ones are left out. A call whose messages begin with all of an earlier one's goes on there: the assistant's message behind them is
+that call's reply, and the result of a tool call is its span's. Who waited for whom is told by times (trace.Agents). Tokens are known of
+the whole prompt: messages share them by their length, those that were read before have what they had. Without content a prompt is one
+text of its own: what it shares is not known.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -130,6 +130,7 @@ def _query(trace: Trace, spans: Iterable[Span]) -> Iterator[tuple[float, list[Re
                     span.start_at,
                     span.end_at,
                     output_tokens=tokens[1],
+                    cached_tokens=_cached(span, tokens[0]),
                     messages=messages,
                     role=_role(span),
                 )
@@ -144,11 +145,19 @@ def _tokens(span: Span) -> tuple[int, int] | None:
     """How many a model's span read and wrote; None of another's, and where it read or wrote none."""
     if span.what and span.what not in INFERS:
         return None
-    counts = [span.attributes.get(f"gen_ai.usage.{kind}_tokens") for kind in ("input", "output")]
-    read, wrote = (
-        int(count) if isinstance(count, int | float | str) and str(count).isdigit() else 0 for count in counts
-    )
+    read, wrote = (_count(span, f"{kind}_tokens") or 0 for kind in ("input", "output"))
     return (read, wrote) if read and wrote else None
+
+
+def _cached(span: Span, read: int) -> int | None:
+    """How much of a prompt the cache served; None where that is not told, or counts what the prompt's length leaves out."""
+    cached = _count(span, "cache_read.input_tokens")
+    return None if cached is None or cached > read else cached
+
+
+def _count(span: Span, name: str) -> int | None:
+    count = span.attributes.get(f"gen_ai.usage.{name}")
+    return int(count) if isinstance(count, int | float | str) and str(count).isdigit() else None
 
 
 def _role(span: Span) -> str:
