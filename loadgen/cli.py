@@ -3,6 +3,7 @@
 import os
 import secrets
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +24,7 @@ from fanmark.loadgen.cli_common import (
     tools_on_ray,
     version,
 )
-from fanmark.loadgen.errors import FanmarkError
+from fanmark.loadgen.errors import PARTING, FanmarkError
 
 app = typer.Typer(
     name="fanmark",
@@ -96,7 +97,12 @@ def main() -> None:
         text = e.format_message()
         print(text if "\n" in text else f"fanmark: {text} (try fanmark --help)", file=sys.stderr)
         code = 2
-    sys.exit(code if isinstance(code, int) else 0)
+    code = code if isinstance(code, int) else 0
+    if any(thread.name == PARTING for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 @app.command()

@@ -1,5 +1,7 @@
 """What a user can cause or must be told, split by whose fault it is. Each is one line: what was given, what is allowed, what to do."""
 
+PARTING = "parting"  # the name of a thread that may wait for a lost cluster for ever, and must not hold the end of the process up
+
 
 class FanmarkError(Exception):
     """Base: the command line prints it as one line and ends with `exit_code`. Nothing was sent, but for a LostError."""

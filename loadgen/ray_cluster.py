@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from fanmark.loadgen import embedded
-from fanmark.loadgen.errors import FanmarkError, ScenarioError, UnreachableError
+from fanmark.loadgen.errors import PARTING, FanmarkError, ScenarioError, UnreachableError
 from fanmark.loadgen.stations import END_TIMEOUT_S, Clocks, LocalStation, open_local
 
 _CONNECT_TIMEOUT_S = 8.0
 _KNOCK_TIMEOUT_S = 3.0
 _ANSWER_TIMEOUT_S = 30.0  # of an actor that starts or hands over a file
 _REVIVAL_TIMEOUT_S = 10.0  # of one on a node that may be gone
+_PARTING_TIMEOUT_S = 5.0
 _ECHOES = 9
 _PIECE_BYTES = 4 << 20
 _LEFT = ("queries.jsonl", "calls.jsonl", "begun.jsonl", "windows.jsonl")
@@ -292,7 +293,16 @@ async def connected(address: str, version: str, *, mute: bool = True) -> AsyncIt
                 raise UnreachableError(f"--ray {address}: no node of the cluster has a CPU for a worker")
             yield Cluster(nodes, ray.util.get_node_ip_address(), version)
         finally:
-            ray.shutdown()
+            _disconnect()
+
+
+def _disconnect() -> None:
+    """A head that no longer answers would hold Ray's farewell up. cli.py ends the process over a thread of that name."""
+    import ray
+
+    parting = threading.Thread(target=ray.shutdown, daemon=True, name=PARTING)
+    parting.start()
+    parting.join(_PARTING_TIMEOUT_S)
 
 
 def _connect(address: str) -> None:

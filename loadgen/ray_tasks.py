@@ -5,7 +5,7 @@ A simulation may last as long as it likes, so no task has a limit; that the clus
 
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
@@ -23,14 +23,13 @@ class Processors:
     def __init__(self, most: int | None, version: str) -> None:
         self._most = most
         self._version = version
+        self._there = _on_a_processor()
         self.count = 0
         self._hear()
 
     def begin(self, task: Task) -> "Future[Any]":
-        """See Workers."""
-        import ray
-
-        future: Future[Any] = ray.remote(_carried_out).options(num_cpus=1).remote(task, self._version).future()
+        """See Workers. The first has Ray ask the head, too."""
+        future: Future[Any] = _answered(lambda: self._there.remote(task, self._version).future())
         return future
 
     def result(self, done: "Future[Any]") -> Any:
@@ -50,16 +49,28 @@ class Processors:
             self._hear()
 
     def _hear(self) -> None:
-        nodes: list[dict[str, Any]] = []
-        asking = threading.Thread(target=lambda: nodes.extend(usable()), daemon=True)
-        asking.start()
-        asking.join(_SILENT_TIMEOUT_S)
-        if asking.is_alive():
-            raise UnreachableError(f"the head of the Ray cluster did not answer within {_SILENT_TIMEOUT_S:g} s")
+        nodes = _answered(usable)
         processors = sum(int(node["Resources"]["CPU"]) for node in nodes)
         if not processors:
             raise UnreachableError("no node of the Ray cluster has a CPU any more")
         self.count = min(processors, self._most or processors)
+
+
+def _on_a_processor() -> Any:
+    import ray
+
+    return ray.remote(_carried_out).options(num_cpus=1)
+
+
+def _answered(ask: Callable[[], Any]) -> Any:
+    """What the cluster answers. Raises UnreachableError."""
+    found: list[Any] = []
+    asking = threading.Thread(target=lambda: found.append(ask()), daemon=True)  # Ray itself would wait for ever
+    asking.start()
+    asking.join(_SILENT_TIMEOUT_S)
+    if not found:
+        raise UnreachableError(f"the head of the Ray cluster did not answer within {_SILENT_TIMEOUT_S:g} s")
+    return found[0]
 
 
 def _carried_out(task: Task, version: str) -> Any:

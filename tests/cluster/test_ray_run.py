@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import children, end, gone, kill, line_of
+from processes import children, end, gone, line_of
+from ray_nodes import VENV, Nodes, running_nodes
 from stub_process import Stub, running_stub
-
-ROOT = Path(__file__).resolve().parents[2]
-VENV = ROOT / ".venv-ray" / "bin"
 
 pytestmark = pytest.mark.ray
 
@@ -43,57 +41,10 @@ OPEN = ["--rate", "8", "--queries", "9"]
 CLOSED = ["--concurrency", "4", "--queries", "80"]
 
 
-class Nodes:
-    """A running cluster."""
-
-    def __init__(self, process: "subprocess.Popen[str]", address: str) -> None:
-        self.process, self.address = process, address
-
-    def workers(self) -> dict[int, Path]:
-        """The workers that run on its nodes, by process id, each with its journal's folder as soon as it has begun a query."""
-        found = {}
-        for pid in children(self.process.pid):
-            try:
-                if "fanmark.loadgen.worker" in Path(f"/proc/{pid}/cmdline").read_text():
-                    links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
-                    for journal in (Path(link) for link in links if link.endswith("/begun.jsonl")):
-                        found[pid] = journal.parent
-            except OSError:
-                continue
-        return found
-
-    def lose_one(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write("lose\n")
-        self.process.stdin.flush()
-
-
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
-    if not VENV.exists():
-        pytest.fail("no Ray: run `make test-ray`, which installs it")
-    process = subprocess.Popen(
-        [VENV / "python", Path(__file__).parent / "two_nodes.py"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    started = [process.pid]
-    try:
-        address = line_of(process).strip()
-        assert address, "the cluster did not start"
-        started += children(process.pid)
-        yield Nodes(process, address)
-    finally:
-        started += children(process.pid)
-        assert process.stdin is not None
-        process.stdin.close()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(60)
-        ended = gone(started, within_s=30)
-        kill(started)
-        end(process)
-        assert ended
+    with running_nodes() as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="module")
@@ -297,51 +248,6 @@ def test_a_head_that_is_absent_or_says_nothing_is_one_line(
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 3 and "nobody listens there" in errors and len(errors.splitlines()) == 1
     assert not (tmp_path / "run").exists()
-
-
-def test_seeds_of_a_simulation_are_shared_out(nodes: Nodes, tmp_path: Path) -> None:
-    """What the nodes make has the bytes of what is made here."""
-    (tmp_path / "s.toml").write_text(SCENARIO)
-    made = []
-    for name, where in {"here": [], "there": ["--ray", nodes.address]}.items():
-        flags = ["--seeds", "3", "--queries", "2", "--out", str(tmp_path / name), *where]
-        subprocess.run(
-            [VENV / "fanmark", "simulate", tmp_path / "s.toml", *flags],
-            check=True,
-            stdout=subprocess.DEVNULL,
-            timeout=120,
-        )
-        found = (tmp_path / name).rglob("*.*")
-        made.append({str(path.relative_to(tmp_path / name)): path.read_bytes() for path in found})
-    assert made[0] == made[1] and len({name.split("/")[0] for name in made[0]}) == 3
-
-
-def test_a_plans_simulations_are_shared_out(nodes: Nodes, tmp_path: Path) -> None:
-    """The nodes' plan is that of one process, byte for byte, two of their processors or all."""
-    (tmp_path / "s.toml").write_text(SCENARIO + "[objective]\nquery_seconds = 0.5\nattainment = 0.8\n")
-    made = []
-    ways = {"here": [], "there": ["--ray", nodes.address], "two": ["--ray", nodes.address, "--workers", "2"]}
-    for name, where in ways.items():
-        flags = ["--rate", "40", "--seeds", "1", "--within", "0.5", "--burstiness", "1", "--cell", "1", "--quiet"]
-        command = [VENV / "fanmark", "plan", tmp_path / "s.toml", *flags, *where, "--out", tmp_path / name]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0 and "replicas carry 40 queries/s" in done.stdout, done.stderr
-        made.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
-    assert made[0] == made[1] == made[2] and len(made[0]) == 3
-
-
-def test_a_sweeps_runs_are_shared_out(nodes: Nodes, tmp_path: Path) -> None:
-    """They lie in the folder as if this process had made them, and the sweep's answer is the same."""
-    (tmp_path / "s.toml").write_text(SCENARIO + "[objective]\nquery_seconds = 0.5\nattainment = 0.8\n")
-    made = []
-    for name, where in {"here": [], "there": ["--ray", nodes.address]}.items():
-        flags = ["--virtual", "--rate", "4:400", "--within", "0.5", "--most-looks", "2", "--quiet", *where]
-        command = [VENV / "fanmark", "sweep", tmp_path / "s.toml", *flags, "--out", tmp_path / name]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0 and "debate query costs" in done.stdout, done.stderr
-        found = (path for path in (tmp_path / name).rglob("*") if path.is_file())
-        made.append({str(path.relative_to(tmp_path / name)): path.read_bytes() for path in found})
-    assert made[0] == made[1] and len({Path(name).parent for name in made[0]}) > 8
 
 
 def test_a_fleet_of_stubs_on_the_nodes_is_one_target(

@@ -1,0 +1,67 @@
+"""A running Ray cluster of two nodes, which tests share."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from processes import children, end, gone, kill, line_of
+
+ROOT = Path(__file__).resolve().parents[2]
+VENV = ROOT / ".venv-ray" / "bin"
+
+
+class Nodes:
+    """A running cluster."""
+
+    def __init__(self, process: "subprocess.Popen[str]", address: str) -> None:
+        self.process, self.address = process, address
+
+    def workers(self) -> dict[int, Path]:
+        """The workers that run on its nodes, by process id, each with its journal's folder as soon as it has begun a query."""
+        found = {}
+        for pid in children(self.process.pid):
+            try:
+                if "fanmark.loadgen.worker" in Path(f"/proc/{pid}/cmdline").read_text():
+                    links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
+                    for journal in (Path(link) for link in links if link.endswith("/begun.jsonl")):
+                        found[pid] = journal.parent
+            except OSError:
+                continue
+        return found
+
+    def lose_one(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("lose\n")
+        self.process.stdin.flush()
+
+
+@contextmanager
+def running_nodes() -> Iterator[Nodes]:
+    """Two nodes, until the context ends."""
+    if not VENV.exists():
+        pytest.fail("no Ray: run `make test-ray`, which installs it")
+    process = subprocess.Popen(
+        [VENV / "python", Path(__file__).parent / "two_nodes.py"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    started = [process.pid]
+    try:
+        address = line_of(process).strip()
+        assert address, "the cluster did not start"
+        started += children(process.pid)
+        yield Nodes(process, address)
+    finally:
+        started += children(process.pid)
+        assert process.stdin is not None
+        process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(60)
+        ended = gone(started, within_s=30)
+        kill(started)
+        end(process)
+        assert ended
