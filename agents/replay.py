@@ -16,11 +16,13 @@ from fanmark.agents.runtime import Author, Drawn, Expected, Key, Message, Runtim
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A message that a step read: what a step before wrote, by its key, or ("recorded", id), a text of its own."""
+    """A message that a step read: what a step before wrote, by its key, or ("recorded", id), a text of its own, which `begins` as others
+    may."""
 
     key: Key
     tokens: int
     author: Author = "user"
+    begins: tuple[tuple[Key, int], ...] = ()
 
     @property
     def as_read(self) -> Key:
@@ -96,7 +98,7 @@ def message_of(rt: Runtime, read: Read, said: dict[Key, Message], *, first: bool
     if read.key in said:
         return said[read.key] if read.as_read == read.key else rt.quote(said[read.key])
     author: Author = "user" if read.author == "tool" or (read.author == "system" and not first) else read.author
-    return Message(read.key, author, "", read.tokens)
+    return Message(read.key, author, "", read.tokens, begins=read.begins)
 
 
 def expected(p: Params, _: Drawn) -> Expected:

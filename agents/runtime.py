@@ -39,7 +39,8 @@ class ToolLike:
 class Message:
     """One message of a prompt. `tokens` is its length as drawn (0: there is no such message); `text` is the instruction that the
     length is filled up from, or a reply's own text; `source` is the number of the call or tool call that produced it. `per_query`: it
-    is not the same in every query. `asks`: the tool calls that a reply asks for; `answers`: the id of the one that a result belongs to."""
+    is not the same in every query. `asks`: the tool calls that a reply asks for; `answers`: the id of the one that a result belongs to.
+    `begins`: texts that it begins with, as other messages may, by their keys, each about so many tokens long."""
 
     key: Key
     author: Author
@@ -49,6 +50,7 @@ class Message:
     per_query: bool = False
     asks: tuple[ToolAsk, ...] = ()
     answers: str | None = None
+    begins: tuple[tuple[Key, int], ...] = ()
 
 
 class Drawn(Protocol):

@@ -25,7 +25,8 @@ Count = Callable[[str], Awaitable[int]]
 class Text(NamedTuple):
     """What a message says, before it is made as long as it must be: `stem`, then prose drawn from `seed`, `tokens` in all (its share of
     the template included). `first`: it opens the prompt; `opening` is the salted line that then comes before the stem, if any. `whole`:
-    the stem as it is, however long, and nothing after it."""
+    the stem as it is, however long, and nothing after it. `begins`: seeds of prose that comes before the stem, as in other texts, each
+    about so many tokens long."""
 
     author: Author
     stem: str
@@ -34,6 +35,13 @@ class Text(NamedTuple):
     first: bool = False
     opening: str = ""
     whole: bool = False
+    begins: tuple[tuple[str, int], ...] = ()
+
+    def beginning(self, prose: Callable[[str, int], str], chars_per_token: float) -> str:
+        """All that comes before what it is filled up with."""
+        begun = " ".join(prose(seed, round(tokens * chars_per_token)) for seed, tokens in self.begins)
+        stem = f"{begun} {self.stem}".strip() if begun else self.stem
+        return f"{self.opening}\n{stem}" if self.opening else stem
 
 
 class Part(NamedTuple):
@@ -208,7 +216,7 @@ class ChatPrompts(_Kept):
         return 1 + (self._template.share(author, first) if self._template else 0)
 
     async def _made(self, text: Text) -> Part:
-        stem = f"{text.opening}\n{text.stem}" if text.opening else text.stem
+        stem = text.beginning(self._prose.text, self._chars_per_token)
         if text.whole:
             return await self._whole(text.author, stem, text.first)
         if self._template is None:
@@ -275,7 +283,7 @@ class TokenPrompts(_Kept):
         return 1
 
     async def _made(self, text: Text) -> Part:
-        stem = f"{text.opening}\n{text.stem}" if text.opening else text.stem
+        stem = text.beginning(self._prose.text, self._chars_per_token)
         if text.whole:
             ids = await self._tokenizer.encode(stem)
             return Part(ids, len(ids))

@@ -41,12 +41,14 @@ INSTANT_S = 0.001  # what an agent takes less than is a client's own time, not a
 
 
 class Said(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A message of a recorded prompt."""
+    """A message of a recorded prompt. `begins`: ids of texts that it begins with, each with the tokens by which it is longer than the one
+    before, near enough."""
 
     id: str
     tokens: int
     author: Author = "user"
     source: int | None = None
+    begins: tuple[tuple[str, int], ...] = ()
 
 
 class RecordedCall(Call, kw_only=True):
@@ -337,5 +339,9 @@ def _read(
     source = there.get(said.source) if said.source is not None and said.source < reader.call else None
     if source is not None and (source.kind == "tool_call" or source.output_tokens == said.tokens):
         return Read(keys[source.call], said.tokens, said.author)
-    named = said.id or f"{reader.query}-{said.source}"
-    return Read((RECORDED, named, lap) if lap else (RECORDED, named), said.tokens, said.author)
+    begins = tuple((_text_key(id, lap), tokens) for id, tokens in said.begins)
+    return Read(_text_key(said.id or f"{reader.query}-{said.source}", lap), said.tokens, said.author, begins)
+
+
+def _text_key(named: str, lap: int) -> Key:
+    return (RECORDED, named, lap) if lap else (RECORDED, named)

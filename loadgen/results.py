@@ -7,11 +7,11 @@ from typing import Any, TextIO
 
 import msgspec
 
+from fanmark.agents.replay import TOPOLOGY as REPLAY
 from fanmark.loadgen import frozen, summary, table
 from fanmark.loadgen.cost_part import all_simulated
 from fanmark.loadgen.endpoint import Endpoint
 from fanmark.loadgen.errors import LostError
-from fanmark.loadgen.recording import recording_of
 from fanmark.loadgen.records import Window
 from fanmark.loadgen.reduced import CallKind, Reduced, Rows
 from fanmark.loadgen.report.words import title
@@ -216,7 +216,8 @@ def _matched(scenario: Scenario, arms: Mapping[str, Any]) -> str:
 def _constant(scenario: Scenario, arm: str) -> bool:
     told = next(a for a in scenario.arms if a.name == arm)
     workload = scenario.workload_of(told)
-    return isinstance(workload.answer, int) and isinstance(workload.question, int) and recording_of(told) is None
+    replayed = any(part.topology == REPLAY.name for part in told.mix or [told])
+    return isinstance(workload.answer, int) and isinstance(workload.question, int) and not replayed
 
 
 def print_result(found: Mapping[str, Any], out: Path, to: TextIO | None = None) -> None:

@@ -25,7 +25,7 @@ from fanmark.loadgen.recording import RecordedCall, said_of
 from fanmark.loadgen.records import Call
 from fanmark.loadgen.tool_calls import carried_out
 from fanmark.loadgen.trace_headers import call_headers, tool_headers
-from fanmark.loadgen.users import Session, Turn, text_seed, turn_of, with_told, written_last
+from fanmark.loadgen.users import Session, Turn, key_seed, text_seed, turn_of, with_told, written_last
 from fanmark.loadgen.world import World
 
 
@@ -367,7 +367,8 @@ class QueryRuntime:
         seed = text_seed(message, self.world.seed, self.demand.seed)
         given = word_for_word(message, self.demand.query, self.world.questions)
         if given is None:
-            return [Text(message.author, message.text, message.tokens, seed)]
+            begins = tuple((key_seed(self.world.seed, key), tokens) for key, tokens in message.begins)
+            return [Text(message.author, message.text, message.tokens, seed, begins=begins)]
         return [Text(author, text, 0, seed, whole=True) for author, text in given]
 
     def _traffic(

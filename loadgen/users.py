@@ -55,8 +55,13 @@ def written_last(calls: Iterable[Call], numbers: Mapping[Key, int]) -> Key | Non
 def text_seed(message: Message, run_seed: int, query_seed: str) -> str:
     """What a message's text is made from: the run, the query, or the earlier query that asked it first."""
     if message.key[0] == TOLD:
-        return "/".join(map(str, (run_seed, *message.key[1:])))
-    return "/".join(map(str, (query_seed if message.per_query else run_seed, *message.key)))
+        return key_seed(run_seed, message.key[1:])
+    return key_seed(query_seed if message.per_query else run_seed, message.key)
+
+
+def key_seed(seed: int | str, key: Key) -> str:
+    """What the text of a key is made from."""
+    return "/".join(map(str, (seed, *key)))
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Planning: the search, and what it must find where the answer is known."""
 
+import asyncio
 import json
 import math
 from pathlib import Path
@@ -14,9 +15,11 @@ from fanmark.loadgen import plan, plan_table, scenario_check
 from fanmark.loadgen.capacity import QUERY
 from fanmark.loadgen.cli import app
 from fanmark.loadgen.fleet_search import next_look, shared_out
+from fanmark.loadgen.lanes.virtual_bare import BareEndpoint
 from fanmark.loadgen.planned import Demand, Knobs, fleet, offered
+from fanmark.loadgen.prompts import Text
 from fanmark.loadgen.records import Query
-from fanmark.loadgen.scenario import Scenario
+from fanmark.loadgen.scenario import Scenario, Target
 from fanmark.loadgen.search import Point, Search, bracket, pooled
 from fanmark.loadgen.shared_out import carried_out
 from fanmark.loadgen.simulate import services_of
@@ -112,6 +115,24 @@ def test_without_words_every_stamp_is_the_same(tmp_path: Path, monkeypatch: pyte
     worded = window(scenario, 2, 2.0, 20.0)
     assert stamps(bare.queries) == stamps(worded.queries) and len(bare.queries) > 40
     assert not any(query.mismatches for query in bare.queries)
+
+
+def test_without_words_messages_begin_alike_too(tmp_path: Path) -> None:
+    service = services_of(scenario_of(tmp_path))["default"]
+    prompts = BareEndpoint("default", Target(url=""), service).prompts
+
+    async def ids(seed: str, tokens: int, *begins: tuple[str, int]) -> list[int]:
+        content = (await prompts.part(Text("user", "", tokens, f"1/recorded/{seed}", begins=begins))).content
+        assert isinstance(content, list) and len(content) == tokens
+        return content
+
+    async def main() -> None:
+        one, other = [await ids(seed, 150, ("1/recorded/x", 64), ("1/recorded/y", 40)) for seed in "ab"]
+        shorter = await ids("c", 70, ("1/recorded/x", 64), ("1/recorded/y", 40))
+        assert one[:104] == other[:104] and one[104] != other[104] and shorter == one[:70]
+        assert (await ids("x", 64))[0] != one[0]  # a message of that name is not its beginning
+
+    asyncio.run(main())
 
 
 def test_littles_law_and_the_accounts(tmp_path: Path) -> None:

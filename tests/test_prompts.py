@@ -308,6 +308,40 @@ def test_token_prompts_have_any_length(tokens: int, stem: str, opening: str) -> 
     assert sum(1000 <= i < 1256 for i in part.content[n:]) <= len(part.content) / 3 + 10  # the rest is prose
 
 
+@pytest.mark.parametrize("name", [*SERVERS, "the stub's", "token ids"])
+@given(
+    pieces=st.lists(st.integers(20, 80), min_size=1, max_size=4),
+    more=st.lists(st.integers(1, 200), min_size=2, max_size=2),
+)
+@settings(max_examples=15)
+def test_messages_that_begin_alike_share_that_and_no_more(name: str, pieces: list[int], more: list[int]) -> None:
+    """Each is exactly as long as it must be, or nothing but its beginning; then they part."""
+    local = StubTokenizer(vocabulary())
+    server = SERVERS[name]() if name in SERVERS else Server()
+    prompts: ChatPrompts | TokenPrompts = TokenPrompts(range(1000, 1256), server)
+    if name == "the stub's":
+        prompts = ChatPrompts(vocabulary(), LocalTokenizer(local), Template(0, 0, 0, 0, 0), 4.5, local.count)
+    elif name in SERVERS:
+        prompts = chat(server)
+    begins = tuple((f"1/recorded/{i}", tokens) for i, tokens in enumerate(pieces))
+    texts = [Text("user", "", 12 + sum(pieces) + n, f"1/recorded/{'ab'[i]}", begins=begins) for i, n in enumerate(more)]
+    parts = [run(prompts.part(text)) for text in texts]
+    assert [part.size for part in parts] == [text.tokens for text in texts]
+    if isinstance(prompts, ChatPrompts) and name in SERVERS:
+        share = prompts.minimum("user", False) - 1
+        assert [len(server.tokens(str(part.content))) + share for part in parts] == [text.tokens for text in texts]
+    shared = texts[0].beginning(PROSE.text, prompts._chars_per_token)
+    least = min(len(str(part.content)) for part in parts)
+    if isinstance(prompts, ChatPrompts):
+        for part in parts:  # a beginning that was too long is cut at a word, and a few words fill it up
+            text = str(part.content)
+            assert text[: len(shared)][: len(text) - 40] == shared[: len(text) - 40]
+        assert least < len(shared) + 25 or len({str(part.content)[: len(shared) + 25] for part in parts}) == 2
+    else:
+        head = server.tokens(shared)[: sum(pieces)]
+        assert all(part.content[: len(head)] == head for part in parts)
+
+
 def test_token_prompts_take_a_replys_own_ids() -> None:
     server = Server()
     prompts = TokenPrompts([1, 2], server)

@@ -4,6 +4,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from fanmark.agents.replay import Read, Step
@@ -33,6 +34,15 @@ def chain() -> list[RecordedCall]:
             messages=[Said("s", 100, "system"), Said("q", 20), Said("", 10, "assistant", 1), Said("", 33, "user", 2)],
         ),
     ]
+
+
+@pytest.mark.parametrize("lap", [0, 2])
+def test_what_a_message_begins_with_is_a_text_of_the_lap(lap: int) -> None:
+    begun = Said("long", 200, begins=(("a", 64), ("b", 60)))
+    assert msgspec.json.decode(msgspec.json.encode(begun), type=Said) == begun
+    (step,) = steps_of([call(1, [], 0.0, 1.0, messages=[begun])], lap)
+    more = (lap,) if lap else ()
+    assert step.reads[0].begins == ((("recorded", "a", *more), 64), (("recorded", "b", *more), 60))
 
 
 def test_steps_wait_as_the_recorded_ones_did() -> None:

@@ -25,6 +25,7 @@ from fanmark.loadgen.records import read_queries
 from fanmark.loadgen.scenario_check import check
 from fanmark.loadgen.trace_headers import trace_id
 from fanmark.loadgen.verify import verify
+from fanmark.servers.prose import Prose
 from fanmark.servers.tokenizer import Tokenizer, vocabulary
 
 pytestmark = pytest.mark.real
@@ -110,6 +111,26 @@ def chat(url: str, *texts: str, **fields: Any) -> Any:
     )
     assert reply.status == 200, reply.body
     return reply
+
+
+def test_messages_that_begin_alike_are_found_in_the_cache_as_far_when_they_are_made_again(
+    stub: Stub, tmp_path: Path
+) -> None:
+    """A long instruction in front of each question, as templates have it: the messages differ, their beginnings do not."""
+    prose = Prose()
+
+    async def use(url: str) -> None:
+        for i in range(8):
+            text = f"{prose.text('instruction', 6_000)} {prose.text(f'question {i}', 200 + 40 * i)}"
+            await asyncio.to_thread(chat, url.removesuffix("/v1"), "You answer in a word.", text)
+
+    _, summary = asyncio.run(through(f"{stub.url}/v1", tmp_path / "tap", use))
+    cached = summary["arms"]["tapped"]["per_query"]["cached_tokens"]["mean"]
+    assert cached > 1_000
+    again = simulated(replay(tmp_path / "tap", "tapped", queries=8), tmp_path / "again")["arms"]["tapped"]
+    assert {name: again["fidelity"][name] for name in AS_RECORDED} == AS_RECORDED
+    assert again["fidelity"]["overlap"] > 0.8
+    assert again["per_query"]["cached_tokens"]["mean"] == pytest.approx(cached, rel=0.1)
 
 
 @pytest.mark.parametrize("keeps", [False, True])

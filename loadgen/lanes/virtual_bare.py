@@ -60,8 +60,17 @@ class BarePrompts:
         parts = self._of.setdefault("/".join(text.seed.split("/", 2)[:2]), {})
         part = parts.get((text.seed, text.tokens))
         if part is None:
-            part = parts[text.seed, text.tokens] = Part(self._ids.fresh(text.tokens), text.tokens)
+            begun = [i for each in text.begins for i in self._begun(parts, *each)][: text.tokens]
+            ids = [*begun, *self._ids.fresh(text.tokens - len(begun))] if begun else self._ids.fresh(text.tokens)
+            part = parts[text.seed, text.tokens] = Part(ids[: text.tokens], text.tokens)
         return part
+
+    def _begun(self, parts: dict[tuple[str, int], Part], seed: str, tokens: int) -> Sequence[int]:
+        """The ids of a beginning; no message is named as it is."""
+        key = f"{seed}/begins", tokens
+        if key not in parts:
+            parts[key] = Part(self._ids.fresh(tokens), tokens)
+        return parts[key].content  # type: ignore[return-value]  # all are ids
 
     def forget(self, seed: str) -> None:
         self._of.pop(seed, None)

@@ -1,8 +1,9 @@
-"""A prompt that is one text, as those of completions are, in pieces by which prompts are alike, so that what they share is shared again
-when they are made again. Pure.
+"""A text in pieces by which prompts are alike, so that what they share is shared again when they are made again: a prompt that is one text,
+as those of completions are, and the beginnings of a chat's messages. Pure.
 
-1. A reply, or a tool's result, of the same query that stands in it is a piece of its own.
-2. What lies between is cut each 256 characters (some 64 tokens), beyond 4,096 each 2,048.
+1. A reply, or a tool's result, of the same query that stands in a completion's prompt is a piece of its own.
+2. What lies between is cut each 256 characters (some 64 tokens), beyond 4,096 each 512, beyond 16,384 each 2,048: so less than an eighth
+   of a long beginning is taken for different.
 3. A piece's id is a hash of all up to its end: equal ids are equal beginnings.
 """
 
@@ -13,7 +14,8 @@ from fanmark.loadgen.quoting import SHORT
 from fanmark.loadgen.recording import Said as Told
 from fanmark.loadgen.tap.seen import Seen
 
-_FINE, _COARSE, _FINE_UP_TO = 256, 2_048, 4_096
+_GRID = ((4_096, 256), (16_384, 512))  # up to so many characters, pieces of so many
+_COARSE = 2_048  # of what is longer
 _CHARS_A_TOKEN = 4
 
 
@@ -25,6 +27,17 @@ def pieces(salt: bytes, text: str, told: Told, earlier: Sequence[Seen]) -> list[
         tokens = -(-(end - start) // _CHARS_A_TOKEN)
         author = told.author if source is None else "assistant"
         found.append((Told(digest.copy().hexdigest(), tokens, author), source))
+    return found
+
+
+def beginnings(salt: bytes, text: str, tokens: int) -> list[tuple[str, int]]:
+    """The ids of what a message of so many tokens begins with, itself left out, each with the tokens that it is longer than the one before,
+    near enough: as the text is."""
+    digest, found = blake2b(digest_size=8, key=salt), []
+    for start, end in _grid(0, len(text)):
+        if end < len(text):
+            digest.update(text[start:end].encode(errors="surrogatepass"))
+            found.append((digest.copy().hexdigest(), tokens * end // len(text) - tokens * start // len(text)))
     return found
 
 
@@ -61,6 +74,6 @@ def _replies(text: str, earlier: Sequence[Seen]) -> Iterator[tuple[int, Seen]]:
 def _grid(start: int, end: int) -> Iterator[tuple[int, int]]:
     at = start
     while at < end:
-        upto = min(end, at + (_FINE if at - start < _FINE_UP_TO else _COARSE))
+        upto = min(end, at + next((size for limit, size in _GRID if at - start < limit), _COARSE))
         yield at, upto
         at = upto

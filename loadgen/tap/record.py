@@ -11,13 +11,15 @@ from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from itertools import accumulate, zip_longest
 
+from msgspec.structs import replace
+
 from fanmark.agents.runtime import Author
 from fanmark.loadgen.recording import RecordedCall, text_id
 from fanmark.loadgen.recording import Said as Told
 from fanmark.loadgen.records import Call, Query
 from fanmark.loadgen.tap.asked import Said
 from fanmark.loadgen.tap.frames import UNTOLD
-from fanmark.loadgen.tap.pieces import ending, pieces
+from fanmark.loadgen.tap.pieces import beginnings, ending, pieces
 from fanmark.loadgen.tap.seen import Group, Seen
 
 BYTES_A_TOKEN = 4
@@ -133,11 +135,24 @@ def settle(group: Group, number: int, arm: str, sizes: Sizes, salt: bytes) -> li
                 if cut:
                     call.messages = [told for told, _ in cut]
                 call.messages = _sized(call, [e for _, e in cut] if cut else seen.sources, numbers, sizes)
+                if call.api != "completions":
+                    call.messages = [
+                        _begun(told, said.content, salt, sizes)
+                        for told, said in zip(call.messages, seen.asked.messages, strict=True)
+                    ]
                 if call.messages and call.input_tokens is not None:
                     call.messages = ending(call.messages, call.input_tokens)
             again_at = call.due_at
             found.append(call)
     return found
+
+
+def _begun(told: Told, text: str, salt: bytes, sizes: Sizes) -> Told:
+    """The message with what it begins with, unless it is a reply or a result."""
+    if told.source is not None:
+        return told
+    begins = [(id, sizes.settle(id, tokens)) for id, tokens in beginnings(salt, text, told.tokens)]
+    return replace(told, begins=tuple(begins)) if begins else told
 
 
 def _cut(seen: Seen, salt: bytes) -> list[tuple[Told, Seen | None]]:
