@@ -32,7 +32,8 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A recorded call, which `writes` ("reply", its number), or a tool call, which writes ("result", its number): so many `tokens`.
+    """A recorded call, which `writes` ("reply", its number), or a tool call, which writes ("result", its number): so many `tokens`, a call
+    as so many `samples` of equal length.
     `after`: what it waited for; `pause_s`: since the last of that, else since the query's start. A tool call took `seconds`."""
 
     writes: Key
@@ -45,10 +46,16 @@ class Step:
     input_tokens: int | None = None
     cached_tokens: int | None = None
     reads: tuple[Read, ...] = ()
+    samples: int = 1
 
     @property
     def is_call(self) -> bool:
         return self.writes[0] == "reply"
+
+    @property
+    def sample_tokens(self) -> int:
+        """How long each sample is; what was written is known of all of them together."""
+        return max(1, round(self.tokens / self.samples))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +90,15 @@ async def enact(rt: Runtime, step: Step, ended: dict[Key, asyncio.Event], said: 
     after, role = [said[key] for key in step.after], step.role
     if step.is_call:
         prompt = [message_of(rt, read, said, first=i == 0) for i, read in enumerate(step.reads)]
-        reply = await rt.infer(prompt, writes=step.writes, role=role, round=step.round, times=step.tokens, after=after)
+        reply = await rt.infer(
+            prompt,
+            writes=step.writes,
+            role=role,
+            round=step.round,
+            times=step.sample_tokens,
+            samples=step.samples,
+            after=after,
+        )
     else:
         request, like = after[0] if after else rt.question, ToolLike(step.seconds, step.tokens)
         reply = await rt.call_tool(
@@ -113,7 +128,7 @@ def expected(p: Params, _: Drawn) -> Expected:
         tool_calls=len(steps) - len(calls),
         depth=max(depths.values(), default=0),
         width=max(Counter(depths[step.writes] for step in calls).values(), default=0),
-        writes={"reply": sum(step.tokens for step in calls)},
+        writes={"reply": sum(step.sample_tokens * step.samples for step in calls)},
         reads=Counter(read.as_read for step in calls for read in step.reads),
         times={read.key: read.tokens for step in calls for read in step.reads},
     )

@@ -112,8 +112,8 @@ def _waits_s(steps: Sequence[Step]) -> dict[Key, float]:
 
 def _turn(name: str, step: Step, reads: Sequence[Read], filler: Filler, *, seed: bool) -> dict[str, Any]:
     messages = [_message(name, read, filler, first=seed and i == 0) for i, read in enumerate(reads)]
-    extra = {"ignore_eos": True, "min_tokens": step.tokens}
-    return {"messages": messages, "max_tokens": step.tokens, "extra": extra}
+    extra = {"ignore_eos": True, "min_tokens": step.sample_tokens} | ({"n": step.samples} if step.samples > 1 else {})
+    return {"messages": messages, "max_tokens": step.sample_tokens, "extra": extra}
 
 
 def _delay(wait_s: float) -> dict[str, float]:

@@ -324,6 +324,7 @@ def steps_of(calls: Iterable[RecordedCall], lap: int = 0) -> tuple[Step, ...]:
                 after=tuple(keys[m] for m in sorted(before[n])),
                 pause_s=pause_s if pause_s >= INSTANT_S else 0.0,
                 seconds=0.0 if is_call else call.seconds,
+                samples=call.samples,
                 input_tokens=call.input_tokens,
                 cached_tokens=call.cached_tokens,
                 reads=tuple(_read(said, there, call, keys, lap) for said in call.messages or () if said.tokens > 0),

@@ -98,6 +98,16 @@ def test_a_recording_of_a_replay_is_the_recording(tmp_path: Path) -> None:
     assert again["arms"]["debate"]["fidelity"] == AS_RECORDED | {"overlap": 1.0, "gaps": 1.0}
 
 
+def test_samples_of_one_prompt_are_made_side_by_side_again(tmp_path: Path) -> None:
+    """Not one after another, as a single reply of their total length would be."""
+    votes = {"name": "votes", "topology": "self-consistency", "samples": 4, "one_request": True, "baseline": True}
+    recorded = simulated(RECORDED | {"arm": [votes]}, tmp_path / "recorded")["arms"]["votes"]
+    again = simulated(replay(tmp_path / "recorded", "votes", process="replay"), tmp_path / "replayed")["arms"]["votes"]
+    assert again["fidelity"] == AS_RECORDED | {"overlap": 1.0, "gaps": 1.0} and again["expected"]["mismatches"] == 0
+    times = [arm["per_query"]["latency_s"]["mean"] for arm in (again, recorded)]
+    assert times[0] == pytest.approx(times[1], rel=0.01)
+
+
 @pytest.mark.parametrize("api", ["chat", "completions"])
 @pytest.mark.real
 def test_the_same_on_the_stub(api: str, tmp_path: Path) -> None:
