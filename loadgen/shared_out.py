@@ -158,14 +158,18 @@ def shared_by(count: int | None, ray: str | None, version: str) -> Iterator[Work
 
 
 class _Processes:
-    """Processes of this machine, started as they are needed. See Workers."""
+    """Processes of this machine, started as they are needed. What is killed leaves its files behind: theirs are in one folder. See
+    Workers."""
 
     def __init__(self, count: int) -> None:
         import multiprocessing
+        import tempfile
         from concurrent.futures import ProcessPoolExecutor
 
         self.count = count
-        self._pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _attached)
+        self._files = tempfile.TemporaryDirectory(prefix="fanmark-")
+        spawn = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(count, spawn, _attached, (self._files.name,))
 
     def __enter__(self) -> "_Processes":
         return self
@@ -177,6 +181,7 @@ class _Processes:
         for process in multiprocessing.active_children():
             process.kill()
             process.join()
+        self._files.cleanup()
 
     def begin(self, task: Task) -> "Future[Any]":
         return self._pool.submit(task.result)
@@ -195,20 +200,25 @@ class _Processes:
         wait(running, return_when=FIRST_COMPLETED)  # a process that is lost ends its task
 
 
-def _attached() -> None:
-    """In a process: it leaves Ctrl-C to the one that began it, and ends with that one however it ends."""
+def _attached(files: str) -> None:
+    """In a process: it leaves Ctrl-C to the one that began it, and ends with that one however it ends. Its temporary files go to that
+    folder."""
     import multiprocessing
     import os
+    import shutil
     import signal
+    import tempfile
     import threading
     from multiprocessing.connection import wait as until
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tempfile.tempdir = files
     parent = multiprocessing.parent_process()
     assert parent is not None
 
     def end() -> None:
         until([parent.sentinel])
+        shutil.rmtree(files, ignore_errors=True)
         os._exit(1)
 
     threading.Thread(target=end, daemon=True).start()

@@ -1,8 +1,11 @@
 """Searches whose tasks are done by others find what they find alone, whoever does what, and when."""
 
 import os
+import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,3 +115,27 @@ def test_what_a_process_raises_or_how_it_dies_is_said() -> None:
             each(refused, [1, 2, 3], workers)
         with pytest.raises(LostError, match="one of 2 processes that simulated ended by itself"):
             each(killed, [1], workers)
+
+
+def unending(told: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        told.write_text(folder)
+        time.sleep(600)
+
+
+def known(told: Path) -> str:
+    while not (told.exists() and (folder := told.read_text())):
+        time.sleep(0.01)
+    return folder
+
+
+def ahead(told: Path) -> Steps[str]:
+    found: str = yield Want(Task(known, told), [Task(unending, told)])
+    return found
+
+
+def test_what_was_done_ahead_in_vain_leaves_no_files(tmp_path: Path) -> None:
+    with shared_by(2, None, "") as workers:
+        (folder,) = carried_out([ahead(tmp_path / "told")], workers)
+        assert Path(folder).exists()
+    assert not Path(folder).exists()
