@@ -74,9 +74,9 @@ def plan(
     options = Options(demand, knobs, bursts, seeds, most, within, cell=cell)
     beside = _measured(measured, demand, arms)
     folder = out or Path("runs") / f"{base.name}-plan-{time.strftime('%Y%m%d-%H%M%S')}"
-    _open(folder, base)
     tell: Callable[[str], None] = (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr))
     with simulators(workers, ray) as shared:
+        _open(folder, base)
         found = _carry_out(base, arms, table, services, options, spare, gpu_hour, tell, shared)
     return _leave(found, beside, folder, json)
 

@@ -116,11 +116,11 @@ def sweep(
     carried = _carried(base, axis, workers, ray, virtual=virtual)
     folder = out or Path("runs") / f"{base.name}-sweep-{time.strftime('%Y%m%d-%H%M%S')}"
     clock = "virtual" if virtual else "real"
-    if sweep_folder.open_folder(folder, base, axis.key, clock, table) and not quiet:
-        print(f"goes on  {folder}", file=sys.stderr)
     about = {"clock": clock, "version": version(), "command": simulation.repeatable(sys.argv[1:])}
     tell: Callable[[str], None] = (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr))
     with simulators(workers if virtual else None, ray if virtual else None) as shared:
+        if sweep_folder.open_folder(folder, base, axis.key, clock, table):
+            tell(f"goes on  {folder}")
         measure = _simulated(table, shared is None) if virtual else _run(table, carried)
         one = Sweep(base, axis, folder, measure, at, about, tell, most, within, wanted)
         _carry_out(one, shared)

@@ -279,13 +279,14 @@ def test_two_processes_make_the_plan_that_one_makes(tmp_path: Path) -> None:
         (["--rate", "1", "--arm", "x"], "there is no such arm, but mix"),
         (["--rate", "1", "--router", "x"], "--router x: must be round_robin"),
         (["--rate", "1", "--set", "objective.attainment=1.0"], "attainment = 1"),
+        (["--rate", "1", "--workers", "0"], "--workers 0: must be a number"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(tmp_path: Path, flags: list[str], said: str) -> None:
-    from fanmark.loadgen.errors import ScenarioError
+    from fanmark.loadgen.errors import FanmarkError
 
     (tmp_path / "s.toml").write_text(MIX)
-    with pytest.raises(ScenarioError, match=said.replace("(", "\\(")):
+    with pytest.raises(FanmarkError, match=said.replace("(", "\\(")):
         app(["plan", str(tmp_path / "s.toml"), *flags, "--out", str(tmp_path / "p")], standalone_mode=False)
     assert not (tmp_path / "p").exists()
 
