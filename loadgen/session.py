@@ -96,7 +96,7 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
         server_side.name_servers(endpoints, before)
         surroundings = await _surroundings(scenario, options, endpoints, before)
         journal = open_folder(options.out, scenario)
-        stack.callback(journal.close)
+        stack.callback(_close, journal, options.out, clock)
         spans = _spans(scenario, options, endpoints, clock, journal)
         where = next(iter(place.targets.values())).replicas[0]
         tell(f"target   {where} ({next(iter(endpoints.values())).server})", options.progress)
@@ -134,6 +134,14 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
         watched.ended_at = time.time()
         await _hold(scrapes.hold_s if options.metrics_hold_s is None else options.metrics_hold_s, options.progress)
         return Result(found)
+
+
+def _close(journal: Journal, out: Path, clock: RunClock) -> None:
+    """Of a run that never began no records stay, so that its folder can be given again."""
+    journal.close()
+    if clock.began_at is None:
+        for name in ("queries.jsonl", "calls.jsonl"):
+            (out / name).unlink()
 
 
 def _not_reconcilable(server: dict[str, Any]) -> None:

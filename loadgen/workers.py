@@ -85,23 +85,31 @@ class Workers:
         self._ending: Ending | None = None  # the driver's own
 
     async def start(self, count: int) -> None:
-        """Starts the workers and waits until all are ready. Raises FanmarkError where one cannot be."""
+        """Starts the workers and waits until all are ready. Raises FanmarkError where one cannot be; then all are gone without a trace."""
         try:
             async with asyncio.timeout(_READY_TIMEOUT_S):
-                for index in range(count):
-                    station = await self._opening(index)
-                    self._workers.append(_Worker(index, station))
-                    task = Task(self._scenario, self._place, index, count, self._run_id, station.out)
-                    station.put(pickled(task))
-                for worker in self._workers:
-                    message = await worker.station.receive()
-                    if isinstance(message, Refused):
-                        raise message.error
-                    if not isinstance(message, Ready):
-                        await self.close()
-                        raise UnreachableError(f"worker {worker.index} did not start: {worker.last_words}")
-        except TimeoutError:
-            raise UnreachableError(f"the workers were not ready within {_READY_TIMEOUT_S:g} s") from None
+                await self._start(count)
+        except BaseException as e:  # a cancellation too
+            await self.close()
+            for worker in self._workers:
+                await worker.station.clear(keep=False)
+            if isinstance(e, TimeoutError):
+                raise UnreachableError(f"the workers were not ready within {_READY_TIMEOUT_S:g} s") from None
+            raise
+
+    async def _start(self, count: int) -> None:
+        for index in range(count):
+            station = await self._opening(index)
+            self._workers.append(_Worker(index, station))
+            task = Task(self._scenario, self._place, index, count, self._run_id, station.out)
+            station.put(pickled(task))
+        for worker in self._workers:
+            message = await worker.station.receive()
+            if isinstance(message, Refused):
+                raise message.error
+            if not isinstance(message, Ready):
+                await self.close()
+                raise UnreachableError(f"worker {worker.index} did not start: {worker.last_words}")
 
     def states(self) -> dict[int, ClientState]:
         """The workers as they last told of themselves."""

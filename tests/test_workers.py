@@ -5,12 +5,15 @@ import json
 import os
 import pickle
 import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 from stub_process import Stub, running_stub
@@ -148,6 +151,19 @@ async def until(true: Callable[[], bool]) -> None:
 def stub() -> Any:
     with running_stub() as process:
         yield process
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_run_that_cannot_begin_leaves_its_folder_free(stub: Stub, tmp_path: Path, workers: str) -> None:
+    """Each of its processes may open fewer connections than it needs."""
+    file, out = tmp_path / "s.toml", tmp_path / "run"
+    file.write_text(tomli_w.dumps(SCENARIO))
+    flags = [file, "--target", f"{stub.url}/v1", "--concurrency", "5000", "--workers", workers, "--out", out]
+    command = ["bash", "-c", 'ulimit -n 512; exec "$@"', "-", sys.executable, "-m", "fanmark.loadgen.cli", "run"]
+    for _ in range(2):
+        done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and "the system allows 512 open files" in done.stderr.splitlines()[-1]
+        assert [path.name for path in out.iterdir()] == ["scenario.toml"]
 
 
 @pytest.mark.real
