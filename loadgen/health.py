@@ -117,18 +117,16 @@ class Judged(NamedTuple):
 
     word: str
     reasons: list[str]
-    lag_p99_s: float
-    delay_p99_s: float
+    lag_p99_s: float | None
 
 
 def judge(state: ClientState, delay_p99_s: float | None, median_ttft_s: float | None) -> Judged:
     """The verdict on one worker."""
-    delay_p99_s = delay_p99_s or 0.0
-    lag_p99_s = bucket_quantile(state.loop_lag, 0.99) or 0.0
+    lag_p99_s = bucket_quantile(state.loop_lag, 0.99)
     word, reasons = verdict(lag_p99_s, delay_p99_s, median_ttft_s, state.busy_seconds)
     if state.lost_at is not None:
         word, reasons = WORDS[-1], [f"died at {state.lost_at:.1f} s", *reasons]
-    return Judged(word, reasons, lag_p99_s, delay_p99_s)
+    return Judged(word, reasons, lag_p99_s)
 
 
 def worst(words: Sequence[str]) -> str:
@@ -185,7 +183,7 @@ def client_part(states: Mapping[int, ClientState], calls: Rows[CallKind], host_b
             str(worker): {
                 "verdict": judged[worker].word,
                 "loop_lag_p99_s": judged[worker].lag_p99_s,
-                "send_delay_p99_s": judged[worker].delay_p99_s if state.lost_queries is None else None,
+                "send_delay_p99_s": p99_s.get(worker),
                 "cpu_s": state.cpu_s,
                 "rss_mb": state.rss_mb,
                 "lost_at": state.lost_at,
@@ -215,7 +213,7 @@ def p99(values: Sequence[float]) -> float:
 
 
 def verdict(
-    lag_p99_s: float, delay_p99_s: float, median_ttft_s: float | None, busy_seconds: int
+    lag_p99_s: float | None, delay_p99_s: float | None, median_ttft_s: float | None, busy_seconds: int
 ) -> tuple[str, list[str]]:
     """strained: p99 of loop lag or send delay above max(5 ms, 5 % of the median TTFT); client-limited: above max(25 ms, 20 %), or above
     90 % CPU for 5 s. Gives the word and the reasons."""
@@ -228,7 +226,7 @@ def verdict(
         reasons = [
             f"p99 of {name} is {value * 1e3:.1f} ms, above {limit_s * 1e3:.1f} ms"
             for name, value in measured.items()
-            if value > limit_s
+            if value is not None and value > limit_s
         ]
         if reasons:
             return word, reasons

@@ -167,10 +167,9 @@ def _merged(told: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]
 def _client(summary: Mapping[str, Any], calls: Rows[CallKind], snapshots: Sequence[LastSnapshot]) -> dict[str, Any]:
     if summary["run"]["clock"] == "virtual":
         return {}
-    found: dict[str, float | None] = dict.fromkeys(summary["client"]["by_worker"], 0.0)
+    found: dict[str, float | None] = dict.fromkeys(summary["client"]["by_worker"])
     found |= {str(worker): p99_s for worker, p99_s in health.send_delay_p99_s(calls).items()}
     lost = {str(each.worker): each.queries for each in snapshots}
-    found |= dict.fromkeys(lost)
     by_worker = {
         worker: {"send_delay_p99_s": p99_s, "lost_queries": lost.get(worker)} for worker, p99_s in found.items()
     }

@@ -138,6 +138,7 @@ def test_the_worst_worker_is_the_verdict_and_is_named() -> None:
         "0": "ok", "1": "strained", "2": "client-limited"
     }  # fmt: skip
     assert found["by_worker"]["1"]["send_delay_p99_s"] == pytest.approx(0.019)
+    assert found["by_worker"]["2"]["send_delay_p99_s"] is found["by_worker"]["2"]["loop_lag_p99_s"] is None
     del states[2]
     found = client_part(states, calls_of(calls))
     assert found["verdict"] == "strained"

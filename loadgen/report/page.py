@@ -190,8 +190,8 @@ def _client(client: Mapping[str, Any], name: str) -> str:
         [
             f"{n}{' on ' + w['node'] if w.get('node') else ''}",
             w["verdict"] if w.get("lost_at") is None else f"lost at {w['lost_at']:.1f} s",
-            f"{1e3 * w['loop_lag_p99_s']:.2f}",
-            "-" if w["send_delay_p99_s"] is None else f"{1e3 * w['send_delay_p99_s']:.2f}", f"{w['cpu_s']:.1f}", f"{w['rss_mb']:.0f}",
+            *("-" if w[c] is None else f"{1e3 * w[c]:.2f}" for c in ("loop_lag_p99_s", "send_delay_p99_s")),
+            f"{w['cpu_s']:.1f}", f"{w['rss_mb']:.0f}",
         ]
         for n, w in client.get("by_worker", {}).items()
     ]  # fmt: skip
