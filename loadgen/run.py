@@ -232,10 +232,15 @@ class Run:
         return draw_demand(self.scenario, arm, self._topologies, query)
 
     async def _make_texts(self, arm: Arm) -> None:
-        """Makes the texts that all queries of an arm share before the first is due, so that none waits for them."""
+        """Makes the texts that all queries of an arm share before the first is due, so that none waits for them. A topology that raises
+        fails its queries, not the run."""
         demand = self._demand(arm, 0)
         runtime = QueryRuntime(self._world, demand)
-        for made in await walk(demand.topology, demand):
+        try:
+            calls = await walk(demand.topology, demand)
+        except Exception:  # of a user's own: the walk's replies are empty, and it may read them
+            return
+        for made in calls:
             await runtime.prepare([self._endpoint(arm.name, made.role)], made.prompt)
 
     async def _query(self, arm: Arm, runtime: QueryRuntime, due_at: float, phase: Phase, repeat: int) -> Query:

@@ -55,6 +55,13 @@ def test_without_params_and_closed_form(tmp_path: Path) -> None:
     assert summary["validity"]["reasons"]["counted"] == "2 queries equal their closed form; vote has no closed form"
 
 
+def test_what_a_topology_raises_is_its_queries_outcome(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("async def run(rt, p):\n    raise ValueError('no such\\nthing')\n")
+    own = '[[arm]]\nname = "vote"\ntopology = "own.py:run"\n'
+    arms = simulate(*checked(tmp_path, own), Options(tmp_path / "run", "test", [])).summary["arms"]
+    assert (arms["vote"]["queries"]["failed"], arms["single"]["queries"]["completed"]) == (2, 2)
+
+
 @pytest.mark.parametrize(
     ("code", "named", "said"),
     [
