@@ -213,9 +213,10 @@ class Cluster:
         return RayStation(node, host, out, await _clocks(host), here)
 
     async def serve(self, index: int, module: str, flags: Sequence[str]) -> tuple[Any, str]:
-        """Starts the server with this number on a node, where nodes take turns: its actor, with which it ends, and its address. It listens
-        to this machine alone where it is on it. Raises FanmarkError."""
-        node = self.nodes[index % len(self.nodes)]
+        """Starts the server with this number on a node: its actor, with which it ends, and its address. Nodes take turns from the last on,
+        for workers do from the first, and both are to find a processor. It listens to this machine alone where it is on it. Raises
+        FanmarkError."""
+        node = self.nodes[-1 - index % len(self.nodes)]
         host = "127.0.0.1" if node.address == self._here else node.address
         actor = node.place(Server, 1)
         return actor, str(
@@ -267,8 +268,8 @@ def usable() -> list[dict[str, Any]]:
 
 
 def _line(error: Exception) -> str:
-    """An error of Ray's, which may be a page, as a line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    """An error of Ray's, which may be a page with a frame, as a line."""
+    lines = [line.strip(" |+-") for line in str(error).splitlines() if line.strip(" |+-")]
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]
 
 

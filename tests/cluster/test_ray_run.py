@@ -253,11 +253,13 @@ def test_a_head_that_is_absent_or_says_nothing_is_one_line(
 def test_a_fleet_of_stubs_on_the_nodes_is_one_target(
     nodes: Nodes, running: Runs, serving: Servings, tmp_path: Path
 ) -> None:
-    server = serving("stub", "--replicas", "2", "--port", "0", "--time-scale", "0.2")
+    """It takes three of the four processors, and leaves the fourth where a run's first worker is put."""
+    server = serving("stub", "--replicas", "3", "--port", "0", "--time-scale", "0.2")
     told = json.loads(line_of(server))
     stubs = servers_of(nodes, "fanmark.servers.stub")
-    assert len(set(told["replicas"])) == len(stubs) == 2
-    found = running(tmp_path, Stub(told["url"], server.pid, server), *OPEN).ended()
+    assert len(set(told["replicas"])) == len(stubs) == 3
+    fleet, where = Stub(told["url"], server.pid, server), ["--ray", nodes.address, "--workers", "1"]
+    found = running(tmp_path, fleet, *OPEN, *where).ended()
     assert found["validity"]["counted"] is found["validity"]["reconciled"] is True
     server.terminate()
     assert server.wait(30) == 0 and gone(stubs, within_s=30)
