@@ -5,12 +5,12 @@ Rules of the file:
    together: to choose rows is to choose kinds.
 2. What has many values is a column, in as few bytes as its numbers need. An unknown one is None, never 0.
 3. What takes a query as a whole, such as its critical path, is worked out while it is at hand, in `Reduced.add`.
-4. A new resource of per_query comes in by costs.resources and its name in costs.COUNTS or TIMES. What else of a query or a call is to be
+4. What follows from a part of the queries can be joined to what follows from others, and is then what follows from all (`joined`).
+5. A new resource of per_query comes in by costs.resources and its name in costs.COUNTS or TIMES. What else of a query or a call is to be
    summed up is a field of QueryKind or CallKind if it has few values, else a name in _QUERY or _CALL with its value in `add`.
 """
 
 import math
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from fanmark.loadgen.column import Column
 from fanmark.loadgen.costs import COUNTS, EXPECTED, TIMES, spent
 from fanmark.loadgen.critical import spent_s
 from fanmark.loadgen.fidelity import MEASURES
@@ -26,10 +27,6 @@ from fanmark.loadgen.records import Call, Outcome, Query, critical_path
 from fanmark.loadgen.retries import lost_s
 from fanmark.loadgen.scenario import Objective
 from fanmark.loadgen.unrecorded import LastSnapshot, Unrecorded, by_arm
-
-_WIDER = dict(zip("bhiq", "hiqd", strict=True))
-_NONE: dict[str, float] = {code: -(1 << (8 * array(code).itemsize - 1)) for code in _WIDER} | {"d": math.nan}
-_SMALL = 100  # a float that is a whole number no larger, mostly 0.0, is kept in a byte
 
 _QUERY = (
     "number",
@@ -111,59 +108,6 @@ class CallKind(NamedTuple):
         return self.kind == "call" and self.error is None and self.sent
 
 
-class Column:
-    """Numbers in bytes, until one of them needs more. Whole numbers stay whole."""
-
-    __slots__ = ("_floats", "_none", "_values", "unknown")
-
-    def __init__(self) -> None:
-        self._values: array[Any] = array("b")
-        self._none = _NONE["b"]
-        self._floats = False  # what lies here as whole numbers
-        self.unknown = 0
-
-    def append(self, value: float | None) -> None:
-        """One more."""
-        if value is None:
-            self.unknown += 1
-            self._values.append(self._none)
-            return
-        try:
-            if value != self._none:
-                self._values.append(value)
-                return
-        except (OverflowError, TypeError):
-            if isinstance(value, float) and value.is_integer() and abs(value) < _SMALL:
-                self._floats = True
-                self._values.append(int(value))
-                return
-        self._widen(_WIDER[self._values.typecode] if isinstance(value, int) else "d")
-        self.append(value)
-
-    def _widen(self, code: str) -> None:
-        none, self._none = self._none, _NONE[code]
-        self._values = array(code, (self._none if value == none else value for value in self._values))
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __iter__(self) -> Iterator[Any]:
-        if self.unknown:
-            return (value if known else None for value, known in zip(self._plain(), self._known(), strict=True))
-        return self._plain()
-
-    def known(self) -> Iterator[Any]:
-        """Those that are not None."""
-        return (value for value in self if value is not None) if self.unknown else self._plain()
-
-    def _plain(self) -> Iterator[Any]:
-        return map(float, self._values) if self._floats else iter(self._values)
-
-    def _known(self) -> Iterator[bool]:
-        none = self._none
-        return (value == value and value != none for value in self._values)
-
-
 Kind = TypeVar("Kind", QueryKind, CallKind)
 Group = TypeVar("Group")
 
@@ -182,6 +126,13 @@ class Rows(Generic[Kind]):
             part = self._parts[kind] = {name: Column() for name in self._names}
         for column, value in zip(part.values(), values, strict=True):
             column.append(value)
+
+    def join(self, other: "Rows[Kind]") -> None:
+        """All of others, behind these."""
+        for kind, theirs in other._parts.items():
+            part = self._parts.setdefault(kind, {name: Column() for name in self._names})
+            for name, column in theirs.items():
+                part[name].extend(column)
 
     def where(self, test: Callable[[Kind], bool]) -> "Rows[Kind]":
         """Those of some kinds."""
@@ -277,6 +228,13 @@ class Sums:
     lost_s: float = 0.0
     failures: Counter[str] = field(default_factory=Counter)
 
+    def join(self, other: "Sums") -> None:
+        """Those of other queries too."""
+        self.gaps.update(other.gaps)
+        self.spent_s.update(other.spent_s)
+        self.lost_s += other.lost_s
+        self.failures.update(other.failures)
+
 
 class Reduced:
     """All queries of a run with their calls. Of queries that did not complete, resources are what they are known to have spent. `objective`
@@ -330,6 +288,17 @@ class Reduced:
                 if call.kind == "call" and call.error is None and call.sent_at is not None:
                     sums.gaps.update(call.gaps)
 
+    def join(self, other: "Reduced") -> None:
+        """Other queries, behind these."""
+        self.queries.join(other.queries)
+        self.calls.join(other.calls)
+        for arm, sums in other.sums.items():
+            self.sums.setdefault(arm, Sums()).join(sums)
+        self.asked.update(other.asked)
+        self.written_tokens += other.written_tokens
+        self.reread_tokens += other.reread_tokens
+        self.unexplained_tokens += other.unexplained_tokens
+
     def where(self, test: Callable[[QueryKind | CallKind], bool]) -> "Reduced":
         """The queries of some kinds, with their calls."""
         found = copy(self)
@@ -359,4 +328,25 @@ def reduced(queries: Iterable[Query], objective: Objective | None = None, told: 
     found.unrecorded = by_arm(told)
     for query in queries:
         found.add(query)
+    return found
+
+
+def pieces(queries: Iterable[Query], objective: Objective | None, rows: int) -> Iterator[Reduced]:
+    """All of them, some after the other, each piece of so many rows or little more."""
+    piece, left = Reduced(objective), rows
+    for query in queries:
+        piece.add(query)
+        left -= 1 + len(query.calls) + len(query.retried)
+        if left <= 0:
+            yield piece
+            piece, left = Reduced(objective), rows
+    yield piece
+
+
+def joined(parts: Iterable[Reduced], told: Iterable[LastSnapshot] = ()) -> Reduced:
+    """The queries of all parts, as if they had been reduced in this order; and what last snapshots tell of others."""
+    found = Reduced()
+    found.unrecorded = by_arm(told)
+    for part in parts:
+        found.join(part)
     return found
