@@ -54,7 +54,11 @@ RayOpt = Annotated[
 ]
 LossOpt = Annotated[str, typer.Option(metavar="continue|stop", help="What a run does when a worker dies.")]
 JournalsOpt = Annotated[
-    str, typer.Option(metavar="collect|keep", help="keep: workers' records are left on the nodes, too.")
+    str,
+    typer.Option(
+        metavar="collect|keep",
+        help="keep: workers' records stay where they are written; only what follows from them is sent.",
+    ),
 ]
 KeyOpt = Annotated[str | None, typer.Option(help="Environment variable with the API key; OPENAI_API_KEY if it is set.")]
 HostOpt = Annotated[str, typer.Option(help="Address of /metrics; 0.0.0.0: all that this host has.")]

@@ -16,6 +16,8 @@ import msgspec
 
 from fanmark.loadgen.health import ClientState
 from fanmark.loadgen.reach import Place
+from fanmark.loadgen.records import Window
+from fanmark.loadgen.reduced import Reduced
 from fanmark.loadgen.run import Ending
 from fanmark.loadgen.scenario import Scenario
 from fanmark.loadgen.sums import Packed, Packer, joined
@@ -25,7 +27,8 @@ _HEAD_BYTES = 4
 
 @dataclass(frozen=True)
 class Task:
-    """To a worker, first of all: what to run, which share of it, and the folder that its journal goes to."""
+    """To a worker, first of all: what to run, which share of it, and the folder that its journal goes to. `keep`: the journal stays there,
+    and the worker tells what follows from it."""
 
     scenario: Scenario
     place: Place
@@ -33,6 +36,7 @@ class Task:
     count: int
     run_id: str
     out: Path
+    keep: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,25 @@ class Ended:
 
 
 @dataclass(frozen=True)
+class Tell:
+    """To a worker that has ended, once all have: reduce your journal."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """From it: some more of its queries."""
+
+    found: Reduced
+
+
+@dataclass(frozen=True)
+class Told:
+    """From it, when that was all."""
+
+    windows: list[Window]
+
+
+@dataclass(frozen=True)
 class Refused:
     """From a worker that could not start: the error that the driver raises in its place."""
 
@@ -131,10 +154,15 @@ class Link:
         except (asyncio.IncompleteReadError, ConnectionError):
             return None
 
-    async def close(self) -> None:
-        """Waits until all that was sent has been taken, or nobody is there to take it."""
+    async def sent(self) -> bool:
+        """Waits until all that was sent has been taken, or nobody is there to take it; whether somebody is."""
         while self._writer.get_write_buffer_size() and not self._writer.is_closing():  # noqa: ASYNC110  # a transport tells nobody
             await asyncio.sleep(0.005)
+        return not self._writer.is_closing()
+
+    async def close(self) -> None:
+        """When all that was sent has been taken."""
+        await self.sent()
         self._writer.close()
 
 

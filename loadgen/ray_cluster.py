@@ -160,14 +160,13 @@ class RayStation:
         if piece is None:
             (self._here / name).unlink()
 
-    async def clear(self, *, keep: bool) -> None:
+    async def clear(self) -> None:
         """See Station."""
         shutil.rmtree(self._here, ignore_errors=True)
-        if not keep:
-            try:
-                await _answer(self._host.clear.remote(), END_TIMEOUT_S)
-            except UnreachableError:
-                return
+        try:
+            await _answer(self._host.clear.remote(), END_TIMEOUT_S)
+        except UnreachableError:
+            return
 
 
 @dataclass(frozen=True)

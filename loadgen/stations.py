@@ -43,8 +43,8 @@ class Station(Protocol):
     async def bring(self) -> Path | None:
         """The folder with the worker's journal, on this machine; None where it is lost."""
 
-    async def clear(self, *, keep: bool) -> None:
-        """Removes the journal, there too unless it is to be kept."""
+    async def clear(self) -> None:
+        """Removes the journal, there too."""
 
 
 Opening = Callable[[int], Awaitable[Station]]  # of the worker with this number
@@ -86,10 +86,9 @@ class LocalStation:
         """See Station."""
         return self.out
 
-    async def clear(self, *, keep: bool) -> None:
+    async def clear(self) -> None:
         """See Station."""
-        if not keep:
-            shutil.rmtree(self.out)
+        shutil.rmtree(self.out)
 
 
 async def open_local(out: Path) -> LocalStation:

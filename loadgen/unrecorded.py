@@ -1,12 +1,12 @@
-"""Queries whose records are not here, as the last snapshot of their worker tells of them: a line of snapshots.jsonl for each such
-worker. Pure but for that file.
+"""Queries whose records are not here: where they were left, and of those that are lost what the last snapshot of their worker tells, a
+line of snapshots.jsonl for each such worker. Pure but for that file.
 
 What is summed up query by query (quantiles, intervals, ratios of times, load) rests on records and on nothing else: sums are never
 mixed in.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,11 @@ from fanmark.loadgen.records import GAP_BASE, JOINED, SNAPSHOTS, lines_of
 
 if TYPE_CHECKING:
     from fanmark.loadgen.tally import ArmTally
+
+NOT_SHOWN = (
+    ": figures follow from them all the same, but no query is drawn, no span sent, and nothing can be verified here"
+)
+_NAMED = 3  # places, of many
 
 
 class Unrecorded(msgspec.Struct, kw_only=True):
@@ -116,3 +121,17 @@ def read_snapshots(folder: Path) -> list[LastSnapshot]:
     """Of a run's folder; mostly there are none."""
     path = folder / SNAPSHOTS
     return list(lines_of(path, LastSnapshot)) if path.exists() else []
+
+
+def left_at(journals: Mapping[str, str | None]) -> str:
+    """Where the records of a run are that its workers kept."""
+    found = [f"worker {worker}: {place}" for worker, place in journals.items() if place is not None]
+    more = f" and {len(found) - _NAMED} more (client.by_worker)" if len(found) > _NAMED else ""
+    return f"the records are where they were written ({'; '.join(found[:_NAMED])}{more})"
+
+
+def left_of(folder: Path, summary: Mapping[str, Any]) -> str | None:
+    """The same of a run's folder; None where they are in it."""
+    journals = {worker: each.get("journal") for worker, each in summary.get("client", {}).get("by_worker", {}).items()}
+    kept = not (folder / "queries.jsonl").exists() and any(place is not None for place in journals.values())
+    return left_at(journals) if kept else None

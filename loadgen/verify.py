@@ -27,7 +27,7 @@ from fanmark.loadgen.server_side import account
 from fanmark.loadgen.summary import SCHEMA
 from fanmark.loadgen.thresholds import judged
 from fanmark.loadgen.tool_report import sessions
-from fanmark.loadgen.unrecorded import LastSnapshot, read_snapshots
+from fanmark.loadgen.unrecorded import LastSnapshot, left_of, read_snapshots
 from fanmark.loadgen.user_topology import with_users
 
 SAME = 1e-9  # another machine's logarithm may differ in the last bits
@@ -70,6 +70,8 @@ def load(
             raise ScenarioError(
                 f"{folder}: its summary is of schema {summary.get('schema')!r}, this version reads {SCHEMA}"
             )
+        if left := left_of(folder, summary):
+            raise ScenarioError(f"{folder}: {left}: only what --journals collect has brought here can be read again")
         known = topologies if raw.get("tapped") is True else with_users(raw, source, topologies)
         scenario = scenario_check.check(raw, source, known)
         run = reduced((), scenario.objective, read_snapshots(folder))

@@ -13,14 +13,32 @@ from fanmark.loadgen.crew import Met
 from fanmark.loadgen.errors import FanmarkError
 from fanmark.loadgen.execute import carry_out, open_connections
 from fanmark.loadgen.health import Health
-from fanmark.loadgen.link import Ask, Ended, Go, Link, Meeting, Ready, Refused, Say, Task, link_to_driver, snapshot
+from fanmark.loadgen.link import (
+    Ask,
+    Ended,
+    Go,
+    Link,
+    Meeting,
+    Piece,
+    Ready,
+    Refused,
+    Say,
+    Task,
+    Tell,
+    Told,
+    link_to_driver,
+    snapshot,
+)
 from fanmark.loadgen.reach import reach
-from fanmark.loadgen.records import Journal
+from fanmark.loadgen.records import Journal, read_queries, read_windows
+from fanmark.loadgen.reduced import pieces
 from fanmark.loadgen.run import Run, Stop
 from fanmark.loadgen.run_clock import RunClock
 from fanmark.loadgen.sums import Packer
 from fanmark.loadgen.tally import Tally
 from fanmark.loadgen.user_topology import table_of
+
+_PIECE_ROWS = 50_000  # a second of reading, and some megabytes
 
 
 class Member:
@@ -86,12 +104,26 @@ async def _report(link: Link, packer: Packer, health: Health) -> None:
         link.send(snapshot(packer, health.state))
 
 
+async def tell(task: Task, link: Link) -> None:
+    """What follows from this worker's journal, when the driver wants it: until then others may still be measuring."""
+    while not isinstance(message := await link.receive(), Tell):
+        if message is None:
+            return
+    for piece in pieces(read_queries(task.out), task.scenario.objective, _PIECE_ROWS):
+        link.send(Piece(piece))
+        if not await link.sent():
+            return
+    link.send(Told(read_windows(task.out)))
+
+
 async def _main(read_fd: int, write_fd: int) -> None:
     link = await link_to_driver(read_fd, write_fd)
     task = await link.receive()
     if isinstance(task, Task):
         try:
             link.send(await work(task, link))
+            if task.keep:
+                await tell(task, link)
         except FanmarkError as e:
             link.send(Refused(e))
     await link.close()

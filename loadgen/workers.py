@@ -2,7 +2,8 @@
 
 Rules of the file:
 1. Whole queries are shared out, by number: a query's calls are all one worker's.
-2. A worker's journal stands in a folder of its own while it works; at the end all are joined, and the folders are gone.
+2. A worker's journal stands in a folder of its own while it works; at the end all are joined, and the folders are gone. Where they are kept
+   instead, nothing of them comes here: each worker reduces its own, and what follows from them is joined.
 3. A worker that dies is not waited for. What it had finished is kept, what it had begun is abandoned, what it had not begun is never
    started; the run goes on or ends, as the user wants it, and says so.
 4. Where a worker's station is, and by what way messages come from there, is the station's affair alone.
@@ -17,18 +18,34 @@ from pathlib import Path
 from fanmark.loadgen.costs import resources
 from fanmark.loadgen.errors import UnreachableError
 from fanmark.loadgen.health import WORDS, ClientState
-from fanmark.loadgen.link import Ask, Ended, Go, Meeting, Ready, Refused, Say, Snapshot, Task, pickled
+from fanmark.loadgen.link import (
+    Ask,
+    Ended,
+    Go,
+    Meeting,
+    Piece,
+    Ready,
+    Refused,
+    Say,
+    Snapshot,
+    Task,
+    Tell,
+    Told,
+    pickled,
+)
 from fanmark.loadgen.reach import Place
-from fanmark.loadgen.records import Call, Journal, Query, lines_of, read_begun, read_queries
+from fanmark.loadgen.records import Call, Journal, Query, Window, lines_of, read_begun, read_queries
+from fanmark.loadgen.reduced import Reduced, joined
 from fanmark.loadgen.run import GRACE_S, INTERRUPTED, Ending
 from fanmark.loadgen.run_clock import RunClock
 from fanmark.loadgen.scenario import Scenario
 from fanmark.loadgen.stations import END_TIMEOUT_S, Opening, Station
 from fanmark.loadgen.sums import Sums
 from fanmark.loadgen.tally import Tally
-from fanmark.loadgen.unrecorded import LastSnapshot, unrecorded, write_snapshots
+from fanmark.loadgen.unrecorded import NOT_SHOWN, LastSnapshot, left_at, unrecorded, write_snapshots
 
 _READY_TIMEOUT_S = 60.0
+_TOLD_TIMEOUT_S = 60.0  # of a worker that reduces its journal, for a piece
 _LOOK_S = 0.5  # so often all snapshots are summed up
 _RANK = [
     None,
@@ -48,6 +65,8 @@ class _Worker:
     error: Exception | None = None  # it could not go on
     lost_at: float | None = None
     last_words: str = ""
+    found: Reduced = field(default_factory=Reduced)  # what it told of its journal
+    told_all: Told | None = None
     state: ClientState = field(default_factory=ClientState)
 
     @property
@@ -61,7 +80,7 @@ class _Worker:
 
 
 class Workers:
-    """The workers of one run. `tally` is kept at the sum of theirs; `opening` starts one."""
+    """The workers of one run. `tally` is kept at the sum of theirs; `opening` starts one. `keep`: their journals stay where they are."""
 
     def __init__(
         self,
@@ -71,6 +90,8 @@ class Workers:
         clock: RunClock,
         tally: Tally,
         opening: Opening,
+        *,
+        keep: bool = False,
     ) -> None:
         self._scenario = scenario
         self._place = place
@@ -78,6 +99,7 @@ class Workers:
         self._clock = clock
         self._tally = tally
         self._opening = opening
+        self._keep = keep
         self._stop_on_loss = False
         self._workers: list[_Worker] = []
         self._sums = Sums()
@@ -92,7 +114,7 @@ class Workers:
         except BaseException as e:  # a cancellation too
             await self.close()
             for worker in self._workers:
-                await worker.station.clear(keep=False)
+                await worker.station.clear()
             if isinstance(e, TimeoutError):
                 raise UnreachableError(f"the workers were not ready within {_READY_TIMEOUT_S:g} s") from None
             raise
@@ -101,7 +123,7 @@ class Workers:
         for index in range(count):
             station = await self._opening(index)
             self._workers.append(_Worker(index, station))
-            task = Task(self._scenario, self._place, index, count, self._run_id, station.out)
+            task = Task(self._scenario, self._place, index, count, self._run_id, station.out, self._keep)
             station.put(pickled(task))
         for worker in self._workers:
             message = await worker.station.receive()
@@ -142,6 +164,8 @@ class Workers:
                     limit_s = (GRACE_S if self._asked == 1 else 0.0) + END_TIMEOUT_S
                     _, pending = await asyncio.wait(pending, timeout=limit_s) if pending else (set(), set())
                     break
+            if self._keep:
+                await asyncio.gather(*(self._hear(worker) for worker in self._workers if worker.ended is not None))
         finally:
             await self.close()
         await asyncio.gather(*watching)
@@ -178,6 +202,22 @@ class Workers:
             elif message is None:
                 self._miss(worker)
             self._hold_meeting()
+
+    async def _hear(self, worker: _Worker) -> None:
+        """What follows from the journal of one that has ended; one that says nothing more is lost."""
+        worker.station.put(pickled(Tell()))
+        try:
+            while worker.told_all is None:
+                async with asyncio.timeout(_TOLD_TIMEOUT_S):
+                    message = await worker.station.receive()
+                if isinstance(message, Piece):
+                    worker.found.join(message.found)
+                elif isinstance(message, Told):
+                    worker.told_all = message
+                elif message is None:
+                    return
+        except TimeoutError:
+            return
 
     def _mark_lost(self, worker: _Worker) -> None:
         worker.told(worker.state)
@@ -219,32 +259,49 @@ class Workers:
         total.ending = self._ending or total.ending
         return total
 
-    async def join(self, journal: Journal, out: Path, ended: Ended, *, keep: bool = False) -> None:
+    async def join(self, journal: Journal, out: Path, ended: Ended) -> None:
         """All workers' records into the run's journal, with an abandoned query for each that a dead worker had begun. Where records are
-        lost, the worker's last snapshot goes to `out` in their place, and `ended` says so. `keep`: each worker's own stay where they
-        are."""
+        lost, the worker's last snapshot goes to `out` in their place, and `ended` says so."""
         snapshots = []
         for worker in self._workers:
             folder = await worker.station.bring()
-            if keep and folder is not None:
-                on = f"{worker.station.node}:" if worker.station.node is not None else ""
-                worker.state.journal = f"{on}{worker.station.out}"
             if folder is None:
-                if worker.lost_at is None:  # it had done its share, and its node went then
-                    self._mark_lost(worker)
                 snapshots.append(self._last(worker))
-                ended.notes.append(_lost(snapshots[-1]))
+                ended.notes.append(_lost(snapshots[-1], f"lost with {worker.station.node}"))
             elif worker.lost_at is None:
                 journal.take(folder)
             else:
                 for query in salvaged(folder, f"worker {worker.index} died", worker.lost_at, self._scenario):
                     journal.write(query)
                     journal.flush()
-            await worker.station.clear(keep=keep)
+            await worker.station.clear()
         write_snapshots(out, snapshots)
 
+    def leave(self, journal: Journal, out: Path, ended: Ended) -> Reduced:
+        """What follows from the records of all, which stay where they are, as `ended` says; of a worker that was lost its last snapshot,
+        which goes to `out`."""
+        snapshots, windows = [], list[Window]()
+        for worker in self._workers:
+            on = f"{worker.station.node}:" if worker.station.node is not None else ""
+            worker.state.journal = f"{on}{worker.station.out}"
+            if worker.told_all is None:
+                worker.found = Reduced()
+                snapshots.append(self._last(worker))
+                ended.notes.append(_lost(snapshots[-1], f"left in {worker.state.journal}, as far as they go"))
+            else:
+                windows = max(windows, worker.told_all.windows, key=len)
+        for window in windows:
+            journal.window(window)
+        for name in ("queries.jsonl", "calls.jsonl"):  # nothing was written into them
+            (out / name).unlink()
+        ended.notes.append(left_at({str(worker.index): worker.state.journal for worker in self._workers}) + NOT_SHOWN)
+        write_snapshots(out, snapshots)
+        return joined((worker.found for worker in self._workers), snapshots)
+
     def _last(self, worker: _Worker) -> LastSnapshot:
-        """What a worker had told of its queries."""
+        """What a worker had told of its queries. One that had done its share, and went then, is lost too."""
+        if worker.lost_at is None:
+            self._mark_lost(worker)
         last = Tally({arm.name: arm.topology for arm in self._scenario.arms}, self._scenario.baseline.name)
         self._sums.into(last, [worker.index])
         arms = {name: unrecorded(arm) for name, arm in last.arms.items()}
@@ -259,13 +316,13 @@ class Workers:
             worker.last_words = last
 
 
-def _lost(last: LastSnapshot) -> str:
-    """What is to be told of records that are lost."""
+def _lost(last: LastSnapshot, how: str) -> str:
+    """What is to be told of records that are not here."""
     told = "; ".join(
         f"{name} {', '.join(f'{n} {word}' for word, n in each.items())}" for name, each in last.queries.items()
     )
     return (
-        f"worker {last.worker}: its records are lost with {last.node}: what it had told of until then ({told}) is in queries, errors, "
+        f"worker {last.worker}: its records are {how}: what it had told of until then ({told}) is in queries, errors, "
         "mismatches and the objective; all else of queries, roles, targets and tools is of the other workers' queries, and load, waste and "
         "ratios of times are not known"
     )

@@ -16,10 +16,10 @@ from fanmark.agents import topologies
 from fanmark.loadgen import scenario_check
 from fanmark.loadgen.costs import COUNTS, TIMES
 from fanmark.loadgen.health import ClientState
-from fanmark.loadgen.link import Ended, Ready, Snapshot
+from fanmark.loadgen.link import Ended, Piece, Ready, Snapshot, Told
 from fanmark.loadgen.reach import Place
-from fanmark.loadgen.records import Begun, Journal, Query, read_queries
-from fanmark.loadgen.reduced import reduced
+from fanmark.loadgen.records import Begun, Journal, Query, Window, read_queries, read_windows
+from fanmark.loadgen.reduced import Reduced, reduced
 from fanmark.loadgen.run_clock import RunClock
 from fanmark.loadgen.scenario import Scenario
 from fanmark.loadgen.simulate import Options, simulate
@@ -117,7 +117,7 @@ class Spot:
     async def bring(self) -> Path | None:
         return self.out if self._left else None
 
-    async def clear(self, *, keep: bool) -> None:
+    async def clear(self) -> None:
         """It stays."""
 
 
@@ -130,6 +130,21 @@ def journal_of(folder: Path, told: Sequence[Query], begun: Sequence[str]) -> Pat
         journal.write(query)
     journal.close()
     return folder
+
+
+async def carried_out(
+    scenario: Scenario, spots: Sequence[Spot], out: Path, *, keep: bool
+) -> tuple[Ended, Reduced | None]:
+    async def opening(index: int) -> Spot:
+        return spots[index]
+
+    tally, journal = Tally({a.name: a.topology for a in scenario.arms}, scenario.baseline.name), Journal(out)
+    workers = Workers(scenario, Place({}, None, [], 1.0), "r", RunClock(1.0), tally, opening, keep=keep)
+    await workers.start(2)
+    ended = await workers.carry_out()
+    left = workers.leave(journal, out, ended) if keep else await workers.join(journal, out, ended)
+    journal.close()
+    return ended, left
 
 
 @pytest.mark.parametrize("ended_first", [False, True], ids=["under way", "once it has ended"])
@@ -147,20 +162,8 @@ def test_a_worker_that_is_lost_is_counted_the_same_with_its_journal_and_without(
         Spot(journal_of(tmp_path / "b", mine, begun), [told, *last], left=left),
     ]
 
-    async def opening(index: int) -> Spot:
-        return spots[index]
-
-    async def both(out: Path) -> Ended:
-        tally, journal = Tally({a.name: a.topology for a in scenario.arms}, scenario.baseline.name), Journal(out)
-        workers = Workers(scenario, Place({}, None, [], 1.0), "r", RunClock(1.0), tally, opening)
-        await workers.start(2)
-        ended = await workers.carry_out()
-        await workers.join(journal, out, ended)
-        journal.close()
-        return ended
-
     (out := tmp_path / "run").mkdir()
-    ended = asyncio.run(both(out))
+    ended, _ = asyncio.run(carried_out(scenario, spots, out, keep=False))
     told_of = read_snapshots(out)
     found = summarise_arms(scenario, reduced(read_queries(out), scenario.objective, told_of))
     singles, debates = begun.count("single"), begun.count("debate")
@@ -174,6 +177,30 @@ def test_a_worker_that_is_lost_is_counted_the_same_with_its_journal_and_without(
         assert ended.states[1].lost_queries is not None and ended.states[1].lost_queries["debate"] == lost
         assert lost.items() <= found["debate"]["unrecorded"].items()
         assert any("records are lost with 10.0.0.2" in note for note in ended.notes)
+
+
+def test_a_worker_that_goes_while_it_tells_of_its_journal_is_lost_and_nothing_of_it_counts_twice(
+    tmp_path: Path,
+) -> None:
+    scenario, every = two_arms.scenario(), two_arms.queries()
+    mine, others = [q for q in every if q.query % 2], [q for q in every if not q.query % 2]
+    snapshot = Snapshot(Packer(tally_of(scenario, mine)).pack(), ClientState())
+    pieces = [Piece(reduced([query], scenario.objective)) for query in others]
+    window = Window(repeat=1, arms=["single", "debate"], lead_in_at=0.0, start_at=0.0, end_at=9.0)
+    spots = [
+        Spot(tmp_path / "a", [Ended(None, {0: ClientState()}), *pieces, Told([window])], left=False),
+        Spot(tmp_path / "b", [snapshot, Ended(None, {1: ClientState()}), Piece(reduced(mine[:1]))], left=False),
+    ]
+    (out := tmp_path / "run").mkdir()
+    ended, left = asyncio.run(carried_out(scenario, spots, out, keep=True))
+    assert left is not None and len(left.queries) == len(others) and read_windows(out) == [window]
+    found = summarise_arms(scenario, left)
+    whole = summarise_arms(scenario, reduced(every, scenario.objective))
+    assert {name: arm["queries"] for name, arm in found.items()} == {n: arm["queries"] for n, arm in whole.items()}
+    assert found["debate"]["unrecorded"]["completed"] == 1 and [each.worker for each in read_snapshots(out)] == [1]
+    assert ended.states[1].lost_at is not None and ended.states[0].lost_at is None
+    assert any(f"its records are left in 10.0.0.2:{tmp_path}/b" in note for note in ended.notes)
+    assert not (out / "queries.jsonl").exists()
 
 
 def test_what_stands_in_for_records_is_verified(tmp_path: Path) -> None:

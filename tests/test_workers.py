@@ -4,6 +4,8 @@ import asyncio
 import json
 import os
 import pickle
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import tomli_w
 from hypothesis import given
@@ -20,13 +23,19 @@ from stub_process import Stub, running_stub
 from two_arms import queries
 
 from fanmark.agents import topologies
-from fanmark.loadgen import scenario_check, session
+from fanmark.loadgen import compare, scenario_check, session
 from fanmark.loadgen.arrivals import open_loop
 from fanmark.loadgen.crew import Alone, share
-from fanmark.loadgen.errors import FanmarkError
+from fanmark.loadgen.errors import FanmarkError, ScenarioError
 from fanmark.loadgen.health import bucket_quantile
+from fanmark.loadgen.records import read_queries, read_windows
+from fanmark.loadgen.reduced import reduced
+from fanmark.loadgen.report.write import render
+from fanmark.loadgen.samples import read_samples
+from fanmark.loadgen.summary import summarise_arms
 from fanmark.loadgen.sums import Packer, Sums
 from fanmark.loadgen.tally import Histogram, Tally
+from fanmark.loadgen.unrecorded import read_snapshots
 from fanmark.loadgen.verify import verify
 
 SCENARIO: dict[str, Any] = {
@@ -102,11 +111,13 @@ def test_many_buckets_are_told_within_two_per_cent_and_none_is_lost() -> None:
 Between = Callable[[Path], Any]
 
 
-def run(stub: Stub, out: Path, workers: int, between: Between | None = None, **load: Any) -> dict[str, Any]:
+def run(
+    stub: Stub, out: Path, workers: int, between: Between | None = None, *, keep: bool = False, **load: Any
+) -> dict[str, Any]:
     """The summary of a run against the stub; `between` is awaited while it goes on."""
     raw = SCENARIO | {"load": SCENARIO["load"] | load, "target": {"url": f"{stub.url}/v1"}}
     scenario = scenario_check.check(raw, "shared-out.toml", topologies())
-    options = session.Options(out, 0, out.name, "test", [], None, workers)
+    options = session.Options(out, 0, out.name, "test", [], None, workers, keep_journals=keep)
 
     async def both() -> session.Result:
         running = asyncio.ensure_future(session.run(scenario, topologies(), options))
@@ -117,8 +128,10 @@ def run(stub: Stub, out: Path, workers: int, between: Between | None = None, **l
     with asyncio.Runner() as runner:
         found = runner.run(both()).summary
         assert asyncio.all_tasks(runner.get_loop()) == set()
-    assert not list(out.glob("worker-*")) and workers_of(os.getpid()) == []
-    assert verify(out, topologies()).differ == []
+    assert workers_of(os.getpid()) == []
+    if not keep:
+        assert not list(out.glob("worker-*"))
+        assert verify(out, topologies()).differ == []
     return found
 
 
@@ -248,6 +261,73 @@ def test_a_guard_that_leaves_a_worker_nothing_is_refused(tmp_path: Path) -> None
     options = session.Options(tmp_path / "run", 0, "x", "test", [], None, 3)
     with pytest.raises(FanmarkError, match=r"--workers 3 with \[load\] max_in_flight = 2: each worker needs"):
         asyncio.run(session.run(scenario, topologies(), options))
+
+
+def put_together(out: Path, *workers: int) -> Path:
+    """The folder of a run whose journals were kept, as it would be with those of these workers in it."""
+    whole = out.with_name("whole")
+    shutil.copytree(out, whole)
+    for name in ("queries.jsonl", "calls.jsonl"):
+        (whole / name).write_bytes(b"".join((out / f"worker-{i}" / name).read_bytes() for i in workers))
+    return whole
+
+
+@pytest.mark.real
+def test_journals_that_are_kept_stay_and_every_figure_follows_from_them(stub: Stub, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    found = run(stub, out, 2, keep=True, duration=3, rate=6, queries=None)
+    assert {path.name for path in out.glob("*.jsonl")} == {"samples.jsonl", "windows.jsonl"}
+    folders = [out / f"worker-{i}" for i in range(2)]
+    assert [each["journal"] for each in found["client"]["by_worker"].values()] == list(map(str, folders))
+    assert found["validity"]["counted"] is found["validity"]["reconciled"] is found["validity"]["alone"] is True
+    scenario = scenario_check.check(*scenario_check.read(str(out / "scenario.toml")), topologies())
+    kept = [query for folder in folders for query in read_queries(folder)]
+    arms = summarise_arms(scenario, reduced(kept, scenario.objective), read_windows(out), read_samples(out))
+    for name, arm in json.loads(msgspec.json.encode(arms)).items():
+        told = json.loads(json.dumps(found["arms"][name]))
+        assert told.pop("critical_path") == pytest.approx(arm.pop("critical_path"), abs=1e-12)  # summed up in parts
+        assert told == arm and arm["queries"]["completed"] > 5
+        assert sum(query.arm == name and not query.warmup for query in kept) == arm["queries"]["started"]
+    differ = verify(put_together(out, 0, 1), topologies()).differ
+    assert len(differ) == 2 and all(line.startswith("files.") and "missing" in line for line in differ)
+    words = re.escape(
+        f"{out}: the records are where they were written (worker 0: {folders[0]}; worker 1: {folders[1]})"
+    )
+    for read in (verify, compare.read):
+        with pytest.raises(ScenarioError, match=words):
+            read(out, topologies())
+    (note,) = [note for note in found["notes"] if str(folders[0]) in note]
+    page = (out / "report.html").read_text()
+    assert page.count("<p>No query is drawn") == 1 and str(folders[1]) in page
+    assert page.count("query latency, s</caption>") == page.count("time to first token, s</caption>") == 1
+    assert render([out], "html") == page and note in render([out], "md").replace("\\", "")
+
+
+@pytest.mark.real
+def test_a_worker_whose_journal_is_kept_is_told_of_by_its_last_snapshot_when_it_is_killed(
+    stub: Stub, tmp_path: Path
+) -> None:
+    async def kill_one(out: Path) -> None:
+        begun = out / "worker-1" / "queries.jsonl"
+        await until(lambda: begun.exists() and begun.read_bytes().count(b'"window"') >= 4)
+        os.kill(workers_of(os.getpid())[1], signal.SIGKILL)
+
+    out = tmp_path / "run"
+    found = run(stub, out, 2, kill_one, keep=True, mode="closed", concurrency=4, queries=60)
+    (told,) = read_snapshots(out)
+    assert told.worker == 1 and found["client"]["by_worker"]["1"]["lost_queries"] == told.queries
+    mine = [query for query in read_queries(out / "worker-0") if not query.warmup]
+    for name, arm in found["arms"].items():
+        own = Counter(query.outcome for query in mine if query.arm == name)
+        assert {query.query for query in mine if query.arm == name} == set(range(0, 60, 2))
+        assert {**arm["unrecorded"], "per_query": None} == {**told.queries[name], "per_query": None}
+        for outcome in ("completed", "failed", "abandoned"):
+            assert arm["queries"][outcome] == own[outcome] + told.queries[name][outcome]
+        assert arm["per_query"]["calls"]["n"] == own["completed"]
+    assert any(f"its records are left in {out}/worker-1" in note for note in found["notes"])
+    assert found["validity"]["client_ok"] is False and found["server"]["reconciled"] is None
+    (out / "worker-1").rename(tmp_path / "lost")
+    assert len(verify(put_together(out, 0), topologies()).differ) == 2  # `files`
 
 
 @pytest.mark.real

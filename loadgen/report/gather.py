@@ -13,6 +13,7 @@ from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.records import Call, Query, gap_bucket, lines_of
 from fanmark.loadgen.samples import Sample, read_samples
 from fanmark.loadgen.summary import SCHEMA
+from fanmark.loadgen.unrecorded import left_of
 
 _MOST_TTFT = (
     200_000  # lines of calls.jsonl that are read for the distribution of times to first token: of more, every n-th
@@ -29,7 +30,8 @@ class Shown:
 
 @dataclass(frozen=True)
 class Facts:
-    """All that is shown of a run. Latencies and times to first token are counted by log bucket (records.gap_bucket), by arm."""
+    """All that is shown of a run. Latencies and times to first token are counted by log bucket (records.gap_bucket), by arm. `left`: where
+    the records are, if not here; what takes them is not shown then."""
 
     summary: Mapping[str, Any]
     scenario: str
@@ -37,6 +39,7 @@ class Facts:
     latency: Mapping[str, Counter[int]]
     ttft: Mapping[str, Counter[int]]
     shown: Mapping[str, Sequence[Shown]]
+    left: str | None = None
 
 
 class _Timed(msgspec.Struct):
@@ -63,6 +66,8 @@ def gather(folder: Path) -> Facts:
         raise ScenarioError(
             f"{folder}: its summary is of schema {summary.get('schema')!r}, this version reads {SCHEMA}"
         )
+    if left := left_of(folder, summary):
+        return Facts(summary, scenario, read_samples(folder), {}, {}, {}, left)
     latencies: dict[str, list[tuple[float, int]]] = {name: [] for name in summary["arms"]}
     for query in lines_of(folder / "queries.jsonl", Query):
         if not query.warmup and query.outcome == "completed":

@@ -136,6 +136,8 @@ def _rows(rows: svg.Rows, caption: str) -> str:
 def _times(facts: Facts, name: str) -> str:
     arms = facts.summary["arms"]
     rows = charts.quantile_rows(arms, "per_query", "latency_s"), charts.quantile_rows(arms, "per_call", "ttft_s")
+    if facts.left:
+        return svg.table(rows[0], "query latency, s") + svg.table(rows[1], "time to first token, s")
     return svg.grid([
         charts.cumulative("Query latency: share of queries done in time", facts.latency, rows[0], f"{name}-latency"),
         charts.cumulative("Time to first token: share of calls", facts.ttft, rows[1], f"{name}-ttft"),
@@ -148,7 +150,8 @@ def _queries(facts: Facts, name: str) -> Sequence[str]:
         for i, found in enumerate(facts.shown.values())
         if found
     ]
-    return [svg.key(KEY), *figures] if figures else []
+    left = [f"<p>No query is drawn, nor how latencies are spread: {esc(facts.left)}.</p>"] if facts.left else []
+    return [svg.key(KEY), *figures] if figures else left
 
 
 def _timeline(facts: Facts, name: str) -> str:

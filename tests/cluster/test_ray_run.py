@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -191,8 +192,8 @@ def test_totals_and_offsets_are_those_of_a_local_run(nodes: Nodes, running: Runs
 def test_a_worker_that_is_killed_costs_what_it_had_begun(
     nodes: Nodes, running: Runs, stub: Stub, tmp_path: Path
 ) -> None:
-    """And the other goes on; where each worker's own records were, they are left."""
-    run = running(tmp_path, stub, "--ray", nodes.address, "--journals", "keep", *CLOSED)
+    """And the other goes on."""
+    run = running(tmp_path, stub, "--ray", nodes.address, *CLOSED)
     folders = busy(nodes, run)
     os.kill(next(iter(folders)), signal.SIGKILL)
     found = run.ended(code=1)
@@ -208,10 +209,62 @@ def test_a_worker_that_is_killed_costs_what_it_had_begun(
     abandoned = [row for row in mine if row["outcome"] == "abandoned"]
     assert abandoned and all(row["error"] == f"worker {lost} died" for row in abandoned)
     assert found["partial"] is False and len(mine) < 160
-    assert all((folder / "queries.jsonl").read_bytes() for folder in folders.values())
-    assert {each["journal"].partition(":")[2] for each in client["by_worker"].values()} == set(
-        map(str, folders.values())
-    )
+    assert not any(folder.exists() for folder in folders.values())
+
+
+def left(found: dict[str, Any]) -> list[Path]:
+    """Where the journals of a run are that kept them, by worker."""
+    told = {name: each["journal"].partition(":") for name, each in found["client"]["by_worker"].items()}
+    assert all(node == found["client"]["by_worker"][name]["node"] for name, (node, _, _) in told.items())
+    return [Path(folder) for _, _, folder in told.values()]
+
+
+def test_journals_that_are_kept_stay_on_their_nodes_and_figures_follow_from_them(
+    nodes: Nodes, running: Runs, stub: Stub, tmp_path: Path
+) -> None:
+    run = running(tmp_path, stub, "--ray", nodes.address, "--journals", "keep", *OPEN)
+    found = run.ended()
+    folders = left(found)
+    try:
+        assert len(set(folders)) == 2
+        assert not (run.out / "queries.jsonl").exists() and not (run.out / "calls.jsonl").exists()
+        assert found["validity"]["counted"] is found["validity"]["reconciled"] is found["validity"]["alone"] is True
+        kept = [json.loads(line) for f in folders for line in (f / "queries.jsonl").read_text().splitlines()]
+        for name, arm in found["arms"].items():
+            mine = [row for row in kept if row["arm"] == name and not row["warmup"]]
+            assert arm["queries"] == {"started": 9, "completed": 9, "failed": 0, "abandoned": 0} and len(mine) == 9
+            for resource, told in arm["per_query"].items():
+                values = [row["resources"].get(resource) for row in mine]
+                known = None if None in values else pytest.approx((sum(values) / 9, max(values), 9))
+                assert known == (None if told is None else (told["mean"], told["max"], told["n"]))
+        command = [VENV / "fanmark", "verify", run.out]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and str(folders[1]) in done.stderr
+        subprocess.run([VENV / "fanmark", "report", run.out], check=True, stdout=subprocess.DEVNULL, timeout=60)
+    finally:
+        for folder in folders:
+            shutil.rmtree(folder.parent)
+
+
+def test_a_worker_whose_journal_is_kept_is_told_of_by_its_last_snapshot_when_it_is_killed(
+    nodes: Nodes, running: Runs, stub: Stub, tmp_path: Path
+) -> None:
+    run = running(tmp_path, stub, "--ray", nodes.address, "--journals", "keep", *CLOSED)
+    folders = busy(nodes, run)
+    os.kill(next(iter(folders)), signal.SIGKILL)
+    found = run.ended(code=1)
+    assert set(left(found)) == set(folders.values())
+    (told,) = run.rows("snapshots")
+    whole = next(i for i in (0, 1) if i != told["worker"])
+    kept = [json.loads(line) for line in (left(found)[whole] / "queries.jsonl").read_text().splitlines()]
+    for name, arm in found["arms"].items():
+        mine = Counter(row["outcome"] for row in kept if row["arm"] == name and not row["warmup"])
+        lost = found["client"]["by_worker"][str(told["worker"])]["lost_queries"][name]
+        for outcome in ("completed", "failed", "abandoned"):
+            assert arm["queries"][outcome] == mine[outcome] + lost[outcome]
+        assert arm["queries"]["started"] == mine.total() + lost["started"] and arm["unrecorded"] is not None
+    for folder in folders.values():
+        shutil.rmtree(folder.parent)
 
 
 def test_an_actor_that_is_killed_takes_its_worker_along_and_the_run_stops_if_it_is_to(
