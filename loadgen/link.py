@@ -81,11 +81,13 @@ class Snapshot:
 
 @dataclass
 class Ended:
-    """How a run, or a worker's part of one, ended. `ending` None: with its schedule. `states` are by worker."""
+    """How a run, or a worker's part of one, ended. `ending` None: with its schedule. `states` are by worker. `found` is what follows from
+    the workers' records, where those stay with them."""
 
     ending: Ending | None
     states: dict[int, ClientState]
     notes: list[str] = field(default_factory=list)
+    found: Reduced | None = None
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from fanmark.loadgen.otlp import Facts, Spans, check_url
 from fanmark.loadgen.question_file import write_questions
 from fanmark.loadgen.reach import Reached, reach, settle, uses_tools
 from fanmark.loadgen.records import Journal, digests, read_queries, read_windows
-from fanmark.loadgen.reduced import Reduced, reduced
+from fanmark.loadgen.reduced import reduced
 from fanmark.loadgen.report.live_page import LivePage
 from fanmark.loadgen.report.write import write_report
 from fanmark.loadgen.results import assemble, so_far, write_summary
@@ -107,15 +107,14 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
         try:
             if opening is None:
                 ended = await _alone(scenario, topologies, reached, course, journal, options, clock, sampler, last)
-                left = None
             else:
                 crew = Workers(scenario, place, options.run_id, clock, tally, opening, keep=options.keep_journals)
-                ended, left = await _crew(crew, course, journal, options, sampler, stack, last)
+                ended = await _crew(crew, course, journal, options, sampler, stack, last)
             seconds = clock.now()
             journal.flush()
         except LostError as e:
             raise LostError(f"{e}: the run ended with it; until then {so_far(tally)}") from None
-        records = left or reduced(read_queries(options.out), scenario.objective, read_snapshots(options.out))
+        records = ended.found or reduced(read_queries(options.out), scenario.objective, read_snapshots(options.out))
         server = await server_side.reconciled(endpoints, before, records)
         sampler.tell_idle(server)
         if any(state.lost_at is not None for state in ended.states.values()):
@@ -128,8 +127,7 @@ async def run(scenario: Scenario, topologies: Mapping[str, Topology], options: O
             ending=ended.ending, windows=read_windows(options.out), samples=read_samples(options.out),
             tools=listing(reached.tools, endpoints) if reached.tools is not None else None,
         )  # fmt: skip
-        here = options.out if opening is not None and left is None else None
-        notes = [*ended.notes, *found["notes"], *_sent(spans, here)]
+        notes = [*ended.notes, *found["notes"], *_sent(spans, options.out if opening is not None else None)]
         found["notes"] = list(dict.fromkeys(notes))  # what is lost first; all workers notice the same
         found, course.report = _leave(options.out, found | {"environment": surroundings}, endpoints)
         tally.validity = {tick: ok for tick, ok in found["validity"].items() if isinstance(ok, bool)}
@@ -171,7 +169,7 @@ def _sent(spans: Spans | None, of_workers: Path | None) -> list[str]:
     """Ends the sending of spans, those of workers' queries first, where they are in this folder; what is to be told of it."""
     if spans is None:
         return []
-    for query in read_queries(of_workers) if of_workers is not None else ():
+    for query in read_queries(of_workers) if of_workers is not None and (of_workers / "queries.jsonl").exists() else ():
         spans.put(query, waits=True)
     return spans.close()
 
@@ -254,18 +252,18 @@ async def _crew(
     sampler: Sampler,
     stack: AsyncExitStack,
     last: AsyncExitStack,
-) -> tuple[Ended, Reduced | None]:
-    """The whole run by worker processes, and what follows from their records where those stay with them. From its start until `last`,
-    signals are requests to stop."""
+) -> Ended:
+    """The whole run by worker processes. From its start until `last`, signals are requests to stop."""
     stack.push_async_callback(crew.close)
     await crew.start(options.workers)
     await last.enter_async_context(signals(crew.ask, options.progress))
     async with going_on([*_progress(course, options), sampler.watch(crew.states, course.add)]):
         ended = await crew.carry_out(stop_on_loss=options.stop_on_loss)
     if options.keep_journals:
-        return ended, crew.leave(journal, options.out, ended)
-    await crew.join(journal, options.out, ended)
-    return ended, None
+        crew.leave(journal, options.out, ended)
+    else:
+        await crew.join(journal, options.out, ended)
+    return ended
 
 
 async def _opening(

@@ -277,9 +277,9 @@ class Workers:
             await worker.station.clear()
         write_snapshots(out, snapshots)
 
-    def leave(self, journal: Journal, out: Path, ended: Ended) -> Reduced:
-        """What follows from the records of all, which stay where they are, as `ended` says; of a worker that was lost its last snapshot,
-        which goes to `out`."""
+    def leave(self, journal: Journal, out: Path, ended: Ended) -> None:
+        """All workers' records stay where they are: `ended` gets what follows from them, and says where they are. Of a worker that was
+        lost the last snapshot goes to `out`."""
         snapshots, windows = [], list[Window]()
         for worker in self._workers:
             on = f"{worker.station.node}:" if worker.station.node is not None else ""
@@ -296,7 +296,7 @@ class Workers:
             (out / name).unlink()
         ended.notes.append(left_at({str(worker.index): worker.state.journal for worker in self._workers}) + NOT_SHOWN)
         write_snapshots(out, snapshots)
-        return joined((worker.found for worker in self._workers), snapshots)
+        ended.found = joined((worker.found for worker in self._workers), snapshots)
 
     def _last(self, worker: _Worker) -> LastSnapshot:
         """What a worker had told of its queries. One that had done its share, and went then, is lost too."""

@@ -19,7 +19,7 @@ from fanmark.loadgen.health import ClientState
 from fanmark.loadgen.link import Ended, Piece, Ready, Snapshot, Told
 from fanmark.loadgen.reach import Place
 from fanmark.loadgen.records import Begun, Journal, Query, Window, read_queries, read_windows
-from fanmark.loadgen.reduced import Reduced, reduced
+from fanmark.loadgen.reduced import reduced
 from fanmark.loadgen.run_clock import RunClock
 from fanmark.loadgen.scenario import Scenario
 from fanmark.loadgen.simulate import Options, simulate
@@ -132,9 +132,7 @@ def journal_of(folder: Path, told: Sequence[Query], begun: Sequence[str]) -> Pat
     return folder
 
 
-async def carried_out(
-    scenario: Scenario, spots: Sequence[Spot], out: Path, *, keep: bool
-) -> tuple[Ended, Reduced | None]:
+async def carried_out(scenario: Scenario, spots: Sequence[Spot], out: Path, *, keep: bool) -> Ended:
     async def opening(index: int) -> Spot:
         return spots[index]
 
@@ -142,9 +140,12 @@ async def carried_out(
     workers = Workers(scenario, Place({}, None, [], 1.0), "r", RunClock(1.0), tally, opening, keep=keep)
     await workers.start(2)
     ended = await workers.carry_out()
-    left = workers.leave(journal, out, ended) if keep else await workers.join(journal, out, ended)
+    if keep:
+        workers.leave(journal, out, ended)
+    else:
+        await workers.join(journal, out, ended)
     journal.close()
-    return ended, left
+    return ended
 
 
 @pytest.mark.parametrize("ended_first", [False, True], ids=["under way", "once it has ended"])
@@ -163,7 +164,7 @@ def test_a_worker_that_is_lost_is_counted_the_same_with_its_journal_and_without(
     ]
 
     (out := tmp_path / "run").mkdir()
-    ended, _ = asyncio.run(carried_out(scenario, spots, out, keep=False))
+    ended = asyncio.run(carried_out(scenario, spots, out, keep=False))
     told_of = read_snapshots(out)
     found = summarise_arms(scenario, reduced(read_queries(out), scenario.objective, told_of))
     singles, debates = begun.count("single"), begun.count("debate")
@@ -192,7 +193,8 @@ def test_a_worker_that_goes_while_it_tells_of_its_journal_is_lost_and_nothing_of
         Spot(tmp_path / "b", [snapshot, Ended(None, {1: ClientState()}), Piece(reduced(mine[:1]))], left=False),
     ]
     (out := tmp_path / "run").mkdir()
-    ended, left = asyncio.run(carried_out(scenario, spots, out, keep=True))
+    ended = asyncio.run(carried_out(scenario, spots, out, keep=True))
+    left = ended.found
     assert left is not None and len(left.queries) == len(others) and read_windows(out) == [window]
     found = summarise_arms(scenario, left)
     whole = summarise_arms(scenario, reduced(every, scenario.objective))
