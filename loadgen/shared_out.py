@@ -10,7 +10,7 @@ Rules of the file:
 import asyncio
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -149,7 +149,8 @@ def shared_by(count: int | None, ray: str | None, version: str) -> Iterator[Work
             connection = connected(ray, version)
             runner.run(connection.__aenter__())
             try:
-                yield Processors(count, version)
+                with closing(Processors(count, version)) as processors:
+                    yield processors
             finally:
                 runner.run(connection.__aexit__(None, None, None))
     else:

@@ -1,7 +1,9 @@
 """A running Ray cluster of two nodes, which tests share."""
 
 import os
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,10 +16,10 @@ VENV = ROOT / ".venv-ray" / "bin"
 
 
 class Nodes:
-    """A running cluster."""
+    """A running cluster, whose temporary files are in a folder of their own."""
 
-    def __init__(self, process: "subprocess.Popen[str]", address: str) -> None:
-        self.process, self.address = process, address
+    def __init__(self, process: "subprocess.Popen[str]", address: str, files: Path) -> None:
+        self.process, self.address, self.files = process, address, files
 
     def workers(self) -> dict[int, Path]:
         """The workers that run on its nodes, by process id, each with its journal's folder as soon as it has begun a query."""
@@ -43,18 +45,20 @@ def running_nodes() -> Iterator[Nodes]:
     """Two nodes, until the context ends."""
     if not VENV.exists():
         pytest.fail("no Ray: run `make test-ray`, which installs it")
+    files = tempfile.mkdtemp(prefix="ray-")  # Ray's sockets are in it, so that it cannot be as deep as pytest's own
     process = subprocess.Popen(
         [VENV / "python", Path(__file__).parent / "two_nodes.py"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        env={**os.environ, "TMPDIR": files},
     )
     started = [process.pid]
     try:
         address = line_of(process).strip()
         assert address, "the cluster did not start"
         started += children(process.pid)
-        yield Nodes(process, address)
+        yield Nodes(process, address, Path(files))
     finally:
         started += children(process.pid)
         assert process.stdin is not None
@@ -64,4 +68,5 @@ def running_nodes() -> Iterator[Nodes]:
         ended = gone(started, within_s=30)
         kill(started)
         end(process)
+        shutil.rmtree(files, ignore_errors=True)
         assert ended

@@ -90,6 +90,17 @@ def test_what_the_nodes_make_is_what_is_made_here(nodes: Nodes, here: Path, tmp_
     assert len({Path(name).parent for name in made}) > {"plan": 0, "sweep": 8, "simulate": 2}[flags[0]]
 
 
+def test_what_is_given_up_leaves_no_files_on_the_nodes(nodes: Nodes, here: Path, tmp_path: Path) -> None:
+    flags = ["simulate", "--seeds", "6", "--queries", "3000", "--ray", nodes.address]
+    process = started(here / "s.toml", tmp_path / "there", *flags)
+    give_up_at = time.monotonic() + 60
+    while not list(nodes.files.glob("tmp*/run/queries.jsonl")):
+        assert time.monotonic() < give_up_at and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert done(process, code=130) == "" and not list(nodes.files.glob("tmp*"))
+
+
 def test_a_head_that_says_nothing_any_more_is_one_line(nodes: Nodes, here: Path, tmp_path: Path) -> None:
     """A simulation may last as long as it likes, but not the silence of the cluster meanwhile."""
     flags = ["simulate", "--seeds", "2", "--queries", "100000", "--ray", nodes.address]
