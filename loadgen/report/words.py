@@ -44,6 +44,8 @@ def _alone(name: str, arm: Mapping[str, Any]) -> str:
 
 def _point(arm: Mapping[str, Any]) -> str:
     load = arm["load"]
+    if load["completed_qps"] is None:
+        return "a load that is not known"
     return f"{number(load['completed_qps'])} queries/s, {number(load['calls_in_flight']['mean'])} calls in flight"
 
 
