@@ -14,8 +14,8 @@ from typing import Any
 
 import msgspec
 
-from fanmark.agents.replay import Read, Step
 from fanmark.agents.runtime import Key
+from fanmark.agents.steps import Read, Step
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.recording import Recording
 from fanmark.servers.prose import Filler

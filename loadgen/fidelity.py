@@ -19,7 +19,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from fanmark.agents.replay import Step
+from fanmark.agents.steps import Step
 from fanmark.loadgen.records import Call, in_order
 
 MEASURES = ("structure", "calls", "input_tokens", "output_tokens", "overlap", "gaps")

@@ -28,8 +28,9 @@ from typing import Any
 
 import msgspec
 
-from fanmark.agents.replay import TOPOLOGY, Enacted, Params, Read, Step
+from fanmark.agents.replay import TOPOLOGY, Enacted, Params
 from fanmark.agents.runtime import Author, Key, Message, Topology
+from fanmark.agents.steps import Read, Step
 from fanmark.loadgen.demand import unquoted
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.prompts import Part

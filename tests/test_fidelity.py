@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import two_arms
 
-from fanmark.agents.replay import Step
+from fanmark.agents.steps import Step
 from fanmark.loadgen.fidelity import MEASURES, fidelity
 from fanmark.loadgen.records import Call
 from fanmark.loadgen.reduced import reduced

@@ -10,7 +10,7 @@ import pytest
 from test_replay import random_query
 from typer.testing import CliRunner
 
-from fanmark.agents.replay import Step
+from fanmark.agents.steps import Step
 from fanmark.loadgen.cli import app
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.export_dag import export

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from fanmark.agents.replay import Read, Step
+from fanmark.agents.steps import Read, Step
 from fanmark.loadgen.cli_common import checked_scenario
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.recording import RecordedCall, Recorder, Recording, Said, steps_of, text_id
