@@ -185,20 +185,27 @@ class _Processes:
         self._files.cleanup()
 
     def begin(self, task: Task) -> "Future[Any]":
-        return self._pool.submit(task.result)
+        with self._all():
+            return self._pool.submit(task.result)
 
     def result(self, done: "Future[Any]") -> Any:
+        with self._all():
+            return done.result()
+
+    def until_one_of(self, running: "Sequence[Future[Any]]") -> None:
+        wait(running, return_when=FIRST_COMPLETED)  # a process that is lost ends its task
+
+    @contextmanager
+    def _all(self) -> Iterator[None]:
+        """Raises LostError where one of them is gone: the others go with it."""
         from concurrent.futures.process import BrokenProcessPool
 
         try:
-            return done.result()
+            yield
         except BrokenProcessPool:
             raise LostError(
                 f"one of {self.count} processes that simulated ended by itself: is there memory for so many? --workers"
             ) from None
-
-    def until_one_of(self, running: "Sequence[Future[Any]]") -> None:
-        wait(running, return_when=FIRST_COMPLETED)  # a process that is lost ends its task
 
 
 def _attached(files: str) -> None:
