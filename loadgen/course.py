@@ -32,7 +32,7 @@ class Course:
     def __init__(self, tally: Tally, total: int | None, now: Callable[[], float]) -> None:
         self.tally = tally
         self.total = total
-        self.now = now
+        self.now: Callable[[], float] = lambda: max(0.0, now())  # workers are told their start before it
         self.samples: list[Sample] = []
         self.latest: Sample | None = None
         self.report: str | None = None

@@ -26,7 +26,7 @@ class ClientState(msgspec.Struct):
     the last second, warm-up included. `node` is where it works, None on the driver's own machine, and `clock_offset_s` what that node's
     time of day is ahead of the driver's. `lost_queries` are those of its last snapshot, by arm and outcome, where its records are lost;
     `journal` is where they are left, if they are. `cpu_share` is of one core over the last second, None once it has ended; queries are
-    those of all arms, as of then, warm-up left out."""
+    those of all arms, warm-up left out."""
 
     loop_lag: Counter[int] = msgspec.field(default_factory=Counter)
     busy_seconds: int = 0
@@ -72,15 +72,16 @@ class Health:
         self.state = ClientState()
         self._now = now
         self._cpu_start_s = time.process_time()
+        self._delays: Delays | None = None
 
     async def watch(self, delays: Delays, worker: int = 0) -> None:
         """Beats until cancelled; each beat's lateness is the loop's lag. Counts the seconds in a row above 90 % CPU, and judges."""
-        delays.clients[worker] = self.state
+        delays.clients[worker], self._delays = self.state, delays
         try:
             await self._beat(delays)
         finally:
             self.state.cpu_share = None
-            self._count(delays)
+            self.look()
 
     async def _beat(self, delays: Delays) -> None:
         in_a_row = 0
@@ -96,17 +97,14 @@ class Health:
                 self.state.busy_seconds = max(self.state.busy_seconds, in_a_row)
                 cpu_s, at = time.process_time(), self._now()
                 self.look()
-                self._count(delays)
                 ttft_s = bucket_quantile(delays.ttft, 0.5)
                 self.state.verdict = judge(self.state, bucket_quantile(delays.send_delay, 0.99), ttft_s).word
 
-    def _count(self, delays: Delays) -> None:
-        arms = list(delays.arms.values())
+    def look(self) -> ClientState:
+        """The state, with CPU time, memory and queries as they are now."""
+        arms = list(self._delays.arms.values()) if self._delays is not None else []
         self.state.queries_running = sum(arm.in_flight for arm in arms)
         self.state.queries_done = sum(arm.completed for arm in arms)
-
-    def look(self) -> ClientState:
-        """The state, with CPU time and memory as they are now."""
         self.state.cpu_s = time.process_time() - self._cpu_start_s
         self.state.rss_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         return self.state

@@ -101,7 +101,7 @@ async def work(task: Task, link: Link) -> Ended:
 async def _report(link: Link, packer: Packer, health: Health) -> None:
     while True:
         await asyncio.sleep(1.0)
-        link.send(snapshot(packer, health.state))
+        link.send(snapshot(packer, health.look()))
 
 
 async def tell(task: Task, link: Link) -> None:

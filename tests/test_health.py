@@ -168,6 +168,8 @@ def test_a_watch_measures_the_process_it_runs_in() -> None:
         await asyncio.sleep(seconds)
         state = tally.clients[3]
         assert state.cpu_share is not None and (state.queries_running, state.queries_done) == (3, 0)
+        tally.arms["single"].finished["completed"] = 1
+        assert (health.look().queries_running, state.queries_done) == (2, 1)  # with the sums of the same instant
         tally.arms["single"].finished["completed"] = 2
         watching.cancel()
         return tally

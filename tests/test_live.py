@@ -51,6 +51,11 @@ def test_a_line_says_what_is_done_and_what_runs() -> None:
     assert progress.line() == said.replace("2,500 out 500", "0 out 0") + ", client strained"
 
 
+def test_before_its_start_a_run_has_lasted_no_time() -> None:
+    course = Course(Tally({"single": "single"}, "single"), 8, lambda: -0.04)
+    assert Progress(course, io.StringIO()).line().startswith("   0.0 s  ")
+
+
 def test_the_view_fits_80_columns_and_says_what_a_watcher_needs() -> None:
     """Twelve queries of each arm: the ratio of calls is 9 for sure, that of output tokens has an interval, that of a time has none."""
     tally = Tally({"single": "single", "debate": "debate"}, "single")
