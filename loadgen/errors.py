@@ -1,5 +1,9 @@
 """What a user can cause or must be told, split by whose fault it is. Each is one line: what was given, what is allowed, what to do."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 PARTING = "parting"  # the name of a thread that may wait for a lost cluster for ever, and must not hold the end of the process up
 
 
@@ -23,6 +27,15 @@ class LostError(FanmarkError):
     """What is measured can no longer be written down: a run ends with it."""
 
     exit_code = 1
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Raises LostError where what is done in it cannot be written there."""
+    try:
+        yield
+    except OSError as e:
+        raise LostError(f"{out}: cannot be written ({e.strerror})") from None
 
 
 class Stopped(Exception):

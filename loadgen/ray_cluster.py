@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fanmark.loadgen import embedded
-from fanmark.loadgen.errors import PARTING, FanmarkError, ScenarioError, UnreachableError
+from fanmark.loadgen.errors import PARTING, FanmarkError, ScenarioError, UnreachableError, writing
 from fanmark.loadgen.stations import END_TIMEOUT_S, Clocks, LocalStation, open_local
 
 _CONNECT_TIMEOUT_S = 8.0
@@ -144,9 +144,10 @@ class RayStation:
             if self._lost is not None:
                 self._host = self._node.actor(left=str(self.out))
                 await _answer(self._host.clocks.remote(), _REVIVAL_TIMEOUT_S)
-            self._here.mkdir(exist_ok=True)
-            for name in _LEFT:
-                await self._copy(name)
+            with writing(self._here):
+                self._here.mkdir(exist_ok=True)
+                for name in _LEFT:
+                    await self._copy(name)
             return self._here
         except UnreachableError:
             return None

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from fanmark.agents import topologies
-from fanmark.loadgen.errors import LostError, ScenarioError
+from fanmark.loadgen.errors import ScenarioError, writing
 from fanmark.loadgen.scenario import Scenario
 from fanmark.loadgen.simulate import Options, simulate
 from fanmark.loadgen.user_topology import table_of
@@ -38,9 +38,7 @@ def check_free(folders: Iterable[Path]) -> None:
 
 def leave(out: Path, files: dict[str, bytes]) -> None:
     """Writes a simulation's files into its folder; last the summary, by which it is known that all are there. Raises LostError."""
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         for name, data in sorted(files.items(), key=lambda item: item[0] == "summary.json"):
             (out / name).write_bytes(data)
-    except OSError as e:
-        raise LostError(f"{out}: cannot be written ({e.strerror})") from None

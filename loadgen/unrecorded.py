@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from fanmark.loadgen.costs import COUNTS, TIMES
+from fanmark.loadgen.errors import writing
 from fanmark.loadgen.records import GAP_BASE, JOINED, SNAPSHOTS, lines_of
 
 if TYPE_CHECKING:
@@ -112,9 +113,10 @@ def _together(parts: Sequence[Unrecorded]) -> Unrecorded:
 
 
 def write_snapshots(folder: Path, told: Sequence[LastSnapshot]) -> None:
-    """snapshots.jsonl, where there is anything to tell. Raises OSError."""
+    """snapshots.jsonl, where there is anything to tell. Raises LostError."""
     if told:
-        (folder / SNAPSHOTS).write_bytes(msgspec.json.Encoder().encode_lines(told))
+        with writing(folder):
+            (folder / SNAPSHOTS).write_bytes(msgspec.json.Encoder().encode_lines(told))
 
 
 def read_snapshots(folder: Path) -> list[LastSnapshot]:

@@ -242,8 +242,10 @@ class Workers:
                 worker.station.put(meeting)
 
     def _sum(self) -> Ended:
-        """The workers' ends as one. Those that died are named."""
+        """The workers' ends as one. Those that died are named; where all did, that is the run's end."""
         total = Ended(None, {})
+        if all(worker.ended is None for worker in self._workers):
+            total.ending = Ending("errors", "all workers died")
         for worker in self._workers:
             total.states[worker.index] = worker.state
             if worker.ended is None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from fanmark.agents import topologies
 from fanmark.loadgen import scenario_check
 from fanmark.loadgen.costs import COUNTS, TIMES
+from fanmark.loadgen.errors import LostError
 from fanmark.loadgen.health import ClientState
 from fanmark.loadgen.link import Ended, Piece, Ready, Snapshot, Told
 from fanmark.loadgen.reach import Place
@@ -233,6 +234,8 @@ def test_what_stands_in_for_records_is_verified(tmp_path: Path) -> None:
     (told,) = read_snapshots(out)
     told.arms["debate"].completed -= 1
     write_snapshots(out, [told])
+    with pytest.raises(LostError, match="cannot be written"):
+        write_snapshots(out / "absent", [told])
     assert "arms.debate.queries.completed: the summary says 12, the records 11" in verify(out, topologies()).differ
     assert json.loads((out / "summary.json").read_text())["arms"]["debate"]["unrecorded"] is None
     assert msgspec.json.decode((out / "snapshots.jsonl").read_bytes().splitlines()[0])["worker"] == 1

@@ -242,6 +242,18 @@ def test_a_worker_that_is_killed_costs_what_it_had_begun(stub: Stub, tmp_path: P
 
 
 @pytest.mark.real
+def test_a_run_whose_workers_all_died_ends_with_that(stub: Stub, tmp_path: Path) -> None:
+    async def kill_all(out: Path) -> None:
+        files = [out / f"worker-{i}" / "begun.jsonl" for i in range(2)]
+        await until(lambda: all(file.exists() and b'"window"' in file.read_bytes() for file in files))
+        for pid in workers_of(os.getpid()):
+            os.kill(pid, signal.SIGKILL)
+
+    found = run(stub, tmp_path / "run", 2, kill_all, mode="closed", concurrency=4, queries=60)
+    assert found["partial"] is True and found["ended"] == {"why": "errors", "reason": "all workers died"}
+
+
+@pytest.mark.real
 def test_an_interrupt_reaches_all_workers(stub: Stub, tmp_path: Path) -> None:
     async def interrupt(out: Path) -> None:
         files = [out / f"worker-{i}" / "begun.jsonl" for i in range(2)]
