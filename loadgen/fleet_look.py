@@ -117,7 +117,7 @@ def _trial(case: Case, scenario: Scenario, services: Mapping[str, Service]) -> T
     trial = try_out(scenario, table, services)
     if not trial.counted or any(query.error is not None and "timeout" not in query.error for query in trial.queries):
         why = next((query.error for query in trial.queries if query.error), "no query ended")
-        raise ScenarioError(f"{scenario.source}: arm {case.arm.name!r}: cannot be planned: {why}")
+        raise ScenarioError(f"{scenario.source}: arm {case.arm.name!r}: cannot be planned: {' '.join(why.split())}")
     return trial
 
 

@@ -291,6 +291,18 @@ def test_what_cannot_be_planned_is_refused(tmp_path: Path, flags: list[str], sai
     assert not (tmp_path / "p").exists()
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_topology_that_raises_is_one_line(tmp_path: Path, workers: str) -> None:
+    from fanmark.loadgen.errors import ScenarioError
+
+    (tmp_path / "own.py").write_text("async def run(rt, p):\n    raise ValueError('no such\\nthing')\n")
+    arm = '[[arm]]\nname = "own"\ntopology = "own.py:run"\nbaseline = true\n[objective]\nquery_seconds = 1\n'
+    (tmp_path / "s.toml").write_text(arm)
+    flags = ["--rate", "1", "--workers", workers, "--out", str(tmp_path / "p")]
+    with pytest.raises(ScenarioError, match=r"arm 'own': cannot be planned: ValueError: no such thing$"):
+        app(["plan", str(tmp_path / "s.toml"), *flags], standalone_mode=False)
+
+
 @pytest.mark.slow
 def test_a_role_may_have_a_model_and_a_chip_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The judge's 20 tokens a query are asked of a dense model; the agents' calls go to the other. Each has replicas of its own."""
