@@ -75,7 +75,7 @@ def test_a_model_against_itself_is_as_efficient_and_twice_the_answer_costs_more(
     one, four = found["points"]
     assert one["efficiency"] == four["efficiency"] == 1.0
     assert one["demand"] == pytest.approx(1.0, rel=0.05)  # one sample is a single pass
-    assert 1.3 < four["demand"] < 4  # the prompt is read once, and decoding four at once is not four times the work
+    assert 1.5 < four["demand"] < 4  # the prompt is read once, and decoding four at once is not four times the work
     assert math.isclose(four["demand"], four["multiplier"], rel_tol=1e-9)
     assert "Net demand D" in (tmp_path / "page.html").read_text()
 

@@ -111,9 +111,10 @@ def test_samples_of_one_prompt_are_made_side_by_side_again(tmp_path: Path) -> No
 @pytest.mark.parametrize("api", ["chat", "completions"])
 @pytest.mark.real
 def test_the_same_on_the_stub(api: str, tmp_path: Path) -> None:
-    """Recorded there and replayed there, in a closed loop: as recorded, to the token."""
+    """Recorded there and replayed there, in a closed loop: as recorded, to the token. Of one, so that the query which finds the cache cold
+    is the one that did: of two that begin at the same moment, either may be first."""
     simulated(RECORDED, tmp_path / "recorded")
-    raw = replay(tmp_path / "recorded", "debate", "chain", mode="closed", concurrency=2)
+    raw = replay(tmp_path / "recorded", "debate", "chain", mode="closed", concurrency=1)
     with running_stub("--time-scale", "0.1") as stub, asyncio.Runner() as runner:
         scenario = load(raw | {"target": {"url": f"{stub.url}/v1", "api": api}})
         found = runner.run(session.run(*scenario, session.Options(tmp_path / "run", 0, api, "test", [], None))).summary
@@ -122,9 +123,7 @@ def test_the_same_on_the_stub(api: str, tmp_path: Path) -> None:
     for arm in ("debate", "chain"):
         told = found["arms"][arm]["fidelity"]
         assert {name: told[name] for name in AS_RECORDED} == AS_RECORDED
-        assert (
-            told["overlap"] > 0.8
-        )  # in real time, beside others at work, siblings may come a step apart; else as in virtual time
+        assert told["overlap"] > 0.95
 
 
 def random_query(rng: random.Random, ids: int) -> list[RecordedCall]:
