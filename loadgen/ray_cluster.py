@@ -1,7 +1,7 @@
 """Workers on the nodes of a Ray cluster. Each is the very process that a local run starts; an actor on its node passes messages on.
 
 Rules of the file:
-1. Nothing but this file and ray_tasks.py imports Ray, and only when a cluster is asked for.
+1. Nothing but this file imports Ray, and only when a cluster is asked for.
 2. The actor has no part in the run: it holds no clock, no records and no decision, and its threads do not disturb the worker's.
 3. A call to the cluster may hang: whatever the run's start or end waits for has a limit.
 """
@@ -19,11 +19,13 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fanmark.loadgen import embedded
 from fanmark.loadgen.errors import PARTING, FanmarkError, ScenarioError, UnreachableError, writing
 from fanmark.loadgen.stations import END_TIMEOUT_S, Clocks, LocalStation, open_local
+
+T = TypeVar("T")
 
 _CONNECT_TIMEOUT_S = 8.0
 _KNOCK_TIMEOUT_S = 3.0
@@ -254,6 +256,34 @@ async def _answer(ref: Any, timeout_s: float) -> Any:
 def lost(error: Exception) -> UnreachableError:
     """What a node did not do, as ours."""
     return UnreachableError(f"a node of the Ray cluster: {_line(error)}")
+
+
+def heard(wait: Callable[[], T]) -> T:
+    """What is waited for from a cluster. Raises FanmarkError: one that was raised there is the same here."""
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        return wait()
+    except RayError as e:
+        if isinstance(e, RayTaskError) and isinstance(e.cause, FanmarkError):
+            raise e.cause from None
+        raise lost(e) from None
+
+
+def on_a_processor(function: Callable[..., Any]) -> Any:
+    """The function, to be carried out on a processor of its own."""
+    import ray
+
+    return ray.remote(function).options(num_cpus=1)
+
+
+def give_up(tasks: Sequence[Any], wait_s: float) -> None:
+    """Has them end, and waits so long for it."""
+    import ray
+
+    for task in tasks:
+        ray.cancel(task)
+    ray.wait(tasks, num_returns=len(tasks), timeout=wait_s)
 
 
 def other_version(node: str, theirs: str, ours: str) -> ScenarioError:

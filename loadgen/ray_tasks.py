@@ -10,8 +10,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from fanmark.loadgen.errors import FanmarkError, UnreachableError
-from fanmark.loadgen.ray_cluster import lost, other_version, usable
+from fanmark.loadgen.errors import UnreachableError
+from fanmark.loadgen.ray_cluster import give_up, heard, on_a_processor, other_version, usable
 from fanmark.loadgen.shared_out import Task
 
 T = TypeVar("T")
@@ -27,7 +27,7 @@ class Processors:
     def __init__(self, most: int | None, version: str) -> None:
         self._most = most
         self._version = version
-        self._there = _on_a_processor()
+        self._there = on_a_processor(_carried_out)
         self._running: dict[Future[Any], Any] = {}
         self.count = 0
         self._hear()
@@ -44,14 +44,7 @@ class Processors:
 
     def result(self, done: "Future[Any]") -> Any:
         """See Workers."""
-        from ray.exceptions import RayError, RayTaskError
-
-        try:
-            return done.result()
-        except RayError as e:
-            if isinstance(e, RayTaskError) and isinstance(e.cause, FanmarkError):
-                raise e.cause from None
-            raise lost(e) from None
+        return heard(done.result)
 
     def until_one_of(self, running: "Sequence[Future[Any]]") -> None:
         """See Workers. Nodes that have come are used from then on."""
@@ -61,17 +54,9 @@ class Processors:
 
     def close(self) -> None:
         """Has what nobody needs any more end, and waits a moment for it: what is killed would leave its files on its node."""
-        import ray
-
-        def cancel() -> None:
-            refs = list(self._running.values())
-            for ref in refs:
-                ray.cancel(ref)
-            ray.wait(refs, num_returns=len(refs), timeout=_END_TIMEOUT_S)
-
         if self._running:
             with suppress(UnreachableError):
-                _answered(cancel, 2 * _END_TIMEOUT_S)
+                _answered(lambda: give_up(list(self._running.values()), _END_TIMEOUT_S), 2 * _END_TIMEOUT_S)
 
     def _hear(self) -> None:
         nodes = _answered(usable)
@@ -81,16 +66,8 @@ class Processors:
         self.count = min(processors, self._most or processors)
 
 
-def _on_a_processor() -> Any:
-    import ray
-
-    return ray.remote(_carried_out).options(num_cpus=1)
-
-
 def _answered(ask: Callable[[], T], timeout_s: float = _SILENT_TIMEOUT_S) -> T:
     """What the cluster answers. Raises UnreachableError."""
-    from ray.exceptions import RayError
-
     answer: Future[T] = Future()
 
     def carry() -> None:
@@ -101,11 +78,9 @@ def _answered(ask: Callable[[], T], timeout_s: float = _SILENT_TIMEOUT_S) -> T:
 
     threading.Thread(target=carry, daemon=True).start()  # Ray itself would wait for ever
     try:
-        return answer.result(timeout_s)
+        return heard(lambda: answer.result(timeout_s))
     except TimeoutError:
         raise UnreachableError(f"the head of the Ray cluster did not answer within {timeout_s:g} s") from None
-    except RayError as e:
-        raise lost(e) from None
 
 
 def _carried_out(task: Task, version: str) -> Any:
