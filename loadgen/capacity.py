@@ -89,8 +89,8 @@ def looks_of(
             x=x,
             run=run,
             met={name: met[name] for name in objectives_of(objective)},
-            offered_qps=load.get("offered_qps") or 0.0,
-            calls_in_flight=load.get("calls_in_flight", {"mean": 0.0})["mean"] or 0.0,
+            offered_qps=load.get("offered_qps", 0.0),
+            calls_in_flight=load.get("calls_in_flight", {"mean": 0.0})["mean"],
             over_capacity=bool(summary["arms"][arm]["window"]["over_capacity"]),
         )
     return looks

@@ -28,14 +28,13 @@ from fanmark.loadgen.search import Ask, Point, Search, first_look, may_follow, n
 from fanmark.loadgen.shared_out import Search as Steps
 from fanmark.loadgen.shared_out import Task, Want, Workers, carried_out
 from fanmark.loadgen.simulated import leave
-from fanmark.loadgen.sweep_folder import NAME, POINTS, done, put_aside, spent, write_json
+from fanmark.loadgen.sweep_folder import NAME, POINTS, degraded, done, put_aside, spent, write_json
 from fanmark.loadgen.table import number
 
 LEAST_DEADLINES = 5.0
 
-Measure = Callable[
-    [Scenario, Path], Task
-]  # a run, to be left in a folder; gives its summary, and what files it has not left there
+# a run, to be left in a folder; gives its summary, and what files it has not left there
+Measure = Callable[[Scenario, Path], Task]
 
 
 @dataclass
@@ -208,6 +207,12 @@ class Sweep:
             summary = measured
         if summary["ended"] is not None and summary["ended"]["why"] != "errors":
             self.ended = summary["ended"]
+            return None
+        if degraded(summary):
+            self.ended = {
+                "why": "errors",
+                "reason": f"{POINTS}/{name}: a worker died; the same command goes on with that run",
+            }
             return None
         for tick, said in (("counted", "counts differ"), ("client_ok", "the client was the limit")):
             if summary["validity"][tick] is False:

@@ -80,12 +80,18 @@ def write_json(path: Path, found: Found) -> None:
 
 
 def done(folder: Path) -> Mapping[str, Any] | None:
-    """The summary of a run that came to its end."""
+    """The summary of a run that came to its end, with all of its workers."""
     try:
         summary: Mapping[str, Any] = msgspec.json.decode((folder / "summary.json").read_bytes())
     except (OSError, msgspec.DecodeError):
         return None
-    return summary if summary["ended"] is None or summary["ended"]["why"] == "errors" else None
+    whole = summary["ended"] is None or summary["ended"]["why"] == "errors"
+    return summary if whole and not degraded(summary) else None
+
+
+def degraded(summary: Mapping[str, Any]) -> bool:
+    """Whether a worker died: then less was asked of the servers than the point says."""
+    return bool(summary["client"].get("degraded"))
 
 
 def put_aside(folder: Path) -> None:

@@ -13,6 +13,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from processes import children, gone
 
@@ -221,7 +222,6 @@ def test_a_crossing_is_found_where_the_closed_form_has_it(file: Path, tmp_path: 
     assert done.stdout.startswith(said)
 
 
-@pytest.mark.slow
 def files(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
@@ -255,6 +255,7 @@ def test_what_follows_from_the_runs_before_is_not_shared_out(tmp_path: Path, mor
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_arms_are_matched_by_a_fraction_of_their_own_capacity(swept: Path, tmp_path: Path) -> None:
     matched = tmp_path / "matched.toml"
     text = f'duration = 60\nmatch = "capacity"\ncapacity = "{swept}"\nfraction = 0.5\n'
@@ -271,6 +272,36 @@ def test_arms_are_matched_by_a_fraction_of_their_own_capacity(swept: Path, tmp_p
     assert lost.returncode == 2 and '[load] capacity = "nowhere": no sweep can be read there' in lost.stderr
     free = fanmark("simulate", matched, "--rate", 0.1, "--queries", 3, "--out", tmp_path / "free", "--json")
     assert json.loads(free.stdout)["arms"]["single"]["load"]["offered_qps"] == 0.1
+
+
+def test_a_run_that_lost_a_worker_is_no_point_and_is_run_again(tmp_path: Path) -> None:
+    """Less was asked of the servers than the point says."""
+    scenario = scenario_check.check(tomllib.loads(SCENARIO), "two.toml", topologies())
+    died = [True, False]
+
+    def measure(given: tuple[Scenario, Path]) -> Any:
+        one, folder = given
+        summary = simulate(one, topologies(), Options(folder, "0", [])).summary
+        summary["client"]["degraded"] = died.pop(0) if died else False
+        (folder / "summary.json").write_bytes(msgspec.json.encode(summary))
+        return summary, {}
+
+    axis = Axis("load.rate", 0.2, 0.2, False, (0.2,))
+
+    def swept() -> tuple[Any, dict[str, Any]]:
+        one = Sweep(
+            scenario, axis, tmp_path, lambda *given: Task(measure, given), lambda x: scenario, {"clock": "virtual"},
+            lambda line: None, most=1,
+        )  # fmt: skip
+        one.run()
+        return one.ended, one.write(partial=False)["arms"]
+
+    ended, arms = swept()
+    assert ended["why"] == "errors" and ended["reason"].startswith("points/single-0.2-1: a worker died")
+    assert arms["single"]["on"]["query"]["points"] == []
+    ended, arms = swept()
+    assert ended is None and len(arms["single"]["on"]["query"]["points"]) == 1
+    assert (tmp_path / "points" / "single-0.2-1.cut-1").is_dir()
 
 
 @pytest.mark.slow
