@@ -223,7 +223,7 @@ class Metrics:
                 found.update(dict.fromkeys(((role, target, outcome) for outcome in CALL_OUTCOMES), 0))
         known = set(roles)
         for (role, target, outcome), times in list(arm.calls.items()):
-            found[bounded(role_label(role), known, MOST_VALUES), target, outcome] += times
+            found[bounded(role, known, MOST_VALUES), target, outcome] += times
         return [
             (f"{label},{labels({'role': role, 'target': target, 'outcome': outcome})}", times)
             for (role, target, outcome), times in found.items()

@@ -399,3 +399,14 @@ def test_an_address_that_is_none_of_this_hosts_is_told(tally: Tally) -> None:
         ScenarioError, match=r"^--metrics-host 192\.0\.2\.9 --metrics-port 0: Cannot assign requested address: "
     ):
         serve({}, 0, "192.0.2.9")
+
+
+def test_a_role_loses_its_number_once() -> None:
+    tally = Tally({"single": "single"}, "single")
+    call = two_arms.call(1, (0.0, 0.5, 1.0), (1, 0, 1), role="voter-2-7")
+    two_arms.query("single", 0, [call], 0.0, 1.0)
+    tally.call_started(call)
+    tally.call_finished(call)
+    assert (
+        value(scrape(tally), "fanmark_calls_total", arm="single", role="voter-2", target="t", outcome="completed") == 1
+    )
