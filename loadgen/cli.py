@@ -17,11 +17,10 @@ from fanmark.loadgen.cli_common import (
     checked_scenario,
     json_text,
     run_async,
+    served_on_ray,
     shared_out,
     simulators,
     split_flag,
-    stubs_on_ray,
-    tools_on_ray,
     version,
 )
 from fanmark.loadgen.errors import PARTING, FanmarkError
@@ -328,7 +327,7 @@ def serve_stub(context: typer.Context) -> int:
     from fanmark.servers.stub import main as stub_main
 
     address, flags = split_flag(context.args, "--ray")
-    return stub_main(flags) if address is None else stubs_on_ray(address, flags)
+    return stub_main(flags) if address is None else served_on_ray("stub", address, flags)
 
 
 @serve_app.command(
@@ -339,7 +338,7 @@ def serve_tools(context: typer.Context) -> int:
     from fanmark.servers.tools import main as tools_main
 
     address, flags = split_flag(context.args, "--ray")
-    return tools_main(flags) if address is None else tools_on_ray(address, flags)
+    return tools_main(flags) if address is None else served_on_ray("tools", address, flags)
 
 
 @serve_app.command(

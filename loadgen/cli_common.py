@@ -82,31 +82,21 @@ def split_flag(argv: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
     return found.value, others
 
 
-def stubs_on_ray(address: str, flags: Sequence[str]) -> int:
-    """Stubs on a Ray cluster, until a signal."""
+def served_on_ray(kind: str, address: str, flags: Sequence[str]) -> int:
+    """Our stubs or tool servers on a Ray cluster, until a signal."""
     from fanmark.loadgen.ray_fleet import serve
-    from fanmark.servers import router
-    from fanmark.servers.stub import StubError, parse_options
+    from fanmark.servers import router, stub, tool_router, tools
 
+    kinds: dict[str, Any] = {
+        "stub": (router.serve, stub.parse_options, stub.StubError),
+        "tools": (tool_router.serve, tools.parse_options, tools.ToolsError),
+    }
+    routing, parse_options, error = kinds[kind]
     try:
         options = parse_options(flags)
-        run_async(serve(address, version(), lambda start: router.serve(options, flags, start)))
-    except StubError as e:
-        raise FanmarkError(f"serve stub: {e}") from None
-    return 0
-
-
-def tools_on_ray(address: str, flags: Sequence[str]) -> int:
-    """Tool servers on a Ray cluster, until a signal."""
-    from fanmark.loadgen.ray_fleet import serve
-    from fanmark.servers import tool_router
-    from fanmark.servers.tools import ToolsError, parse_options
-
-    try:
-        options = parse_options(flags)
-        run_async(serve(address, version(), lambda start: tool_router.serve(options, flags, start)))
-    except ToolsError as e:
-        raise FanmarkError(f"serve tools: {e}") from None
+        run_async(serve(address, version(), lambda start: routing(options, flags, start)))
+    except error as e:
+        raise FanmarkError(f"serve {kind}: {e}") from None
     return 0
 
 

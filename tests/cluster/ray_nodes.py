@@ -13,6 +13,22 @@ from processes import children, end, gone, kill, line_of
 
 ROOT = Path(__file__).resolve().parents[2]
 VENV = ROOT / ".venv-ray" / "bin"
+TWO_ARMS = """
+name = "shared-out"
+seed = 5
+[[arm]]
+name = "single"
+topology = "single"
+baseline = true
+[[arm]]
+name = "debate"
+topology = "debate"
+agents = 2
+rounds = 1
+[workload]
+answer = {dist = "uniform", mean = 12, cv = 0.3, min = 2}
+judge_answer = 6
+"""
 
 
 class Nodes:

@@ -15,26 +15,12 @@ from typing import Any
 
 import pytest
 from processes import children, end, gone, line_of
-from ray_nodes import VENV, Nodes, running_nodes
+from ray_nodes import TWO_ARMS, VENV, Nodes, running_nodes
 from stub_process import Stub, running_stub
 
 pytestmark = pytest.mark.ray
 
-SCENARIO = """
-name = "shared-out"
-seed = 5
-[[arm]]
-name = "single"
-topology = "single"
-baseline = true
-[[arm]]
-name = "debate"
-topology = "debate"
-agents = 2
-rounds = 1
-[workload]
-answer = {dist = "uniform", mean = 12, cv = 0.3, min = 2}
-judge_answer = 6
+SCENARIO = f"""{TWO_ARMS}
 [load]
 warmup = 2
 """

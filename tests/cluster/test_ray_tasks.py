@@ -10,25 +10,11 @@ from pathlib import Path
 
 import pytest
 from processes import children, end
-from ray_nodes import VENV, Nodes, running_nodes
+from ray_nodes import TWO_ARMS, VENV, Nodes, running_nodes
 
 pytestmark = pytest.mark.ray
 
-SCENARIO = """
-name = "shared-out"
-seed = 5
-[[arm]]
-name = "single"
-topology = "single"
-baseline = true
-[[arm]]
-name = "debate"
-topology = "debate"
-agents = 2
-rounds = 1
-[workload]
-answer = {dist = "uniform", mean = 12, cv = 0.3, min = 2}
-judge_answer = 6
+SCENARIO = f"""{TWO_ARMS}
 [objective]
 query_seconds = 0.5
 attainment = 0.8
