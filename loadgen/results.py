@@ -203,12 +203,9 @@ def _matched(scenario: Scenario, arms: Mapping[str, Any]) -> str:
         f"{name} {number(point['offered_qps'])} queries/s ({number(point['calls_in_flight']['mean'])} calls in flight)"
         for name, point in points.items()
     )
-    base = points.get(scenario.baseline.name, {"calls_in_flight": {"mean": 0.0}})["calls_in_flight"]["mean"] or 0.0
-    apart = (
-        max((abs((p["calls_in_flight"]["mean"] or 0.0) / base - 1) for p in points.values()), default=0.0)
-        if base
-        else 0.0
-    )
+    flights = {name: mean for name, point in points.items() if (mean := point["calls_in_flight"]["mean"]) is not None}
+    base = flights.get(scenario.baseline.name)
+    apart = max(abs(mean / base - 1) for mean in flights.values()) if base else 0.0
     but = f": {apart:.0%} apart, a longer duration evens out chance" if apart > MATCHED else ""
     return f"rates were matched by a pilot: {told or 'it was cut short'}{but}"
 
