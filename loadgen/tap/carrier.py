@@ -2,16 +2,17 @@
 pair of sockets to tell of what passes. It ends, and all connections with it, when the tap does."""
 
 import asyncio
-import gc
 import os
 import socket
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from typing import Any
 
 import msgspec
 
+from fanmark.loadgen.collecting import rare_collections
 from fanmark.loadgen.execute import allow_connections
 from fanmark.loadgen.health import Health
 from fanmark.loadgen.tap.frames import GROUPING, UNTOLD, Beat, Began, Ended, More, Reads, beat, packed
@@ -126,15 +127,12 @@ async def carry(listener: socket.socket, link: socket.socket, upstreams: list[Up
     server = await loop.create_server(lambda: Client(wire), sock=listener, backlog=1024)
     health = Health(time.monotonic)
     watching = asyncio.ensure_future(health.watch(_Nobody()))
-    gc.freeze()
-    gc.set_threshold(20_000, 50, 1_000)
-    while not teller.over.is_set():
-        teller.put(beat(health.look(), wire.passed, teller.untold))
-        try:
-            async with asyncio.timeout(_BEAT_S):
-                await teller.over.wait()
-        except TimeoutError:
-            pass
+    with rare_collections():
+        while not teller.over.is_set():
+            teller.put(beat(health.look(), wire.passed, teller.untold))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_BEAT_S):
+                    await teller.over.wait()
     server.close()
     wire.close()
     await asyncio.sleep(0)
