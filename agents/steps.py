@@ -24,8 +24,8 @@ class Read:
 @dataclass(frozen=True, slots=True)
 class Step:
     """A recorded call, which `writes` ("reply", its number), or a tool call, which writes ("result", its number): so many `tokens`, a call
-    as so many `samples` of equal length.
-    `after`: what it waited for; `pause_s`: since the last of that, else since the query's start. A tool call took `seconds`."""
+    as so many `samples` of equal length. `after`: what it waited for; `pause_s`: since the last of that, else since the query's start. A
+    tool call took `seconds`."""
 
     writes: Key
     tokens: int

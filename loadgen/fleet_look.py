@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from fanmark.agents import topologies
 from fanmark.agents.runtime import Topology
 from fanmark.loadgen.capacity import CALL, LONGER, QUERY, Found, Look, objectives_of
+from fanmark.loadgen.critical import spent_s
 from fanmark.loadgen.errors import ScenarioError
 from fanmark.loadgen.lanes.virtual import Service
 from fanmark.loadgen.objective import calls_good, in_time
@@ -149,7 +150,7 @@ def _figures(trial: Trial) -> Found:
         "tools_s": math.fsum(query.resources["tool_s"] or 0.0 for query in counted) / len(counted),
         "queries_per_s": len(counted) / trial.seconds,
         "targets": {name: use.told(trial.seconds) for name, use in trial.accounts.items()},
-        "critical_tools_s": _mean([_tools_on_path(query) for query in counted]),
+        "critical_tools_s": _mean([spent_s(query)["tools"] for query in counted]),
     }
 
 
@@ -168,12 +169,6 @@ def _over_capacity(trial: Trial, objective: Objective) -> bool:
     for query in trial.queries:
         reduced.add(query)
     return over_capacity(reduced.queries, trial.windows[0])
-
-
-def _tools_on_path(query: Query) -> float:
-    from fanmark.loadgen.critical import spent_s
-
-    return spent_s(query)["tools"]
 
 
 def _mean(values: Sequence[float]) -> float:

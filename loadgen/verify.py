@@ -96,9 +96,8 @@ def verify(folder: Path, topologies: Mapping[str, Topology]) -> Verified:
     mine: Flat = dict(_flat(msgspec.json.decode(msgspec.json.encode(found))))
     theirs: Flat = dict(_flat(summary))
     for place in [*mine, *(place for place in theirs if place not in mine and place[0] in _WHOLE)]:
-        if place in mine and _equal(
-            theirs.get(place), mine[place]
-        ):  # one that an earlier version did not tell of is null
+        # what an earlier version did not tell of is null
+        if place in mine and _equal(theirs.get(place), mine[place]):
             continue
         said, recomputed = (_show(flat[place]) if place in flat else "missing" for flat in (theirs, mine))
         differ.append(f"{'.'.join(place)}: the summary says {said}, the records {recomputed}")

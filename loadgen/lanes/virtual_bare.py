@@ -61,8 +61,8 @@ class BarePrompts:
         part = parts.get((text.seed, text.tokens))
         if part is None:
             begun = [i for each in text.begins for i in self._begun(parts, *each)][: text.tokens]
-            ids = [*begun, *self._ids.fresh(text.tokens - len(begun))] if begun else self._ids.fresh(text.tokens)
-            part = parts[text.seed, text.tokens] = Part(ids[: text.tokens], text.tokens)
+            rest = text.tokens - len(begun)
+            part = parts[text.seed, text.tokens] = Part([*begun, *(self._ids.fresh(rest) if rest else ())], text.tokens)
         return part
 
     def _begun(self, parts: dict[tuple[str, int], Part], seed: str, tokens: int) -> Sequence[int]:

@@ -97,9 +97,7 @@ class HashChains:
                 tokens = [*prefix.left, *part]
                 hashes = chained(prefix.parent, tokens, self._size)
                 longer = _Prefix(hashes[-1] if hashes else prefix.parent, tokens[len(hashes) * self._size :])
-                self._make_room(
-                    len(part)
-                )  # what is forgotten with it may be the prefix itself: then it is of no more use
+                self._make_room(len(part))  # what is forgotten may be the prefix itself, which then is of no more use
                 known = prefix.next[id(part)] = (part, hashes, longer)
             chain += known[1]
             prefix = known[2]
