@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 from free_port import free_port
+from processes import children
 from stub_process import Stub, running_stub
 from tapped import SALT, by_seed, through
 from test_replay import AS_RECORDED, replay, simulated
@@ -145,6 +147,14 @@ def test_nothing_that_was_said_is_kept_unless_it_is_asked_for(stub: Stub, tmp_pa
             url, "You are terse-and-unusual.", "Where did the albatross go?", said, "And the walrus?", stream=True
         )
         assert streamed.events()[-1]["choices"]  # no usage, which nobody had asked for
+        (carrier,) = [pid for pid in children(process.pid) if "carrier" in Path(f"/proc/{pid}/cmdline").read_text()]
+        give_up_at = time.monotonic() + 30
+        while os.sched_getscheduler(process.pid) != os.SCHED_BATCH or os.getpriority(os.PRIO_PROCESS, process.pid) <= (
+            os.getpriority(os.PRIO_PROCESS, carrier)
+        ):
+            assert time.monotonic() < give_up_at, "what writes down does not go behind what passes the bytes on"
+            time.sleep(0.02)
+        assert os.sched_getscheduler(carrier) == os.SCHED_OTHER
         process.send_signal(signal.SIGINT)
         printed, _ = process.communicate(timeout=30)
     assert process.returncode == 0 and "session header" in printed
